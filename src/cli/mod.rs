@@ -1,0 +1,76 @@
+//! The command line: one file a subcommand, parsing kept apart from resolved settings.
+//!
+//! Every subcommand has a `…Args` struct (what clap parses; every flag optional, so that a default
+//! never hides a configuration file's value) and a settings struct with the defaults; see
+//! [`settings`] for how the two meet.
+
+pub mod failure;
+pub mod settings;
+pub mod ui;
+
+mod completions;
+#[cfg(feature = "server")]
+mod serve;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use failure::Failure;
+use settings::Context;
+
+/// How many LoRA adapters should stay in GPU memory?
+#[derive(Parser, Debug)]
+#[command(name = "lora-hbm", version, about, long_about = None, propagate_version = true)]
+pub struct Cli {
+    #[command(flatten)]
+    global: settings::GlobalArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Serve a base model with LoRA adapters over HTTP
+    #[cfg(feature = "server")]
+    Serve(serve::ServeArgs),
+    /// Print a shell's completion script
+    Completions(completions::CompletionsArgs),
+}
+
+impl Command {
+    fn run(&self, ctx: &Context) -> Result<(), Failure> {
+        match self {
+            #[cfg(feature = "server")]
+            Self::Serve(args) => serve::run(args, ctx),
+            Self::Completions(args) => completions::run(args, ctx),
+        }
+    }
+}
+
+/// Parses, runs, and gives the exit status: 0 done, 1 failed, 2 usage, 3 a condition does not hold.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = Cli::parse_from(args.into_iter().map(long_style));
+    let ctx = match Context::new(&cli.global) {
+        Ok(ctx) => ctx,
+        Err(failure) => return failure.report(),
+    };
+    match cli.command.run(&ctx) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+/// The reference's `-pp` and `-tp` are long options with one dash, which clap would read as `-p p`.
+fn long_style(arg: OsString) -> OsString {
+    let Some(text) = arg.to_str() else { return arg };
+    for (short, long) in [("-pp", "--pipeline-parallel-size"), ("-tp", "--tensor-parallel-size")] {
+        match text.strip_prefix(short) {
+            Some("") => return long.into(),
+            Some(rest) if rest.starts_with('=') => return format!("{long}{rest}").into(),
+            _ => {}
+        }
+    }
+    arg
+}

@@ -1,0 +1,3 @@
+//! Results: records, statistics, files, figures.
+
+pub mod record;

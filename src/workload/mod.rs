@@ -1,0 +1,3 @@
+//! Traces: what is sent and what is replayed.
+
+pub mod trace;
