@@ -1,3 +1,6 @@
-//! Traces: what is sent and what is replayed.
+//! Workloads: traces, where lengths come from, arrival processes, adapter popularity, prompts.
 
+pub mod data_folder;
+#[cfg(feature = "engine")]
+pub mod tokenizer;
 pub mod trace;
