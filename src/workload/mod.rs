@@ -3,6 +3,8 @@
 pub mod arrivals;
 pub mod atomic;
 pub mod data_folder;
+#[cfg(feature = "engine")]
+pub mod fetch;
 pub mod import;
 pub mod lengths;
 pub mod pool;
