@@ -9,6 +9,8 @@ pub mod import;
 pub mod lengths;
 pub mod pool;
 pub mod popularity;
+#[cfg(feature = "engine")]
+pub mod prompts;
 pub mod regime;
 pub mod sharegpt;
 pub mod spec;
