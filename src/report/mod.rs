@@ -1,6 +1,9 @@
 //! Results: records, statistics, files, figures.
 
+pub mod digest;
 pub mod files;
+pub mod machine;
+pub mod manifest;
 pub mod record;
 pub mod requests;
 pub mod results;
