@@ -1,3 +1,10 @@
 //! Results: records, statistics, files, figures.
 
+pub mod digest;
+pub mod files;
+pub mod machine;
+pub mod manifest;
 pub mod record;
+pub mod requests;
+pub mod results;
+pub mod stats;
