@@ -1,4 +1,11 @@
 //! Results: records, statistics, files, figures.
 
 pub mod decision_log;
+pub mod digest;
+pub mod files;
+pub mod machine;
+pub mod manifest;
 pub mod record;
+pub mod requests;
+pub mod results;
+pub mod stats;
