@@ -1,3 +1,18 @@
 //! The engine: model families over a backend trait, executors, the step loop and the HTTP server.
 
+mod channel;
+pub mod clock;
+pub mod emulated;
+mod engine;
 pub mod executor;
+mod gauges;
+mod output;
+mod request;
+#[cfg(feature = "server")]
+pub mod server;
+mod step_loop;
+
+pub use engine::{Engine, EngineConfig, GenerateHandle, StartError};
+pub use gauges::{EngineStats, SlotView, SwapCounts, SwapStats};
+pub use request::{Delta, Finish, FirstToken, GenerateParams, GenerateRequest, Generated, SubmitError};
+pub use step_loop::LoopError;

@@ -3,8 +3,13 @@
 pub mod arrivals;
 pub mod atomic;
 pub mod data_folder;
+pub mod import;
+pub mod lengths;
+pub mod pool;
 pub mod popularity;
 pub mod regime;
+pub mod sharegpt;
+pub mod spec;
 pub mod streams;
 #[cfg(feature = "engine")]
 pub mod tokenizer;

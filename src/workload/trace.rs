@@ -247,15 +247,6 @@ impl<R: BufRead> Iterator for TraceReader<R> {
 
 /// What every request of a trace must satisfy, given the id and the time of the one before it.
 pub(super) fn check(request: &TraceRequest, last: Option<(u64, f64)>) -> Result<(), String> {
-    if !request.arrival_s.is_finite() || request.arrival_s < 0.0 {
-        return Err(format!("arrival_s is {}: it must be a number of seconds, 0 or more", request.arrival_s));
-    }
-    if request.prompt_tokens == 0 || request.output_tokens == 0 {
-        return Err(format!(
-            "prompt_tokens is {} and output_tokens {}: both must be at least 1",
-            request.prompt_tokens, request.output_tokens
-        ));
-    }
     if let Some((id, arrival_s)) = last {
         if request.id <= id {
             return Err(format!("id {} comes after id {id}: ids must rise", request.id));
@@ -266,6 +257,15 @@ pub(super) fn check(request: &TraceRequest, last: Option<(u64, f64)>) -> Result<
                 request.arrival_s
             ));
         }
+    }
+    if !request.arrival_s.is_finite() || request.arrival_s < 0.0 {
+        return Err(format!("arrival_s is {}: it must be a number of seconds, 0 or more", request.arrival_s));
+    }
+    if request.prompt_tokens == 0 || request.output_tokens == 0 {
+        return Err(format!(
+            "prompt_tokens is {} and output_tokens {}: both must be at least 1",
+            request.prompt_tokens, request.output_tokens
+        ));
     }
     Ok(())
 }
@@ -322,12 +322,18 @@ mod tests {
             (r#"{"id":2,"arrival_s":0.5,"prompt_tokens":9,"output_tokens":9,"adapter":0}"#, "before"),
             (r#"{"id":1,"arrival_s":2,"prompt_tokens":9,"output_tokens":9,"adapter":0}"#, "ids must rise"),
             (r#"{"id":2,"arrival_s":2,"prompt_tokens":0,"output_tokens":9,"adapter":0}"#, "at least 1"),
-            (r#"{"id":2,"arrival_s":-2,"prompt_tokens":4,"output_tokens":9,"adapter":0}"#, "0 or more"),
             (r#"{"id":2,"arrival_s":2,"prompt_tokens":4,"output_tokens":9,"adapter":-1}"#, "not a request"),
         ] {
             let error = read(&format!("{HEADER}\n{good}\n{line}\n")).unwrap_err().to_string();
             assert!(error.contains("t.jsonl: line 3") && error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn times_before_the_start_are_refused() {
+        let line = r#"{"id":2,"arrival_s":-2,"prompt_tokens":4,"output_tokens":9,"adapter":0}"#;
+        let error = read(&format!("{HEADER}\n{line}\n")).unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("0 or more"), "{error}");
     }
 
     #[test]
