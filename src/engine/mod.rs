@@ -1,11 +1,16 @@
 //! The engine: model families over a backend trait, executors, the step loop and the HTTP server.
 
+pub mod adapters;
+pub mod backend;
+pub mod batch;
 mod channel;
 pub mod clock;
+pub mod cpu;
 pub mod emulated;
 mod engine;
 pub mod executor;
 mod gauges;
+pub mod model;
 mod output;
 mod request;
 #[cfg(feature = "server")]
