@@ -9,6 +9,7 @@ pub mod calibrate;
 pub mod cli;
 #[cfg(feature = "engine")]
 pub mod engine;
+pub mod experiment;
 #[cfg(feature = "server")]
 pub mod loadgen;
 pub mod profile;

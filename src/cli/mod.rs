@@ -9,6 +9,8 @@ pub mod settings;
 pub mod ui;
 
 mod completions;
+#[cfg(feature = "engine")]
+mod fetch_data;
 #[cfg(feature = "server")]
 mod serve;
 
@@ -35,6 +37,9 @@ enum Command {
     /// Serve a base model with LoRA adapters over HTTP
     #[cfg(feature = "server")]
     Serve(serve::ServeArgs),
+    /// Get ShareGPT's text and the Llama-2 tokenizer into the data folder
+    #[cfg(feature = "engine")]
+    FetchData(fetch_data::FetchDataArgs),
     /// Print a shell's completion script
     Completions(completions::CompletionsArgs),
 }
@@ -44,6 +49,8 @@ impl Command {
         match self {
             #[cfg(feature = "server")]
             Self::Serve(args) => serve::run(args, ctx),
+            #[cfg(feature = "engine")]
+            Self::FetchData(args) => fetch_data::run(args, ctx),
             Self::Completions(args) => completions::run(args, ctx),
         }
     }

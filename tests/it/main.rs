@@ -1,5 +1,6 @@
 //! Integration tests: one binary, a file per behaviour.
 
+mod experiment;
 #[cfg(feature = "engine")]
 mod parity;
 #[cfg(feature = "engine")]
