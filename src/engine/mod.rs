@@ -15,7 +15,9 @@ mod output;
 mod request;
 #[cfg(feature = "server")]
 pub mod server;
+pub mod setup;
 mod step_loop;
+mod warm_up;
 
 pub use engine::{Engine, EngineConfig, GenerateHandle, StartError};
 pub use gauges::{EngineStats, SlotView, SwapCounts, SwapStats};
