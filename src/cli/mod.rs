@@ -9,6 +9,9 @@ pub mod settings;
 pub mod ui;
 
 mod completions;
+mod merge;
+#[cfg(feature = "plot")]
+mod plot;
 #[cfg(feature = "server")]
 mod serve;
 
@@ -35,6 +38,11 @@ enum Command {
     /// Serve a base model with LoRA adapters over HTTP
     #[cfg(feature = "server")]
     Serve(serve::ServeArgs),
+    /// Draw median and p99 TTFT over gpu_loras from results CSVs
+    #[cfg(feature = "plot")]
+    Plot(plot::PlotArgs),
+    /// Join results CSVs, each run once
+    Merge(merge::MergeArgs),
     /// Print a shell's completion script
     Completions(completions::CompletionsArgs),
 }
@@ -44,6 +52,9 @@ impl Command {
         match self {
             #[cfg(feature = "server")]
             Self::Serve(args) => serve::run(args, ctx),
+            #[cfg(feature = "plot")]
+            Self::Plot(args) => plot::run(args, ctx),
+            Self::Merge(args) => merge::run(args, ctx),
             Self::Completions(args) => completions::run(args, ctx),
         }
     }

@@ -1,3 +1,5 @@
 //! Integration tests, one binary: a file per behaviour.
 
 mod experiment;
+#[cfg(feature = "plot")]
+mod plot;

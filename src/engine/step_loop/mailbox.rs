@@ -39,7 +39,10 @@ impl Mailbox {
     }
 
     /// Puts a request in and numbers it; gives it back if the loop has ended.
-    pub(in crate::engine) fn submit(&self, submission: Box<Submission>) -> Result<RequestId, Box<Submission>> {
+    pub(in crate::engine) fn submit(
+        &self,
+        submission: Box<Submission>,
+    ) -> Result<RequestId, Box<Submission>> {
         let mut state = self.lock();
         if state.closed {
             return Err(submission);
