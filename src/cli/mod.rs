@@ -17,6 +17,9 @@ mod fetch_data;
 mod measure;
 #[cfg(feature = "server")]
 mod probe;
+mod merge;
+#[cfg(feature = "plot")]
+mod plot;
 #[cfg(feature = "server")]
 mod serve;
 #[cfg(feature = "server")]
@@ -61,6 +64,11 @@ enum Command {
     /// Get ShareGPT's text and the Llama-2 tokenizer into the data folder
     #[cfg(feature = "engine")]
     FetchData(fetch_data::FetchDataArgs),
+    /// Draw median and p99 TTFT over gpu_loras from results CSVs
+    #[cfg(feature = "plot")]
+    Plot(plot::PlotArgs),
+    /// Join results CSVs, each run once
+    Merge(merge::MergeArgs),
     /// Print a shell's completion script
     Completions(completions::CompletionsArgs),
 }
@@ -79,6 +87,9 @@ impl Command {
             Self::Trace(args) => trace::run(args, ctx),
             #[cfg(feature = "engine")]
             Self::FetchData(args) => fetch_data::run(args, ctx),
+            #[cfg(feature = "plot")]
+            Self::Plot(args) => plot::run(args, ctx),
+            Self::Merge(args) => merge::run(args, ctx),
             Self::Completions(args) => completions::run(args, ctx),
         }
     }

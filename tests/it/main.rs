@@ -4,3 +4,12 @@ mod load_commands;
 mod load_run;
 mod support;
 mod workload;
+//! Integration tests: one binary, a file per behaviour.
+
+mod experiment;
+#[cfg(feature = "engine")]
+mod parity;
+#[cfg(feature = "engine")]
+mod rig;
+#[cfg(feature = "plot")]
+mod plot;
