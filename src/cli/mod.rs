@@ -15,11 +15,11 @@ mod completions;
 mod fetch_data;
 #[cfg(feature = "server")]
 mod measure;
-#[cfg(feature = "server")]
-mod probe;
 mod merge;
 #[cfg(feature = "plot")]
 mod plot;
+#[cfg(feature = "server")]
+mod probe;
 #[cfg(feature = "server")]
 mod serve;
 #[cfg(feature = "server")]

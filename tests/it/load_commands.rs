@@ -173,7 +173,10 @@ fn impossible_wishes_are_usage_errors() {
         (vec!["--api", "openai"], "not in this version"),
         (vec!["--trace", trace, "--dataset", "d.json"], "cannot be used with"),
         (vec!["--trace", trace, "-n", "101"], "101 requests were asked for and the trace has 100"),
-        (vec!["--trace", trace, "--total-loras", "4"], "and there are 4"),
+        (
+            vec!["--trace", trace, "--total-loras", "4", "--gpu-loras", "2", "--skip-health-check"],
+            "and there are 4",
+        ),
         (vec!["--nonsense"], "unexpected argument"),
     ] {
         let failed = measure(folder.path(), &mock.url(), &more).code(2);

@@ -1,15 +1,16 @@
-//! Integration tests: one binary, a file a behaviour.
-
-mod load_commands;
-mod load_run;
-mod support;
-mod workload;
 //! Integration tests: one binary, a file per behaviour.
 
 mod experiment;
+#[cfg(feature = "server")]
+mod load_commands;
+#[cfg(feature = "server")]
+mod load_run;
 #[cfg(feature = "engine")]
 mod parity;
-#[cfg(feature = "engine")]
-mod rig;
 #[cfg(feature = "plot")]
 mod plot;
+#[cfg(feature = "engine")]
+mod rig;
+mod support;
+#[cfg(feature = "engine")]
+mod workload;

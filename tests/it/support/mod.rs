@@ -1,5 +1,6 @@
 //! What several tests need: the program as a child process, and a stand-in for a server.
 
+#[cfg(feature = "server")]
 pub mod mock;
 
 use std::path::Path;
