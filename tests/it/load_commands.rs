@@ -307,7 +307,7 @@ fn probe_compares_rates() {
                 "--arrival-rates",
                 "40, 80",
                 "-d",
-                "1",
+                "0.4",
                 "--pause-seconds",
                 "0",
             ])

@@ -11,6 +11,7 @@ mod parity;
 mod plot;
 #[cfg(feature = "engine")]
 mod rig;
+#[cfg(feature = "engine")]
 mod support;
 #[cfg(feature = "engine")]
 mod workload;
