@@ -277,6 +277,14 @@ impl Loaded {
         &self.pool
     }
 
+    /// Names of the adapters, in order of their ids.
+    pub fn adapter_names(&self) -> Vec<String> {
+        (0..self.pool.len() as u32)
+            .filter_map(|id| self.pool.get(lora_sched::AdapterId(id)))
+            .map(|adapter| adapter.name.clone())
+            .collect()
+    }
+
     /// Whether the weights are drawn from the seed.
     pub fn has_dummy_weights(&self) -> bool {
         self.dummy
@@ -474,11 +482,13 @@ fn free_memory() -> Option<u64> {
     let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let info = std::fs::read_to_string("/proc/meminfo").ok();
     let line = info.as_deref().and_then(|i| i.lines().find_map(|l| l.strip_prefix("MemAvailable:")));
-    let machine =
-        line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).map(|kib| kib.saturating_mul(1024));
+    let machine = line
+        .and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
+        .map(|kib| kib.saturating_mul(1024));
     // Page cache counts against the group and is given back on demand; anonymous memory is not.
     let stat = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").ok();
-    let anonymous = stat.as_deref().and_then(|s| s.lines().find_map(|l| l.strip_prefix("anon ")?.parse().ok()));
+    let anonymous =
+        stat.as_deref().and_then(|s| s.lines().find_map(|l| l.strip_prefix("anon ")?.parse().ok()));
     let group = number("/sys/fs/cgroup/memory.max").map(|max| max.saturating_sub(anonymous.unwrap_or(0)));
     match (machine, group) {
         (Some(a), Some(b)) => Some(a.min(b)),

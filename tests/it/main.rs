@@ -5,3 +5,5 @@ mod experiment;
 mod parity;
 #[cfg(feature = "engine")]
 mod rig;
+mod step_loop;
+mod support;
