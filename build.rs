@@ -1,4 +1,5 @@
-//! Tells the program which commit it was built from, for the manifests of its runs.
+//! Tells the program which commit it was built from, for the manifests of its runs. The names do not
+//! start with `LORA_HBM_`: cargo sets them for what it runs too, and the program reads its settings there.
 
 use std::path::Path;
 use std::process::Command;
@@ -20,11 +21,8 @@ fn main() {
         status.extend(INPUTS);
         git(&status).is_some_and(|changes| !changes.is_empty())
     });
-    println!("cargo:rustc-env=LORA_HBM_BUILD_COMMIT={}", commit.as_deref().unwrap_or("unknown"));
-    println!(
-        "cargo:rustc-env=LORA_HBM_BUILD_DIRTY={}",
-        dirty.map_or("unknown".to_owned(), |d| d.to_string())
-    );
+    println!("cargo:rustc-env=BUILD_COMMIT={}", commit.as_deref().unwrap_or("unknown"));
+    println!("cargo:rustc-env=BUILD_DIRTY={}", dirty.map_or("unknown".to_owned(), |d| d.to_string()));
     if own {
         // The log of HEAD grows with every commit, checkout and merge, and with nothing else; the
         // index would not do, since `git status` itself rewrites it.

@@ -26,6 +26,7 @@ mod fields;
 mod parse;
 mod settings;
 mod shard;
+mod simulate;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -33,11 +34,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::report::files::{self, FileError};
-use crate::report::results::{ResultRow, Source};
+use crate::report::results::{ResultRow, RunKey, Source};
 
 pub use cell::Cell;
 pub use settings::{EngineSettings, WorkloadSettings};
 pub use shard::{Shard, UnknownShard};
+pub use simulate::{BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
 
 /// An experiment that cannot be read or makes no sense.
 #[derive(Debug, thiserror::Error)]
@@ -117,6 +119,13 @@ pub struct Run<'a> {
     pub repeat: u32,
 }
 
+impl Run<'_> {
+    /// By what its row and its requests file are known.
+    pub fn key(&self, source: Source) -> RunKey {
+        RunKey { source, cell: self.cell.key().to_owned(), seed: self.seed, repeat: self.repeat }
+    }
+}
+
 impl Experiment {
     /// Reads and resolves a file.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ExperimentError> {
@@ -155,13 +164,9 @@ impl Experiment {
 
     /// [`Experiment::runs`] without those that `rows` has already from the same source.
     pub fn pending(&self, shard: Option<Shard>, source: Source, rows: &[ResultRow]) -> Vec<Run<'_>> {
-        let done: HashSet<_> = rows
-            .iter()
-            .filter(|row| row.source == source)
-            .map(|row| (row.cell.as_deref(), row.seed, row.repeat))
-            .collect();
+        let done: HashSet<RunKey> = rows.iter().filter_map(ResultRow::run_key).collect();
         let mut runs = self.runs(shard);
-        runs.retain(|run| !done.contains(&(Some(run.cell.key()), Some(run.seed), Some(run.repeat))));
+        runs.retain(|run| !done.contains(&run.key(source)));
         runs
     }
 }

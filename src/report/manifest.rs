@@ -46,13 +46,20 @@ pub struct Tool {
 }
 
 impl Tool {
+    /// Name, version and short commit, for captions.
+    pub fn describe(&self) -> String {
+        let commit = self.commit.get(..7).unwrap_or(&self.commit);
+        let modified = if self.dirty == Some(true) { ", modified" } else { "" };
+        format!("{} {} ({commit}{modified})", self.name, self.version)
+    }
+
     /// This program.
     pub fn this() -> Self {
         Self {
             name: env!("CARGO_PKG_NAME").to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            commit: env!("LORA_HBM_BUILD_COMMIT").to_owned(),
-            dirty: env!("LORA_HBM_BUILD_DIRTY").parse().ok(),
+            commit: env!("BUILD_COMMIT").to_owned(),
+            dirty: env!("BUILD_DIRTY").parse().ok(),
         }
     }
 }

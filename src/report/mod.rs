@@ -5,8 +5,6 @@ pub mod digest;
 pub mod files;
 pub mod machine;
 pub mod manifest;
-#[cfg(feature = "plot")]
-pub mod plot;
 pub mod record;
 pub mod requests;
 pub mod results;

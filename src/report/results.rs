@@ -247,6 +247,26 @@ impl RunContext {
     }
 }
 
+/// Which run of an experiment a row is about.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RunKey {
+    /// Measured or simulated.
+    pub source: Source,
+    /// Key of the cell.
+    pub cell: String,
+    /// The trace's seed.
+    pub seed: u64,
+    /// Number of the repeat on that trace.
+    pub repeat: u32,
+}
+
+impl RunKey {
+    /// The name of its requests file.
+    pub fn requests_file(&self) -> String {
+        format!("{}-{}-seed{}-{}.jsonl", self.cell, self.source, self.seed, self.repeat)
+    }
+}
+
 /// The present, as [`ResultRow::run_timestamp`] writes it.
 pub fn timestamp() -> String {
     chrono::Local::now().format("%Y-%m-%d %H:%M:%S").to_string()
@@ -258,6 +278,11 @@ pub fn rank_column(ranks: &[u32]) -> Option<String> {
 }
 
 impl ResultRow {
+    /// The run that it is about; none of a row outside any experiment.
+    pub fn run_key(&self) -> Option<RunKey> {
+        Some(RunKey { source: self.source, cell: self.cell.clone()?, seed: self.seed?, repeat: self.repeat? })
+    }
+
     /// The statistics of `records` beside what `run` knows. Times are those of successful requests
     /// only, as in the reference experiment.
     pub fn from_records(records: &[RequestRecord], run: &RunContext) -> Self {

@@ -7,3 +7,5 @@ mod parity;
 mod rig;
 mod step_loop;
 mod support;
+#[cfg(feature = "plot")]
+mod plot;

@@ -9,10 +9,12 @@ mod error;
 mod frames;
 mod generate;
 mod listener;
+mod local;
 mod metrics;
 mod params;
 mod routes;
 mod state;
 
 pub use listener::{BindError, Ended, Handle, Server, ServerOptions};
+pub use local::{LocalError, LocalServer};
 pub use state::ServerInfo;

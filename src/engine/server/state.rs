@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::ApiError;
 use crate::engine::Engine;
+use crate::engine::setup::Loaded;
 
 /// What `/health` and `/v1/models` say about the engine.
 #[derive(Clone, Debug, Serialize)]
@@ -36,6 +37,30 @@ pub struct ServerInfo {
     /// Names of the adapters, in order of their numbers.
     #[serde(skip)]
     pub adapter_names: Vec<String>,
+}
+
+impl ServerInfo {
+    /// Of an engine with `gpu_loras` slots.
+    pub fn of(loaded: &Loaded, gpu_loras: usize) -> Self {
+        let settings = loaded.settings();
+        let config = loaded.scheduler_config(gpu_loras);
+        Self {
+            model: loaded.spec().name.clone(),
+            total_loras: loaded.pool().len(),
+            gpu_loras,
+            dtype: "float32".to_owned(),
+            max_num_seqs: config.max_num_seqs,
+            max_model_len: config.max_model_len,
+            device: "cpu".to_owned(),
+            policy: settings.policy.to_string(),
+            evict: settings.evict.to_string(),
+            swap_mode: settings.swap_mode.to_string(),
+            adapter_names: (0..loaded.pool().len() as u32)
+                .filter_map(|id| loaded.pool().get(lora_sched::AdapterId(id)))
+                .map(|adapter| adapter.name.clone())
+                .collect(),
+        }
+    }
 }
 
 /// Where a server is in its life.

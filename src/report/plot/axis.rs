@@ -15,35 +15,41 @@ pub struct Scale {
 
 /// A range that spans more than this many times its least value is drawn logarithmically.
 const LOG_FROM: f64 = 20.0;
+/// Room on both ends of a logarithmic scale.
+const LOG_AIR: f64 = 1.3;
 
 impl Scale {
     /// A scale that shows all of `values`: logarithmic if they are positive and span enough, else
-    /// linear from zero. Values that are not finite are not looked at.
-    pub fn covering(values: impl Iterator<Item = f64>, may_be_log: bool) -> Self {
+    /// linear from zero with up to `steps` ticks above it. Values that are not finite are not looked at.
+    pub fn covering(values: impl Iterator<Item = f64>, may_be_log: bool, steps: u32) -> Self {
         let (mut low, mut high) = (f64::INFINITY, 0.0f64);
         for value in values.filter(|v| v.is_finite()) {
             low = low.min(value);
             high = high.max(value);
         }
-        if may_be_log && low > 0.0 && high > LOG_FROM * low { Self::log(low, high) } else { Self::linear(high) }
+        if may_be_log && low > 0.0 && high > LOG_FROM * low {
+            Self::log(low, high)
+        } else {
+            Self::linear(high, steps)
+        }
     }
 
-    /// From 1-2-5 step to 1-2-5 step around the range.
+    /// The range with some air, ticks at its 1-2-5 steps.
     fn log(low: f64, high: f64) -> Self {
-        let low = steps_125().take_while(|s| *s <= low / 1.05).last().unwrap_or(low);
-        let high = steps_125().find(|s| *s >= high * 1.05).unwrap_or(high);
+        let (low, high) = (low / LOG_AIR, high * LOG_AIR);
         let ticks: Vec<f64> = steps_125().filter(|s| (low..=high).contains(s)).collect();
         // Over many decades the decades alone are enough.
-        let ticks = if ticks.len() > 11 { ticks.into_iter().filter(|t| is_decade(*t)).collect() } else { ticks };
+        let ticks =
+            if ticks.len() > 11 { ticks.into_iter().filter(|t| is_decade(*t)).collect() } else { ticks };
         Self { log: true, low, high, ticks }
     }
 
-    fn linear(high: f64) -> Self {
+    fn linear(high: f64, steps: u32) -> Self {
         let high = if high > 0.0 { high } else { 1.0 };
-        let step = steps_125().find(|s| high * 1.05 / s <= 5.0).unwrap_or(high);
-        let count = (high * 1.05 / step).ceil() as u32;
-        let ticks = (0..=count).map(|i| f64::from(i) * step).collect();
-        Self { log: false, low: 0.0, high: f64::from(count) * step, ticks }
+        let step = steps_125().find(|s| high * 1.05 / s <= f64::from(steps)).unwrap_or(high);
+        let high = high * 1.05;
+        let ticks = (0..=(high / step) as u32).map(|i| f64::from(i) * step).collect();
+        Self { log: false, low: 0.0, high, ticks }
     }
 
     /// Where a value stands, 0 at the lower end and 1 at the upper; clamped to them.
@@ -59,7 +65,9 @@ impl Scale {
 
 /// 1, 2 and 5 times every power of ten from 1e-9 to 1e9, each the nearest number to its decimal text.
 fn steps_125() -> impl Iterator<Item = f64> {
-    (-9..=9).flat_map(|e: i32| [1.0, 2.0, 5.0].map(|m| if e < 0 { m / 10f64.powi(-e) } else { m * 10f64.powi(e) }))
+    (-9..=9).flat_map(|e: i32| {
+        [1.0, 2.0, 5.0].map(|m| if e < 0 { m / 10f64.powi(-e) } else { m * 10f64.powi(e) })
+    })
 }
 
 fn is_decade(value: f64) -> bool {
@@ -95,24 +103,26 @@ mod tests {
 
     #[test]
     fn a_wide_range_is_logarithmic_and_a_narrow_one_is_not() {
-        let wide = Scale::covering([0.03, 1.7].into_iter(), true);
+        let wide = Scale::covering([0.03, 1.7].into_iter(), true, 5);
         assert!(wide.log);
-        assert_eq!(wide.ticks, [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]);
-        let narrow = Scale::covering([0.03, 0.17].into_iter(), true);
+        assert_eq!(wide.ticks, [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]);
+        let narrow = Scale::covering([0.03, 0.17].into_iter(), true, 5);
         assert_eq!((narrow.log, narrow.low), (false, 0.0));
-        assert_eq!(narrow.ticks.last().map(|t| (t * 100.0).round()), Some(20.0));
-        assert!(!Scale::covering([0.0, 500.0].into_iter(), true).log);
+        assert_eq!(narrow.ticks.last().map(|t| (t * 100.0).round()), Some(15.0));
+        assert!(!Scale::covering([0.0, 500.0].into_iter(), true, 5).log);
     }
 
     #[test]
     fn every_value_has_a_place_between_the_ends() {
-        for scale in [Scale::covering([0.001, 30.0].into_iter(), true), Scale::covering([3.0].into_iter(), true)] {
+        for scale in
+            [Scale::covering([0.001, 30.0].into_iter(), true, 5), Scale::covering([3.0].into_iter(), true, 5)]
+        {
             for value in [0.0, 0.001, 3.0, 30.0] {
                 assert!((0.0..=1.0).contains(&scale.place(value)));
             }
             assert!(scale.place(3.0) > 0.0 && scale.place(3.0) < 1.0);
         }
-        assert!(Scale::covering(std::iter::empty(), true).high > 0.0);
+        assert!(Scale::covering(std::iter::empty(), true, 5).high > 0.0);
     }
 
     #[test]

@@ -122,18 +122,13 @@ impl WithinRun {
         let ttft = sorted(&ok.filter_map(|r| r.ttft_s).collect::<Vec<_>>());
         let interval = |q| {
             let bounds = quantile_interval(&ttft, q, 0.95);
-            Some(Interval { low: bounds.low.or(ttft.first().copied())?, high: bounds.high.or(ttft.last().copied())? })
+            Some(Interval {
+                low: bounds.low.or(ttft.first().copied())?,
+                high: bounds.high.or(ttft.last().copied())?,
+            })
         };
         Self { median: interval(0.5), p99: interval(0.99) }
     }
-}
-
-/// A run, as rows and requests files know it: source, cell, seed, repeat.
-pub type RunKey = (Source, Option<String>, Option<u64>, Option<u32>);
-
-/// The run that a row is about.
-pub fn run_key(row: &ResultRow) -> RunKey {
-    (row.source, row.cell.clone(), row.seed, row.repeat)
 }
 
 impl Data {
@@ -155,11 +150,13 @@ impl Data {
             return Err(PlotError::UnknownColumn((*unknown).to_owned()));
         }
         let mut groups: BTreeMap<Vec<Natural>, Vec<&Row<'_>>> = BTreeMap::new();
+        let mut order = Vec::new();
         for row in &rows {
             // What one row does not know is taken to be as in the others.
             let only = |c| values(&rows, c).into_iter().next().filter(|_| values(&rows, c).len() == 1);
-            let key = by.iter().map(|c| row.get(c).or_else(|| only(c)).map(Natural::new).unwrap_or_default());
-            groups.entry(key.collect()).or_default().push(row);
+            let key = by.iter().map(|c| row.get(c).or_else(|| only(c)).unwrap_or_default());
+            let key: Vec<Natural> = key.map(|text| Natural::new(text, &mut order)).collect();
+            groups.entry(key).or_default().push(row);
         }
         if groups.len() > MOST_PANELS {
             return Err(PlotError::TooManyPanels {
@@ -170,13 +167,15 @@ impl Data {
         let mut notes = Notes::default();
         let mut panels = Vec::new();
         for (key, rows) in &groups {
-            let label: Vec<_> = by.iter().zip(key).map(|(column, value)| describe(column, &value.text)).collect();
+            let label: Vec<_> =
+                by.iter().zip(key).map(|(column, value)| describe(column, &value.text)).collect();
             let label = if groups.len() > 1 { label.join(", ") } else { String::new() };
             agree(rows, &by, &label)?;
             panels.push(Panel { label, curves: curves(rows, options, &mut notes) });
         }
         let shared = SETTINGS
             .iter()
+            .chain(&["num_requests"])
             .filter(|c| !by.contains(c) || groups.len() == 1)
             .filter_map(|c| {
                 let mut all = values(&rows, c).into_iter();
@@ -215,20 +214,38 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Text that sorts by value where it is a number.
-#[derive(Clone, Debug, Default, PartialEq, PartialOrd)]
+/// Text that sorts by value where it is a number and else by when it was first seen, which is the
+/// order in which the experiment lists it.
+#[derive(Clone, Debug)]
 struct Natural {
     number: Option<f64>,
+    seen: usize,
     text: String,
 }
 
 impl Natural {
-    fn new(text: String) -> Self {
-        Self { number: text.parse().ok().filter(|n: &f64| n.is_finite()), text }
+    fn new(text: String, order: &mut Vec<String>) -> Self {
+        let seen = order.iter().position(|t| *t == text).unwrap_or_else(|| {
+            order.push(text.clone());
+            order.len() - 1
+        });
+        Self { number: text.parse().ok().filter(|n: &f64| n.is_finite()), seen, text }
+    }
+}
+
+impl PartialEq for Natural {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
     }
 }
 
 impl Eq for Natural {}
+
+impl PartialOrd for Natural {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 impl Ord for Natural {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
@@ -236,7 +253,7 @@ impl Ord for Natural {
             (Some(a), Some(b)) => a.total_cmp(&b),
             (a, b) => b.is_some().cmp(&a.is_some()),
         };
-        by_number.then_with(|| self.text.cmp(&other.text))
+        by_number.then(self.seen.cmp(&other.seen))
     }
 }
 
@@ -269,8 +286,10 @@ fn curves(rows: &[&Row<'_>], options: &Options, notes: &mut Notes) -> Vec<Curve>
             for row in rows.iter().filter(|r| r.row.source == source && quantity.of(r.row).is_some()) {
                 runs.entry(row.row.gpu_loras).or_default().push(row.row);
             }
-            let points: Vec<_> =
-                runs.iter().filter_map(|(&b, rows)| point(b, quantity, source, rows, options, notes)).collect();
+            let points: Vec<_> = runs
+                .iter()
+                .filter_map(|(&b, rows)| point(b, quantity, source, rows, options, notes))
+                .collect();
             if !points.is_empty() {
                 curves.push(Curve { quantity, source, points });
             }
@@ -296,11 +315,13 @@ fn point(
         Some(Interval { low: *ordered.first()?, high: *ordered.last()? })
     };
     let interval = match (source, all.len()) {
-        (_, 1) => options.within_run.get(&run_key(rows[0])).and_then(|w| match quantity {
-            Quantity::Median => w.median,
-            Quantity::P99 => w.p99,
-            Quantity::Swaps => None,
-        }),
+        (_, 1) => {
+            rows[0].run_key().and_then(|key| options.within_run.get(&key)).and_then(|w| match quantity {
+                Quantity::Median => w.median,
+                Quantity::P99 => w.p99,
+                Quantity::Swaps => None,
+            })
+        }
         (Source::Measured, 3..) => mean_interval(&all, 0.95),
         _ => range(),
     };
@@ -311,6 +332,8 @@ fn point(
             (Source::Simulated, n) => _ = notes.simulated_runs.insert(n),
         }
     }
+    // A bar of no length says nothing and cannot be drawn.
+    let interval = interval.filter(|i| i.high > i.low);
     let saturated = rows.iter().any(|r| r.saturated == Some(true));
     Some(Point { budget, value: mean(&all)?, interval, saturated })
 }
@@ -324,12 +347,26 @@ fn describe(column: &str, value: &str) -> String {
         "prompt_regime" => format!("{value} prompts"),
         "arrival_rate" => format!("{value} requests/s"),
         "rho" => format!("load ρ {value}"),
-        "popularity" => format!("{value} popularity"),
-        "arrivals" => format!("{value} arrivals"),
-        "evict" => format!("{value} eviction"),
+        "popularity" => format!("{} popularity", proper(value)),
+        "arrivals" => format!("{} arrivals", proper(value)),
+        "evict" => format!("{} eviction", proper(value)),
         "swap_mode" => format!("{value} swaps"),
-        "max_num_seqs" => format!("{value} sequences"),
+        "max_num_seqs" => format!("up to {value} sequences"),
+        "num_requests" => format!("{value} requests a run"),
         "max_tokens" => format!("{value} output tokens"),
         _ => format!("{column} {value}"),
+    }
+}
+
+/// Names and abbreviations as they are written in text.
+fn proper(word: &str) -> String {
+    match word.split_once(':') {
+        Some((law, parameter)) => format!("{} {parameter}", proper(law)),
+        None => match word {
+            "poisson" => "Poisson".to_owned(),
+            "zipf" => "Zipf".to_owned(),
+            "lru" | "lfu" | "fifo" => word.to_uppercase(),
+            _ => word.to_owned(),
+        },
     }
 }
