@@ -7,6 +7,10 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod parity;
+#[cfg(feature = "engine")]
+mod rig;
+mod step_loop;
+mod support;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "engine")]

@@ -269,8 +269,8 @@ impl StepLoop {
             };
             active.feed(seq, &mut self.feed);
         }
-        self.executor.submit_step(&self.plan, &self.feed)?;
         let submitted = self.clock.now();
+        self.executor.submit_step(&self.plan, &self.feed)?;
         if let Some(flight) = &mut self.flight {
             flight.submitted = Some(submitted);
         }
@@ -280,8 +280,8 @@ impl StepLoop {
     /// Acts on what the scheduler put out: starts swaps, passes news on.
     fn settle(&mut self, t: Nanos) -> Result<(), LoopError> {
         for plan in &self.outbox.swaps {
-            self.executor.submit_swap(plan)?;
             self.swaps.push(OpenSwap { plan: *plan, decided: t, submitted: self.clock.now() });
+            self.executor.submit_swap(plan)?;
         }
         if !self.outbox.swaps.is_empty() {
             self.gauges.swaps_begun(&self.outbox.swaps);
