@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::support::mock::{Behaviour, Mock};
-use crate::support::{program, stderr, stdout};
+use crate::load_support::mock::{Behaviour, Mock};
+use crate::load_support::{program, stderr, stdout};
 
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()

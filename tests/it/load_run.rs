@@ -11,7 +11,7 @@ use lora_hbm::workload::regime::Regime;
 use lora_hbm::workload::spec::{Amount, WorkloadSpec, generate_trace};
 use lora_hbm::workload::tokenizer::Tokenizer;
 
-use crate::support::mock::{Behaviour, Mock};
+use crate::load_support::mock::{Behaviour, Mock};
 
 fn requests(n: u64, rate: f64) -> Vec<PreparedRequest> {
     let spec = WorkloadSpec {

@@ -6,16 +6,16 @@ mod load_commands;
 #[cfg(feature = "server")]
 mod load_run;
 #[cfg(feature = "engine")]
-mod parity;
+mod load_support;
 #[cfg(feature = "engine")]
-mod rig;
-mod step_loop;
-mod support;
+mod parity;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "engine")]
 mod rig;
-#[cfg(feature = "engine")]
+#[cfg(feature = "server")]
+mod step_loop;
+#[cfg(feature = "server")]
 mod support;
 #[cfg(feature = "engine")]
 mod workload;

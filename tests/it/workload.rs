@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::support::{program, stderr, stdout};
+use crate::load_support::{program, stderr, stdout};
 
 const AZURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/data/azure-code-sample.csv");
 
