@@ -32,6 +32,7 @@ mod settings;
 mod shard;
 mod simulate;
 mod source;
+mod sweep;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,7 @@ pub use settings::{EngineSettings, WorkloadSettings};
 pub use shard::{Shard, UnknownShard};
 pub use simulate::{BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
 pub use source::{SourceError, Sources};
+pub use sweep::{Sweep, SweepError, SweepProgress};
 
 /// An experiment that cannot be read or makes no sense.
 #[derive(Debug, thiserror::Error)]
