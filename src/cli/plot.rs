@@ -82,6 +82,21 @@ pub fn run(args: &PlotArgs, ctx: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Draws results with everything else as by default; says where the two files are.
+pub(super) fn draw(
+    csv: &[PathBuf],
+    requests: Option<&Path>,
+    base: &Path,
+) -> Result<(PathBuf, PathBuf), Failure> {
+    let mut rows = Vec::new();
+    for path in csv {
+        rows.extend(read_rows(path).map_err(Failure::failed)?);
+    }
+    let within_run = requests.map(|folder| intervals(folder, &rows)).transpose()?.unwrap_or_default();
+    let options = Options { footer: footer(csv, &rows), within_run, ..Options::default() };
+    write(base, &rows, &options).map_err(|e| Failure::Failed(e.into()))
+}
+
 /// What each run's own requests say of its median and p99.
 fn intervals(folder: &Path, rows: &[ResultRow]) -> Result<HashMap<RunKey, WithinRun>, Failure> {
     let mut intervals = HashMap::new();
