@@ -10,13 +10,14 @@ use super::kv::{KvLayer, KvShape};
 use super::math;
 use super::matmul::{Mat, MatMut, multiply, multiply_transposed};
 use super::memory::{committed, parallelism};
+use super::packed::Packed;
 use super::sample::SeqSampler;
 use super::slots::{Load, Slots};
 use crate::engine::adapters::AdapterLayout;
 use crate::engine::backend::{Backend, BackendShape, HostMatrix, LoraTarget, Norm};
 use crate::engine::batch::{Batch, BatchLimits, LAST_TOKEN};
 use crate::engine::executor::{Sampling, TokenId};
-use crate::engine::model::Family;
+use crate::engine::model::{Family, ModelSpec};
 
 /// A plan that the CPU backend cannot carry out: a bug of the driver.
 #[derive(Debug, thiserror::Error)]
@@ -47,13 +48,8 @@ pub enum CpuError {
     },
 }
 
-/// A weight `[inputs, outputs]`: rows of inputs, so that products over few tokens read it as it lies.
-pub struct CpuMatrix {
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
-    inputs: usize,
-    outputs: usize,
-}
+/// The weight of a linear layer, packed for reading.
+pub struct CpuMatrix(Packed);
 
 /// A segment of the running step with its adapter's offset table.
 struct ActiveSegment {
@@ -69,13 +65,16 @@ pub struct CpuBackend {
     kv_shape: KvShape,
     kv: Vec<KvLayer>,
     slots: Arc<Slots>,
-    threads: Parallelism,
+    threads: usize,
+    parallelism: Parallelism,
     /// `[max_model_len, head_dim / 2]` each.
     cos: Vec<f32>,
     sin: Vec<f32>,
     attention: Scratch,
     /// `[rows, max_rank]`: a segment's product with `Aᵀ`.
     shrunk: Vec<f32>,
+    /// `[rows, widest input]`: a product's left side.
+    interleaved: Vec<f32>,
     allowed: Option<Vec<bool>>,
     samplers: Vec<Option<SeqSampler>>,
     candidates: Vec<(f32, TokenId)>,
@@ -145,12 +144,14 @@ impl CpuBackend {
             kv: (0..spec.layers).map(|_| KvLayer::new(&kv_shape)).collect(),
             attention: Scratch::new(&kv_shape, limits.max_model_len),
             shrunk: committed(limits.max_num_batched_tokens * max_rank),
+            interleaved: committed(limits.max_num_batched_tokens * widest_input(spec)),
             samplers: (0..limits.max_num_seqs).map(|_| None).collect(),
             candidates: Vec::with_capacity(spec.vocab_size),
             last_tokens: vec![0; limits.max_num_seqs],
             sampled: Vec::with_capacity(limits.max_num_seqs),
             step: Step::new(limits),
-            threads: parallelism(threads),
+            threads,
+            parallelism: parallelism(threads),
             kv_shape,
             slots,
             cos,
@@ -186,7 +187,7 @@ impl Backend for CpuBackend {
 
     fn upload_matrix(&mut self, matrix: HostMatrix) -> Result<CpuMatrix, CpuError> {
         let HostMatrix { weight, bias, outputs, inputs } = matrix;
-        Ok(CpuMatrix { weight: transposed(&weight, outputs, inputs), bias, inputs, outputs })
+        Ok(CpuMatrix(Packed::new(&weight, bias.as_deref(), outputs, inputs)))
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<(), CpuError> {
@@ -329,18 +330,7 @@ impl Backend for CpuBackend {
         x: &Vec<f32>,
         out: &mut Vec<f32>,
     ) -> Result<(), CpuError> {
-        let out = &mut out[..n * matrix.outputs];
-        if let Some(bias) = &matrix.bias {
-            out.chunks_exact_mut(matrix.outputs).for_each(|row| row.copy_from_slice(bias));
-        }
-        multiply(
-            MatMut::dense(out, n, matrix.outputs),
-            matrix.bias.is_some(),
-            1.0,
-            Mat::dense(x, n, matrix.inputs),
-            Mat::dense(&matrix.weight, matrix.inputs, matrix.outputs),
-            self.threads,
-        );
+        matrix.0.multiply(n, x, &mut self.interleaved, out, self.threads);
         Ok(())
     }
 
@@ -371,7 +361,7 @@ impl Backend for CpuBackend {
                     layout.scale(),
                     Mat::dense(&x[segment.start * part.inputs..], rows, part.inputs),
                     Mat::dense(a, rank, part.inputs),
-                    self.threads,
+                    self.parallelism,
                 );
                 multiply(
                     MatMut {
@@ -384,7 +374,7 @@ impl Backend for CpuBackend {
                     1.0,
                     Mat::dense(shrunk, rows, rank),
                     Mat::dense(b, rank, part.outputs),
-                    self.threads,
+                    self.parallelism,
                 );
             }
         }
@@ -437,7 +427,7 @@ impl Backend for CpuBackend {
                 context: *context as usize,
                 blocks: &step.blocks[blocks],
             };
-            attend(&self.kv[layer], &self.kv_shape, rows, &mut self.attention, self.threads);
+            attend(&self.kv[layer], &self.kv_shape, rows, &mut self.attention, self.parallelism);
         }
         Ok(())
     }
@@ -491,24 +481,12 @@ impl Backend for CpuBackend {
     }
 }
 
+/// The widest input of a linear layer.
+pub(super) fn widest_input(spec: &ModelSpec) -> usize {
+    spec.modules().iter().map(|m| m.inputs).max().unwrap_or(0).max(spec.hidden)
+}
+
 /// Row `i` of a dense matrix.
 fn row(matrix: &[f32], i: usize, width: usize) -> &[f32] {
     &matrix[i * width..(i + 1) * width]
-}
-
-/// `[rows, cols]` as `[cols, rows]`, in tiles that fit the first-level cache.
-fn transposed(matrix: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    const TILE: usize = 32;
-    assert_eq!(matrix.len(), rows * cols, "a matrix has rows times columns elements");
-    let mut out = vec![0.0; matrix.len()];
-    for r0 in (0..rows).step_by(TILE) {
-        for c0 in (0..cols).step_by(TILE) {
-            for r in r0..rows.min(r0 + TILE) {
-                for c in c0..cols.min(c0 + TILE) {
-                    out[c * rows + r] = matrix[r * cols + c];
-                }
-            }
-        }
-    }
-    out
 }

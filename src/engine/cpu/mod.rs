@@ -4,11 +4,14 @@ mod attention;
 mod backend;
 mod copier;
 mod executor;
+mod kernel;
 mod kv;
 mod math;
 mod matmul;
 mod memory;
+mod packed;
 mod sample;
+mod simd;
 mod slots;
 
 pub use backend::{CpuBackend, CpuError};
