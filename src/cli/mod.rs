@@ -8,9 +8,29 @@ pub mod failure;
 pub mod settings;
 pub mod ui;
 
+#[cfg(feature = "server")]
+mod calibrate;
+#[cfg(feature = "server")]
+mod client;
 mod completions;
+mod engine_args;
+#[cfg(feature = "engine")]
+mod fetch_data;
+#[cfg(feature = "server")]
+mod measure;
+mod merge;
+#[cfg(feature = "plot")]
+mod plot;
+#[cfg(feature = "server")]
+mod probe;
+mod replay;
 #[cfg(feature = "server")]
 mod serve;
+mod simulate;
+#[cfg(feature = "server")]
+mod smoke_test;
+mod trace;
+pub mod workload;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -35,6 +55,32 @@ enum Command {
     /// Serve a base model with LoRA adapters over HTTP
     #[cfg(feature = "server")]
     Serve(serve::ServeArgs),
+    /// Check that a server answers, swaps and counts as it should
+    #[cfg(feature = "server")]
+    SmokeTest(smoke_test::SmokeTestArgs),
+    /// Find an arrival rate that a server bears
+    #[cfg(feature = "server")]
+    Probe(probe::ProbeArgs),
+    /// Measure TTFT and latency of one configuration
+    #[cfg(feature = "server")]
+    Measure(measure::MeasureArgs),
+    /// Time this machine's steps, swaps and host: a profile
+    #[cfg(feature = "server")]
+    Calibrate(calibrate::CalibrateArgs),
+    /// Predict TTFT at every gpu_loras from a profile
+    Simulate(simulate::SimulateArgs),
+    /// Check that the simulator decides as the engine did
+    Replay(replay::ReplayArgs),
+    /// Make, take in and look at traces
+    Trace(trace::TraceArgs),
+    /// Get ShareGPT's text and the Llama-2 tokenizer into the data folder
+    #[cfg(feature = "engine")]
+    FetchData(fetch_data::FetchDataArgs),
+    /// Draw median and p99 TTFT over gpu_loras from results CSVs
+    #[cfg(feature = "plot")]
+    Plot(plot::PlotArgs),
+    /// Join results CSVs, each run once
+    Merge(merge::MergeArgs),
     /// Print a shell's completion script
     Completions(completions::CompletionsArgs),
 }
@@ -44,6 +90,22 @@ impl Command {
         match self {
             #[cfg(feature = "server")]
             Self::Serve(args) => serve::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::SmokeTest(args) => smoke_test::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Probe(args) => probe::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Measure(args) => measure::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Calibrate(args) => calibrate::run(args, ctx),
+            Self::Simulate(args) => simulate::run(args, ctx),
+            Self::Replay(args) => replay::run(args, ctx),
+            Self::Trace(args) => trace::run(args, ctx),
+            #[cfg(feature = "engine")]
+            Self::FetchData(args) => fetch_data::run(args, ctx),
+            #[cfg(feature = "plot")]
+            Self::Plot(args) => plot::run(args, ctx),
+            Self::Merge(args) => merge::run(args, ctx),
             Self::Completions(args) => completions::run(args, ctx),
         }
     }

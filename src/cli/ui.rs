@@ -24,10 +24,20 @@ pub fn bar(len: u64, what: &str) -> ProgressBar {
 /// A table whose first column is text and whose other columns are numbers, aligned right.
 pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(header.to_vec());
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+/// A time as people read it: `1.23 s`, `45.6 ms`, `789 µs`.
+pub fn seconds(s: f64) -> String {
+    let size = s.abs();
+    match size {
+        _ if size >= 1.0 => format!("{s:.2} s"),
+        _ if size >= 1e-3 => format!("{:.1} ms", s * 1e3),
+        _ => format!("{:.0} µs", s * 1e6),
+    }
 }

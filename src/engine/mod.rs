@@ -3,6 +3,23 @@
 pub mod adapters;
 pub mod backend;
 pub mod batch;
+mod channel;
+pub mod clock;
 pub mod cpu;
+pub mod emulated;
+mod engine;
 pub mod executor;
+mod gauges;
 pub mod model;
+mod output;
+mod request;
+#[cfg(feature = "server")]
+pub mod server;
+pub mod setup;
+mod step_loop;
+mod warm_up;
+
+pub use engine::{Engine, EngineConfig, GenerateHandle, StartError};
+pub use gauges::{EngineStats, SlotView, SwapCounts, SwapStats};
+pub use request::{Delta, Finish, FirstToken, GenerateParams, GenerateRequest, Generated, SubmitError};
+pub use step_loop::LoopError;

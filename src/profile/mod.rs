@@ -1,1 +1,502 @@
-//! profile
+//! `profile.json`: the calibrated costs of one machine, model and engine, and the cost model they feed.
+
+mod cost;
+mod shape;
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+pub use cost::{CostModel, Feature, FeatureError};
+pub use shape::StepShape;
+
+/// The version that this program writes and reads.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// Calibrated costs with where they come from. Units are in the names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// Where the costs come from.
+    pub kind: Kind,
+    /// When it was calibrated, RFC 3339.
+    pub created: String,
+    /// The program that calibrated it, with its commit.
+    pub tool: String,
+    /// What it was calibrated on.
+    pub machine: serde_json::Value,
+    /// The model's name.
+    pub model: String,
+    /// The adapters that were measured.
+    pub adapter: AdapterCosts,
+    /// The engine's limits and sizes.
+    pub engine: EngineFacts,
+    /// Cost of a step by its composition.
+    pub step: StepCosts,
+    /// Cost of a swap.
+    pub swap: SwapCosts,
+    /// Costs of the host around steps.
+    pub host: HostCosts,
+    /// Relative residuals of the step fit over the calibration samples.
+    pub residuals: Quantiles,
+    /// Relative errors on samples that the fit has not seen.
+    pub holdout: Holdout,
+    /// The raw samples, beside the profile.
+    pub samples_file: Option<String>,
+    /// SHA-256 of the profile with this field empty.
+    pub sha256: String,
+}
+
+/// Where costs come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Micro-benchmarks of this program's engine.
+    Engine,
+    /// Response times of somebody's server.
+    BlackBox,
+    /// A what-if copy of another profile.
+    Scaled,
+}
+
+/// The adapters that were measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterCosts {
+    /// Ranks, ascending.
+    pub ranks: Vec<u32>,
+    /// Bytes that a swap copies at each rank.
+    pub bytes: Vec<u64>,
+}
+
+/// The engine's limits and sizes, as far as they shape decisions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineFacts {
+    /// `cpu` or `cuda`.
+    pub device: String,
+    /// Stored type of weights and cache.
+    pub dtype: String,
+    /// Compute threads (CPU).
+    pub threads: u32,
+    /// Transformer layers.
+    pub layers: u32,
+    /// Tokens in a KV block.
+    pub block_size: u32,
+    /// Bytes of a KV block over all layers.
+    pub kv_block_bytes: u64,
+    /// Bytes of the weights.
+    pub weights_bytes: u64,
+    /// Bytes of the activations' workspace.
+    pub workspace_bytes: u64,
+    /// Memory that weights, workspace, slots and KV blocks share; none where the KV cache has a
+    /// memory of its own.
+    pub memory_bytes: Option<u64>,
+    /// Memory of the KV cache alone, where it has its own.
+    pub kv_memory_bytes: Option<u64>,
+    /// Prompt and output tokens of one request, at most.
+    pub max_model_len: u32,
+    /// Tokens in a step, at most, as calibrated.
+    pub max_num_batched_tokens: u32,
+    /// Sequences in a step, at most, as calibrated.
+    pub max_num_seqs: u32,
+}
+
+/// Cost of a step: the sum of features times coefficients.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepCosts {
+    /// Feature names; see [`Feature`].
+    pub features: Vec<String>,
+    /// Nanoseconds for one unit of each.
+    pub coef_ns: Vec<f64>,
+}
+
+/// Cost of a swap: `fixed_s + bytes / bytes_per_s`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SwapCosts {
+    /// From submission to completion, less the copy.
+    pub fixed_s: f64,
+    /// Copy rate with no step running.
+    pub bytes_per_s: f64,
+    /// Copy rate while a step runs.
+    pub busy_bytes_per_s: f64,
+    /// How much slower a step runs while a swap does: 0.05 is 5 %.
+    pub step_slowdown: f64,
+}
+
+/// Costs of the host around steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostCosts {
+    /// From a step's result to the next submission.
+    pub loop_s: f64,
+    /// From a request's receipt to the queue, for an empty prompt.
+    pub front_s: f64,
+    /// The same, for each byte of prompt.
+    pub tokenize_s_per_byte: f64,
+    /// From a first token to its first byte.
+    pub deliver_s: f64,
+    /// Prompt bytes for each prompt token.
+    pub bytes_per_token: f64,
+}
+
+/// Quantiles of a relative error, signed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantiles {
+    /// 5 %.
+    pub p05: f64,
+    /// 25 %.
+    pub p25: f64,
+    /// Median.
+    pub p50: f64,
+    /// 75 %.
+    pub p75: f64,
+    /// 95 %.
+    pub p95: f64,
+}
+
+/// How well the step fit predicts what it has not seen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Holdout {
+    /// Samples held out.
+    pub samples: usize,
+    /// Mean absolute relative error.
+    pub mean_abs_error: f64,
+    /// The largest absolute relative error.
+    pub max_abs_error: f64,
+    /// Signed mean relative error.
+    pub bias: f64,
+}
+
+/// A profile that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ProfileError {
+    /// The file cannot be read.
+    #[error("cannot read the profile {path}: {source}")]
+    Read {
+        /// Which file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not JSON of this form.
+    #[error("{path} is not a profile: {source}")]
+    Form {
+        /// Which file.
+        path: String,
+        /// What is missing or unknown.
+        source: serde_json::Error,
+    },
+    /// Another version.
+    #[error("{path} has schema version {found}; this program reads {SCHEMA_VERSION}: calibrate anew")]
+    Schema {
+        /// Which file.
+        path: String,
+        /// Its version.
+        found: u64,
+    },
+    /// Its hash is another.
+    #[error("{path} was changed after calibration: its SHA-256 is {found}, it says {said}")]
+    Hash {
+        /// Which file.
+        path: String,
+        /// The true hash.
+        found: String,
+        /// The hash that it names.
+        said: String,
+    },
+    /// A cost that cannot be.
+    #[error("the profile's {what} is {value}: {expected}")]
+    Value {
+        /// Which cost.
+        what: String,
+        /// Its value.
+        value: f64,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// An unknown feature.
+    #[error(transparent)]
+    Feature(#[from] FeatureError),
+    /// A rank outside of what was measured.
+    #[error(
+        "the profile has ranks {measured:?}, and rank {rank} lies outside: calibrate with --ranks {rank}"
+    )]
+    Rank {
+        /// The rank asked for.
+        rank: u32,
+        /// What was measured.
+        measured: Vec<u32>,
+    },
+    /// The profile of another model.
+    #[error(
+        "the profile is of the model '{profile}', not '{asked}': calibrate that one, or name its profile"
+    )]
+    Model {
+        /// The profile's.
+        profile: String,
+        /// The one asked for.
+        asked: String,
+    },
+    /// Slots and weights leave no memory for the KV cache.
+    #[error(
+        "{gpu_loras} slots leave no room for one request: required {required_gb:.2} GB, available \
+         {available_gb:.2} GB: lower --gpu-loras"
+    )]
+    Memory {
+        /// Slots.
+        gpu_loras: usize,
+        /// What is needed.
+        required_gb: f64,
+        /// What there is.
+        available_gb: f64,
+    },
+}
+
+impl Profile {
+    /// Reads and checks a profile.
+    pub fn load(path: &Path) -> Result<Self, ProfileError> {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ProfileError::Read { path: name.clone(), source })?;
+        Self::parse(&name, &text)
+    }
+
+    /// Checks a profile's text; `name` is for messages.
+    pub fn parse(name: &str, text: &str) -> Result<Self, ProfileError> {
+        let form = |source| ProfileError::Form { path: name.to_owned(), source };
+        let value: serde_json::Value = serde_json::from_str(text).map_err(form)?;
+        if let Some(found) = value.get("schema_version").and_then(serde_json::Value::as_u64)
+            && found != u64::from(SCHEMA_VERSION)
+        {
+            return Err(ProfileError::Schema { path: name.to_owned(), found });
+        }
+        let profile: Self = serde_json::from_value(value).map_err(form)?;
+        let found = profile.hash();
+        if found != profile.sha256 {
+            return Err(ProfileError::Hash { path: name.to_owned(), found, said: profile.sha256 });
+        }
+        profile.check()?;
+        Ok(profile)
+    }
+
+    /// SHA-256 of the profile with an empty hash field.
+    pub fn hash(&self) -> String {
+        let unsigned = Self { sha256: String::new(), ..self.clone() };
+        let json = serde_json::to_vec(&unsigned).unwrap_or_default();
+        Sha256::digest(json).iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Writes its own hash into it.
+    pub fn signed(mut self) -> Self {
+        self.sha256 = self.hash();
+        self
+    }
+
+    /// Refuses costs that cannot be.
+    pub fn check(&self) -> Result<(), ProfileError> {
+        let not_negative = |what: &str, value: f64| {
+            if value.is_finite() && value >= 0.0 {
+                Ok(())
+            } else {
+                Err(ProfileError::Value { what: what.to_owned(), value, expected: "a cost is 0 or more" })
+            }
+        };
+        let positive = |what: &str, value: f64| {
+            if value.is_finite() && value > 0.0 {
+                Ok(())
+            } else {
+                Err(ProfileError::Value { what: what.to_owned(), value, expected: "it must be over 0" })
+            }
+        };
+        for (feature, &coef) in self.step.features.iter().zip(&self.step.coef_ns) {
+            feature.parse::<Feature>()?;
+            not_negative(&format!("step cost of '{feature}'"), coef)?;
+        }
+        positive("number of step features", self.step.features.len() as f64)?;
+        if self.step.features.len() != self.step.coef_ns.len() {
+            return Err(ProfileError::Value {
+                what: "number of step coefficients".to_owned(),
+                value: self.step.coef_ns.len() as f64,
+                expected: "there must be as many as features",
+            });
+        }
+        not_negative("swap.fixed_s", self.swap.fixed_s)?;
+        positive("swap.bytes_per_s", self.swap.bytes_per_s)?;
+        positive("swap.busy_bytes_per_s", self.swap.busy_bytes_per_s)?;
+        not_negative("swap.step_slowdown", self.swap.step_slowdown)?;
+        not_negative("host.loop_s", self.host.loop_s)?;
+        not_negative("host.front_s", self.host.front_s)?;
+        not_negative("host.tokenize_s_per_byte", self.host.tokenize_s_per_byte)?;
+        not_negative("host.deliver_s", self.host.deliver_s)?;
+        not_negative("host.bytes_per_token", self.host.bytes_per_token)?;
+        positive("engine.kv_block_bytes", self.engine.kv_block_bytes as f64)?;
+        positive("engine.block_size", f64::from(self.engine.block_size))?;
+        positive("engine.layers", f64::from(self.engine.layers))?;
+        positive("number of calibrated ranks", self.adapter.ranks.len() as f64)?;
+        if self.adapter.ranks.len() != self.adapter.bytes.len() {
+            return Err(ProfileError::Value {
+                what: "number of adapter sizes".to_owned(),
+                value: self.adapter.bytes.len() as f64,
+                expected: "there must be as many as ranks",
+            });
+        }
+        Ok(())
+    }
+
+    /// Refuses a profile of another model.
+    pub fn expect_model(&self, asked: &str) -> Result<(), ProfileError> {
+        if self.model == asked {
+            return Ok(());
+        }
+        Err(ProfileError::Model { profile: self.model.clone(), asked: asked.to_owned() })
+    }
+
+    /// Bytes that a swap copies at `rank`, interpolated between calibrated ranks.
+    pub fn adapter_bytes(&self, rank: u32) -> Result<u64, ProfileError> {
+        let AdapterCosts { ranks, bytes } = &self.adapter;
+        let outside = || ProfileError::Rank { rank, measured: ranks.clone() };
+        let above = ranks.iter().position(|&r| r >= rank).ok_or_else(outside)?;
+        if ranks[above] == rank {
+            return Ok(bytes[above]);
+        }
+        let below = above.checked_sub(1).ok_or_else(outside)?;
+        let share = f64::from(rank - ranks[below]) / f64::from(ranks[above] - ranks[below]);
+        Ok((bytes[below] as f64 + share * (bytes[above] as f64 - bytes[below] as f64)).round() as u64)
+    }
+
+    /// KV blocks left beside `gpu_loras` slots for adapters of up to `max_rank`, with blocks of
+    /// `block_size` tokens; at least one request of `max_model_len` must fit. `kv_memory` replaces
+    /// what the profile's engine had for its KV cache, where that has a memory of its own.
+    pub fn kv_blocks(
+        &self,
+        gpu_loras: usize,
+        max_rank: u32,
+        block_size: usize,
+        max_model_len: usize,
+        kv_memory: Option<u64>,
+    ) -> Result<usize, ProfileError> {
+        let e = &self.engine;
+        let block_bytes = e.kv_block_bytes / u64::from(e.block_size) * block_size as u64;
+        let slots = gpu_loras as u64 * self.adapter_bytes(max_rank)?;
+        let (available, taken) = match (e.memory_bytes, e.kv_memory_bytes) {
+            (Some(memory), _) => (memory, e.weights_bytes + e.workspace_bytes + slots),
+            (None, own) => (kv_memory.or(own).unwrap_or(0), 0),
+        };
+        let blocks = (available.saturating_sub(taken) / block_bytes) as usize;
+        let needed = max_model_len.div_ceil(block_size);
+        if blocks < needed {
+            return Err(ProfileError::Memory {
+                gpu_loras,
+                required_gb: (taken + needed as u64 * block_bytes) as f64 / 1e9,
+                available_gb: available as f64 / 1e9,
+            });
+        }
+        Ok(blocks)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A profile with round costs: a step is 1 ms and 20 µs a token, a swap is 1 ms.
+    pub(crate) fn round() -> Profile {
+        Profile {
+            schema_version: SCHEMA_VERSION,
+            kind: Kind::Engine,
+            created: "2026-01-01T00:00:00Z".to_owned(),
+            tool: "test".to_owned(),
+            machine: serde_json::Value::Null,
+            model: "tiny".to_owned(),
+            adapter: AdapterCosts { ranks: vec![8, 16], bytes: vec![1_000_000, 2_000_000] },
+            engine: EngineFacts {
+                device: "cpu".to_owned(),
+                dtype: "f32".to_owned(),
+                threads: 1,
+                layers: 4,
+                block_size: 16,
+                kv_block_bytes: 1 << 14,
+                weights_bytes: 1 << 24,
+                workspace_bytes: 1 << 24,
+                memory_bytes: None,
+                kv_memory_bytes: Some(1 << 30),
+                max_model_len: 4352,
+                max_num_batched_tokens: 4096,
+                max_num_seqs: 16,
+            },
+            step: StepCosts {
+                features: vec!["step".to_owned(), "tokens:0-".to_owned()],
+                coef_ns: vec![1e6, 2e4],
+            },
+            swap: SwapCosts { fixed_s: 0.0, bytes_per_s: 1e9, busy_bytes_per_s: 1e9, step_slowdown: 0.0 },
+            host: HostCosts {
+                loop_s: 0.0,
+                front_s: 0.0,
+                tokenize_s_per_byte: 0.0,
+                deliver_s: 0.0,
+                bytes_per_token: 4.0,
+            },
+            residuals: Quantiles::default(),
+            holdout: Holdout::default(),
+            samples_file: None,
+            sha256: String::new(),
+        }
+        .signed()
+    }
+
+    fn refuse(change: impl Fn(&mut Profile)) -> String {
+        let mut profile = round();
+        change(&mut profile);
+        let text = serde_json::to_string(&profile.signed()).unwrap();
+        Profile::parse("p.json", &text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn round_trips() {
+        let text = serde_json::to_string_pretty(&round()).unwrap();
+        assert_eq!(Profile::parse("p.json", &text).unwrap(), round());
+    }
+
+    #[test]
+    fn bad_profiles_are_refused_with_the_reason() {
+        assert!(refuse(|p| p.schema_version = 7).contains("schema version 7"));
+        assert!(refuse(|p| p.step.coef_ns[1] = -3.0).contains("'tokens:0-' is -3"));
+        assert!(refuse(|p| p.step.features[0] = "luck".to_owned()).contains("'luck'"));
+        assert!(refuse(|p| p.swap.bytes_per_s = 0.0).contains("bytes_per_s is 0"));
+        assert!(refuse(|p| _ = p.step.coef_ns.pop()).contains("as many as features"));
+
+        let text = serde_json::to_string(&round()).unwrap();
+        let edited = text.replace("20000.0", "10000.0");
+        assert!(Profile::parse("p.json", &edited).unwrap_err().to_string().contains("changed after"));
+        let missing = text.replace("\"swap\"", "\"swop\"");
+        assert!(Profile::parse("p.json", &missing).unwrap_err().to_string().contains("swop"));
+        assert!(round().expect_model("facebook/opt-125m").is_err());
+    }
+
+    #[test]
+    fn ranks_between_calibrated_ones_are_interpolated_and_others_refused() {
+        let profile = round();
+        assert_eq!(profile.adapter_bytes(8).unwrap(), 1_000_000);
+        assert_eq!(profile.adapter_bytes(12).unwrap(), 1_500_000);
+        assert!(profile.adapter_bytes(4).is_err());
+        assert!(profile.adapter_bytes(32).is_err());
+    }
+
+    #[test]
+    fn slots_take_memory_from_the_kv_cache_where_they_share_it() {
+        let mut profile = round();
+        profile.engine.memory_bytes = Some((1 << 25) + 10_000_000 + 300 * (1 << 14));
+        profile.engine.kv_memory_bytes = None;
+        assert_eq!(profile.kv_blocks(10, 8, 16, 4352, None).unwrap(), 300);
+        let error = profile.kv_blocks(11, 8, 16, 4352, None).unwrap_err();
+        assert!(error.to_string().contains("lower --gpu-loras"), "{error}");
+    }
+}

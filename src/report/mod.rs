@@ -1,3 +1,13 @@
 //! Results: records, statistics, files, figures.
 
+pub mod decision_log;
+pub mod digest;
+pub mod files;
+pub mod machine;
+pub mod manifest;
+#[cfg(feature = "plot")]
+pub mod plot;
 pub mod record;
+pub mod requests;
+pub mod results;
+pub mod stats;

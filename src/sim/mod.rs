@@ -1,1 +1,16 @@
-//! sim
+//! The simulator: the engine's own scheduler on a virtual clock.
+//!
+//! [`run`] moves the clock from event to event; a [`Device`] says when submitted work ends. The
+//! [`ModelDevice`] takes durations from a calibrated profile, [`replay`] takes them from a decision log.
+
+mod clock;
+mod device;
+mod model_device;
+mod recorded;
+mod replay;
+
+pub use clock::{Input, Observer, Outcome, SimRequest, Totals, run};
+pub use device::{Device, Done};
+pub use model_device::ModelDevice;
+pub use recorded::{RecordError, Recorded, RecordedStep, RecordedSwap};
+pub use replay::{ReplayError, ReplayReport, replay};

@@ -1,3 +1,20 @@
-//! Traces: what is sent and what is replayed.
+//! Workloads: traces, where lengths come from, arrival processes, adapter popularity, prompts.
 
+pub mod arrivals;
+pub mod atomic;
+pub mod data_folder;
+#[cfg(feature = "engine")]
+pub mod fetch;
+pub mod import;
+pub mod lengths;
+pub mod pool;
+pub mod popularity;
+#[cfg(feature = "engine")]
+pub mod prompts;
+pub mod regime;
+pub mod sharegpt;
+pub mod spec;
+pub mod streams;
+#[cfg(feature = "engine")]
+pub mod tokenizer;
 pub mod trace;

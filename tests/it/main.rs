@@ -1,6 +1,9 @@
 //! Integration tests: one binary, a file per behaviour.
 
+mod experiment;
 #[cfg(feature = "engine")]
 mod parity;
+#[cfg(feature = "plot")]
+mod plot;
 #[cfg(feature = "engine")]
 mod rig;

@@ -108,6 +108,9 @@ impl Config {
                 max_model_len: self.max_model_len,
             });
         }
+        if self.prefetch > 0 && self.swap_mode == SwapMode::Blocking {
+            return Err(ConfigError::PrefetchWhileBlocking);
+        }
         let user_pinned = self.adapters.iter().filter(|a| a.pinned).count();
         if user_pinned > 0 && user_pinned >= self.gpu_loras && self.adapters.len() > self.gpu_loras {
             return Err(ConfigError::AllPinned { pinned: user_pinned, gpu_loras: self.gpu_loras });
@@ -263,6 +266,8 @@ pub enum ConfigError {
         /// The length.
         max_model_len: usize,
     },
+    /// In `blocking` mode nothing is copied ahead of the step that waits for it.
+    PrefetchWhileBlocking,
     /// User pins would leave no slot for the other adapters.
     AllPinned {
         /// Adapters pinned by the user.
@@ -293,6 +298,12 @@ impl fmt::Display for ConfigError {
                 "without chunked prefill a step must hold the longest prompt: max_num_batched_tokens ({tokens}) \
                  is less than max_model_len ({max_model_len})"
             ),
+            Self::PrefetchWhileBlocking => {
+                write!(
+                    f,
+                    "prefetch needs the swap mode overlap or layered: in blocking mode the device idles during a swap"
+                )
+            }
             Self::AllPinned { pinned, gpu_loras } => write!(
                 f,
                 "{pinned} adapters pinned for good leave none of the {gpu_loras} slots for the others: pin fewer"

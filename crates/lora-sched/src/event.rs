@@ -75,7 +75,7 @@ pub enum EventError {
         /// The least that would have been taken.
         at_least: RequestId,
     },
-    /// `StepDone` without a step, or a second plan before the first one's end.
+    /// `StepDone` without a step.
     NoStep,
     /// `SwapDone` for a slot that is not loading.
     NotLoading(SlotId),

@@ -1,0 +1,120 @@
+//! The invariants, checked from scratch: for tests and for engines in debug builds.
+
+use crate::config::SwapMode;
+use crate::meter::Readiness;
+use crate::requests::Phase;
+use crate::scheduler::Scheduler;
+use crate::slots::SlotState;
+use crate::types::SlotId;
+
+macro_rules! hold {
+    ($condition:expr, $($message:tt)*) => {
+        if !$condition {
+            return Err(format!($($message)*));
+        }
+    };
+}
+
+impl Scheduler {
+    /// Checks every invariant in time linear in the scheduler's size. The error says which is broken.
+    pub fn audit(&self) -> Result<(), String> {
+        self.audit_blocks()?;
+        self.audit_slots()?;
+        self.audit_queue()
+    }
+
+    fn audit_blocks(&self) -> Result<(), String> {
+        let mut seen = vec![false; self.kv.total()];
+        let mut held = 0;
+        for block in self.kv.tables().iter().flatten() {
+            hold!(!std::mem::replace(&mut seen[*block as usize], true), "block {block} is held twice");
+            held += 1;
+        }
+        hold!(held + self.kv.free() == self.kv.total(), "{held} held and {} free blocks", self.kv.free());
+
+        let mut place_taken = vec![false; self.config.max_num_seqs];
+        for &index in &self.running {
+            let request = &self.requests[index];
+            let Phase::Running { place, .. } = request.phase else {
+                return Err(format!("request {} is in the running list and waits", request.id));
+            };
+            hold!(
+                !std::mem::replace(&mut place_taken[place.0 as usize], true),
+                "place {place} is taken twice"
+            );
+            let needed = self.config.blocks_for(request.computed as usize);
+            hold!(self.kv.held(place) >= needed, "request {} has too few blocks", request.id);
+        }
+        for &place in &self.places {
+            hold!(
+                !std::mem::replace(&mut place_taken[place.0 as usize], true),
+                "place {place} is free and taken"
+            );
+            hold!(self.kv.held(place) == 0, "the free place {place} holds blocks");
+        }
+        hold!(place_taken.iter().all(|&t| t), "a place is lost");
+        Ok(())
+    }
+
+    fn audit_slots(&self) -> Result<(), String> {
+        let mut pins = vec![0u32; self.config.gpu_loras];
+        let pinned_by = self.running.iter().chain(&self.holders);
+        for group in pinned_by.map(|&index| self.requests[index].group).filter(|&g| g > 0) {
+            let Some(slot) = self.queue.group(group).slot else {
+                return Err(format!("group {group} has pins and no slot"));
+            };
+            pins[slot.0 as usize] += 1;
+        }
+        let mut free = 0;
+        for (i, view) in self.slots().enumerate() {
+            let slot = SlotId(i as u32);
+            hold!(view.pins == pins[i], "slot {slot} counts {} pins of {}", view.pins, pins[i]);
+            let owner = view.state.adapter().map(|a| self.queue.group(a.0 + 1).slot);
+            match view.state {
+                SlotState::Free => free += 1,
+                SlotState::Retiring(_) => hold!(view.in_step, "slot {slot} retires for no step"),
+                SlotState::Loading(_) | SlotState::Resident(_) => {
+                    hold!(owner == Some(Some(slot)), "slot {slot} and its adapter disagree");
+                }
+            }
+            let evictable = matches!(view.state, SlotState::Resident(_))
+                && view.pins == 0
+                && !view.in_step
+                && !view.user_pinned;
+            hold!(self.slots.is_evictable(slot) == evictable, "slot {slot} is evictable: {}", !evictable);
+        }
+        hold!(self.slots.free_count() == free, "the free slots are miscounted");
+        Ok(())
+    }
+
+    fn audit_queue(&self) -> Result<(), String> {
+        let waiting: Vec<_> = self.requests.iter().filter(|(_, r)| r.phase == Phase::Waiting).collect();
+        hold!(waiting.len() == self.queue.len(), "the queue's length is wrong");
+        hold!(waiting.len() + self.running.len() == self.requests.len(), "a request is nowhere");
+        let mut ready = 0;
+        for (group, g) in self.queue.groups().iter().enumerate() {
+            let mut own = waiting.iter().filter(|(_, r)| r.group == group as u32);
+            hold!(own.clone().count() == g.waiting as usize, "group {group} miscounts its waiting");
+            hold!(own.next().map(|w| w.0) == g.head(), "group {group} has the wrong head");
+            if g.readiness == Readiness::Ready {
+                ready += g.waiting as usize;
+            }
+            let loading = g.slot.is_some_and(|s| self.slots.is_loading(s));
+            let expected = match (group, g.slot) {
+                (0, _) => Readiness::Ready,
+                (_, None) => Readiness::NeedsSlot,
+                (_, Some(_)) if loading && self.config.swap_mode == SwapMode::Overlap => Readiness::Loading,
+                (_, Some(_)) => Readiness::Ready,
+            };
+            hold!(g.readiness == expected, "group {group} is {:?}, not {expected:?}", g.readiness);
+        }
+        hold!(ready == self.queue.ready_len(), "the ready requests are miscounted");
+        for readiness in [Readiness::Ready, Readiness::NeedsSlot, Readiness::Loading] {
+            let groups = self.queue.groups();
+            let heads = groups.iter().filter(|g| g.readiness == readiness).filter_map(|g| g.head());
+            let oldest = heads.map(|h| self.requests[h].id).min();
+            hold!(self.queue.oldest(readiness).map(|o| o.0) == oldest, "the oldest {readiness:?} is wrong");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,263 @@
+//! The waiting queue, indexed by adapter.
+//!
+//! Each group (the base model, or one adapter) has its own list, oldest first; the groups with waiting
+//! requests stand in one of three heaps by what they lack, keyed by their oldest request. So the
+//! oldest request of each kind is found in O(1) and every change costs O(log groups), whatever the
+//! queue's length. A second list holds all waiting requests in order, for prefetch.
+
+use crate::config::AdapterSpec;
+use crate::heap::IndexedHeap;
+use crate::meter::{AdapterMeter, GateClock, Readiness, Reading};
+use crate::requests::{NONE, Requests};
+use crate::types::{RequestId, SlotId};
+
+/// The base model's group.
+pub(crate) const BASE: u32 = 0;
+
+/// The base model, or one adapter.
+#[derive(Clone, Debug)]
+pub(crate) struct Group {
+    pub(crate) spec: AdapterSpec,
+    pub(crate) slot: Option<SlotId>,
+    pub(crate) removed: bool,
+    /// Requests since the start.
+    pub(crate) uses: u64,
+    pub(crate) waiting: u32,
+    /// Waiting and running.
+    pub(crate) live: u32,
+    pub(crate) readiness: Readiness,
+    head: u32,
+    tail: u32,
+    meter: AdapterMeter,
+}
+
+impl Group {
+    pub(crate) fn head(&self) -> Option<u32> {
+        (self.head != NONE).then_some(self.head)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Queue {
+    groups: Vec<Group>,
+    ready: IndexedHeap<RequestId>,
+    needs_slot: IndexedHeap<RequestId>,
+    loading: IndexedHeap<RequestId>,
+    head: u32,
+    tail: u32,
+    len: usize,
+    ready_len: usize,
+}
+
+impl Queue {
+    pub(crate) fn new(adapters: &[AdapterSpec]) -> Self {
+        let groups = adapters.len() + 1;
+        let mut queue = Self {
+            groups: Vec::with_capacity(groups),
+            ready: IndexedHeap::new(groups),
+            needs_slot: IndexedHeap::new(groups),
+            loading: IndexedHeap::new(groups),
+            head: NONE,
+            tail: NONE,
+            len: 0,
+            ready_len: 0,
+        };
+        queue.add_group(AdapterSpec::new(0, 0), Readiness::Ready);
+        for &spec in adapters {
+            queue.add_group(spec, Readiness::NeedsSlot);
+        }
+        queue
+    }
+
+    pub(crate) fn add_group(&mut self, spec: AdapterSpec, readiness: Readiness) {
+        self.groups.push(Group {
+            spec,
+            slot: None,
+            removed: false,
+            uses: 0,
+            waiting: 0,
+            live: 0,
+            readiness,
+            head: NONE,
+            tail: NONE,
+            meter: AdapterMeter::default(),
+        });
+        for heap in [&mut self.ready, &mut self.needs_slot, &mut self.loading] {
+            heap.grow(self.groups.len());
+        }
+    }
+
+    pub(crate) fn group(&self, group: u32) -> &Group {
+        &self.groups[group as usize]
+    }
+
+    pub(crate) fn group_mut(&mut self, group: u32) -> &mut Group {
+        &mut self.groups[group as usize]
+    }
+
+    pub(crate) fn groups(&self) -> &[Group] {
+        &self.groups
+    }
+
+    /// Waiting requests.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Waiting requests that lack neither slot nor swap.
+    pub(crate) fn ready_len(&self) -> usize {
+        self.ready_len
+    }
+
+    /// The oldest waiting request of a kind, with its group.
+    pub(crate) fn oldest(&self, readiness: Readiness) -> Option<(RequestId, u32)> {
+        match readiness {
+            Readiness::Ready => self.ready.peek(),
+            Readiness::NeedsSlot => self.needs_slot.peek(),
+            Readiness::Loading => self.loading.peek(),
+        }
+    }
+
+    /// The oldest waiting request of all.
+    pub(crate) fn head(&self) -> Option<u32> {
+        (self.head != NONE).then_some(self.head)
+    }
+
+    fn heap(&mut self, readiness: Readiness) -> &mut IndexedHeap<RequestId> {
+        match readiness {
+            Readiness::Ready => &mut self.ready,
+            Readiness::NeedsSlot => &mut self.needs_slot,
+            Readiness::Loading => &mut self.loading,
+        }
+    }
+
+    /// Tells the heaps what the group's oldest request is now.
+    fn rekey(&mut self, group: u32, requests: &Requests) {
+        let g = &self.groups[group as usize];
+        let (readiness, head) = (g.readiness, g.head());
+        match head {
+            Some(head) => self.heap(readiness).set(group, requests[head].id),
+            None => self.heap(readiness).remove(group),
+        }
+    }
+
+    /// What the group lacks has changed.
+    pub(crate) fn set_readiness(
+        &mut self,
+        group: u32,
+        readiness: Readiness,
+        clock: &GateClock,
+        requests: &Requests,
+    ) {
+        let g = &mut self.groups[group as usize];
+        if g.readiness == readiness {
+            return;
+        }
+        g.meter.sync(clock, g.readiness);
+        let before = std::mem::replace(&mut g.readiness, readiness);
+        let waiting = g.waiting as usize;
+        if before == Readiness::Ready {
+            self.ready_len -= waiting;
+        }
+        if readiness == Readiness::Ready {
+            self.ready_len += waiting;
+        }
+        self.heap(before).remove(group);
+        self.rekey(group, requests);
+    }
+
+    /// The group's meter, read now.
+    pub(crate) fn read_meter(&mut self, group: u32, clock: &GateClock) -> Reading {
+        let g = &mut self.groups[group as usize];
+        g.meter.sync(clock, g.readiness);
+        g.meter.read(clock)
+    }
+
+    /// Puts a request in line by its id. Arrivals go to the end in O(1); a preempted request looks
+    /// for its place from the front, where it belongs.
+    pub(crate) fn push(&mut self, index: u32, requests: &mut Requests) {
+        let id = requests[index].id;
+        let group = requests[index].group;
+        let appended = self.tail == NONE || requests[self.tail].id < id;
+
+        let mut after = if appended { self.tail } else { NONE };
+        if !appended {
+            let mut next = self.head;
+            while next != NONE && requests[next].id < id {
+                after = next;
+                next = requests[next].next;
+            }
+        }
+        let next = if after == NONE { self.head } else { requests[after].next };
+        requests[index].prev = after;
+        requests[index].next = next;
+        match after {
+            NONE => self.head = index,
+            after => requests[after].next = index,
+        }
+        match next {
+            NONE => self.tail = index,
+            next => requests[next].prev = index,
+        }
+
+        // Within a group, admission is in order of id, so a preempted request is older than all
+        // that wait or than all but those preempted before it: again the place is near the front.
+        let g = &mut self.groups[group as usize];
+        let mut after = NONE;
+        if g.tail != NONE && requests[g.tail].id < id {
+            after = g.tail;
+        } else {
+            let mut next = g.head;
+            while next != NONE && requests[next].id < id {
+                after = next;
+                next = requests[next].next_in_group;
+            }
+        }
+        let next = if after == NONE { g.head } else { requests[after].next_in_group };
+        requests[index].prev_in_group = after;
+        requests[index].next_in_group = next;
+        match after {
+            NONE => g.head = index,
+            after => requests[after].next_in_group = index,
+        }
+        match next {
+            NONE => g.tail = index,
+            next => requests[next].prev_in_group = index,
+        }
+        g.waiting += 1;
+        self.len += 1;
+        if g.readiness == Readiness::Ready {
+            self.ready_len += 1;
+        }
+        self.rekey(group, requests);
+    }
+
+    /// Takes a request out of line.
+    pub(crate) fn remove(&mut self, index: u32, requests: &mut Requests) {
+        let (group, prev, next) = (requests[index].group, requests[index].prev, requests[index].next);
+        match prev {
+            NONE => self.head = next,
+            prev => requests[prev].next = next,
+        }
+        match next {
+            NONE => self.tail = prev,
+            next => requests[next].prev = prev,
+        }
+        let (prev, next) = (requests[index].prev_in_group, requests[index].next_in_group);
+        let g = &mut self.groups[group as usize];
+        match prev {
+            NONE => g.head = next,
+            prev => requests[prev].next_in_group = next,
+        }
+        match next {
+            NONE => g.tail = prev,
+            next => requests[next].prev_in_group = prev,
+        }
+        g.waiting -= 1;
+        self.len -= 1;
+        if g.readiness == Readiness::Ready {
+            self.ready_len -= 1;
+        }
+        self.rekey(group, requests);
+    }
+}

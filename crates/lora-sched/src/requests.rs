@@ -1,0 +1,152 @@
+//! The requests in the scheduler: a slab, found by id in O(1).
+
+use std::collections::VecDeque;
+
+use crate::meter::Reading;
+use crate::parts::Parts;
+use crate::types::{Nanos, PlaceId, RequestId};
+
+/// No request, in links and in the id ring.
+pub(crate) const NONE: u32 = u32::MAX;
+
+/// Where a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Waiting,
+    Running {
+        place: PlaceId,
+        /// Whether the step in flight has tokens of it.
+        in_step: bool,
+        /// Cancelled while in the step: gone when it ends.
+        cancelled: bool,
+    },
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) id: RequestId,
+    /// Index of its group: 0 is the base model, adapter `a` is `a + 1`.
+    pub(crate) group: u32,
+    pub(crate) prompt: u32,
+    pub(crate) max_tokens: u32,
+    pub(crate) generated: u32,
+    /// Tokens in the KV cache.
+    pub(crate) computed: u32,
+    /// Tokens that the driver feeds: those known when it was last admitted.
+    pub(crate) fed: u32,
+    pub(crate) phase: Phase,
+    /// When it entered the queue.
+    pub(crate) arrived: Nanos,
+    /// A demand load of its adapter pins the slot for it until it starts.
+    pub(crate) holds_slot: bool,
+
+    pub(crate) parts: Parts,
+    /// Since when the present cause is being counted where no meter does it: a fresh arrival's
+    /// queueing for the running step's end, a running request's time between its chunks.
+    pub(crate) since: Nanos,
+    /// Arrived during the step in flight.
+    pub(crate) fresh: bool,
+    /// Meter readings when its metered wait began.
+    pub(crate) reading: Reading,
+
+    pub(crate) prev_in_group: u32,
+    pub(crate) next_in_group: u32,
+    pub(crate) prev: u32,
+    pub(crate) next: u32,
+}
+
+impl Request {
+    /// Prompt and output so far.
+    pub(crate) fn known(&self) -> u32 {
+        self.prompt + self.generated
+    }
+
+    /// Whether its TTFT is still running.
+    pub(crate) fn before_first_token(&self) -> bool {
+        self.generated == 0
+    }
+}
+
+/// All requests that have not ended.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Requests {
+    slab: Vec<Request>,
+    vacant: Vec<u32>,
+    /// Slab index of each id from `first_id` on. Ids rise, so a ring replaces a hash map.
+    ring: VecDeque<u32>,
+    first_id: u64,
+    live: usize,
+}
+
+impl Requests {
+    /// The least id that the next request may have.
+    pub(crate) fn next_id(&self) -> u64 {
+        self.first_id + self.ring.len() as u64
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.live
+    }
+
+    /// Adds a request whose id is at least [`Self::next_id`].
+    pub(crate) fn insert(&mut self, request: Request) -> u32 {
+        let id = request.id.0;
+        if self.live == 0 {
+            self.ring.clear();
+            self.first_id = id;
+        }
+        while self.next_id() < id {
+            self.ring.push_back(NONE);
+        }
+        let index = match self.vacant.pop() {
+            Some(index) => {
+                self.slab[index as usize] = request;
+                index
+            }
+            None => {
+                self.slab.push(request);
+                (self.slab.len() - 1) as u32
+            }
+        };
+        self.ring.push_back(index);
+        self.live += 1;
+        index
+    }
+
+    /// The index of a request that has not ended.
+    pub(crate) fn find(&self, id: RequestId) -> Option<u32> {
+        let at = id.0.checked_sub(self.first_id)?;
+        self.ring.get(usize::try_from(at).ok()?).copied().filter(|&index| index != NONE)
+    }
+
+    pub(crate) fn remove(&mut self, index: u32) {
+        let at = (self[index].id.0 - self.first_id) as usize;
+        self.ring[at] = NONE;
+        self.vacant.push(index);
+        self.live -= 1;
+        // The last entry stays, so that ids keep rising over an empty ring.
+        while self.ring.len() > 1 && self.ring[0] == NONE {
+            self.ring.pop_front();
+            self.first_id += 1;
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, &Request)> + '_ {
+        self.ring.iter().filter(|&&index| index != NONE).map(|&index| (index, &self[index]))
+    }
+}
+
+impl std::ops::Index<u32> for Requests {
+    type Output = Request;
+
+    fn index(&self, index: u32) -> &Request {
+        &self.slab[index as usize]
+    }
+}
+
+impl std::ops::IndexMut<u32> for Requests {
+    fn index_mut(&mut self, index: u32) -> &mut Request {
+        &mut self.slab[index as usize]
+    }
+}

@@ -1,0 +1,268 @@
+//! One behaviour a test, by hand.
+
+use lora_sched::{
+    AdapterId, AdapterSpec, Arrival, Config, Ended, Event, EventError, Evict, Notice, Outbox, Policy,
+    RequestId, Scheduler, SlotId, SlotState, StepPlan, SwapMode,
+};
+
+struct Bench {
+    scheduler: Scheduler,
+    plan: StepPlan,
+    out: Outbox,
+    now: u64,
+}
+
+impl Bench {
+    fn new(config: Config) -> Self {
+        Self {
+            scheduler: Scheduler::new(config).unwrap(),
+            plan: StepPlan::default(),
+            out: Outbox::default(),
+            now: 0,
+        }
+    }
+
+    fn try_arrive(&mut self, id: u64, adapter: u32) -> Result<(), EventError> {
+        let arrival = Arrival {
+            id: RequestId(id),
+            adapter: Some(AdapterId(adapter)),
+            received: self.now,
+            prompt_tokens: 10,
+            max_tokens: 3,
+        };
+        self.scheduler.handle(self.now, Event::Arrive(arrival), &mut self.out)
+    }
+
+    fn arrive(&mut self, id: u64, adapter: u32) {
+        self.try_arrive(id, adapter).unwrap();
+    }
+
+    fn event(&mut self, event: Event<'_>) {
+        self.now += 10;
+        self.scheduler.handle(self.now, event, &mut self.out).unwrap();
+    }
+
+    fn plan(&mut self) -> Vec<u64> {
+        self.out.clear();
+        self.scheduler.plan(self.now, &mut self.plan, &mut self.out);
+        self.plan.seqs.iter().map(|s| s.id.0).collect()
+    }
+
+    fn step_done(&mut self) {
+        self.event(Event::StepDone { stopped: &[], stalled: &[] });
+    }
+
+    fn evicted(&self) -> Vec<u32> {
+        self.out.swaps.iter().filter_map(|s| s.evicted).map(|a| a.0).collect()
+    }
+
+    fn state(&self, slot: usize) -> SlotState {
+        self.scheduler.slots().nth(slot).unwrap().state
+    }
+}
+
+fn config(total: usize, slots: usize) -> Config {
+    Config::with_adapters(total, slots, 8, 1000)
+}
+
+/// One request after another, each to its end; gives who was evicted.
+fn serve_in_turn(mut config: Config, adapters: &[u32]) -> Vec<u32> {
+    config.swap_mode = SwapMode::Blocking;
+    let mut b = Bench::new(config);
+    let mut evicted = Vec::new();
+    for (id, &adapter) in adapters.iter().enumerate() {
+        b.arrive(id as u64, adapter);
+        while !b.plan().is_empty() {
+            evicted.extend(b.evicted());
+            for slot in b.plan.loading.clone() {
+                b.event(Event::SwapDone(slot));
+            }
+            b.step_done();
+        }
+    }
+    evicted
+}
+
+#[test]
+fn each_eviction_rule_picks_its_own_victim() {
+    let with = |evict, slots| Config { evict, ..config(9, slots) };
+    // Use 0 twice, then 1: the least recently used is 0, the least often used is 1.
+    assert_eq!(serve_in_turn(with(Evict::Lru, 2), &[0, 0, 1, 5]), [0]);
+    assert_eq!(serve_in_turn(with(Evict::Lfu, 2), &[0, 0, 1, 5]), [1]);
+    // 0 has been resident longest, whatever its use.
+    assert_eq!(serve_in_turn(with(Evict::Fifo, 2), &[1, 0, 0, 5, 6]), [0, 1]);
+    // One use of an adapter that is eight times larger outweighs three of a small one.
+    let mut cost = with(Evict::Cost, 2);
+    cost.adapters[1] = AdapterSpec::new(64, 8000);
+    assert_eq!(serve_in_turn(cost, &[1, 0, 0, 0, 5]), [0]);
+}
+
+#[test]
+fn fewest_pending_keeps_the_adapter_that_is_waited_for() {
+    let mut b = Bench::new(Config {
+        evict: Evict::FewestPending,
+        policy: Policy::Fcfs,
+        max_num_seqs: 1,
+        swap_mode: SwapMode::Blocking,
+        ..config(9, 2)
+    });
+    // 0 is least recently used, but two requests wait for it behind the one that needs a slot.
+    for (id, adapter) in [(0, 1), (1, 5), (2, 0), (3, 0)] {
+        b.arrive(id, adapter);
+    }
+    while b.plan() == [0] {
+        b.step_done();
+    }
+    assert_eq!(b.plan.seqs[0].id, RequestId(1));
+    assert_eq!(b.evicted(), [1]);
+}
+
+#[test]
+fn a_pinned_adapter_is_passed_under_skip_and_waited_for_under_fcfs() {
+    for (policy, expected) in [(Policy::Skip, vec![0, 2]), (Policy::Fcfs, vec![0])] {
+        let mut b = Bench::new(Config { policy, ..config(4, 1) });
+        b.arrive(0, 0);
+        b.arrive(1, 1);
+        b.arrive(2, 0);
+        assert_eq!(b.plan(), expected, "{policy}");
+    }
+}
+
+#[test]
+fn overlap_lets_others_go_on_and_layered_starts_at_once() {
+    let mut b = Bench::new(Config { swap_mode: SwapMode::Overlap, ..config(4, 2) });
+    b.arrive(0, 3);
+    b.arrive(1, 1);
+    assert_eq!(b.plan(), [1]);
+    assert_eq!(b.out.swaps.len(), 1);
+    b.event(Event::SwapDone(b.out.swaps[0].slot));
+    b.step_done();
+    assert_eq!(b.plan(), [1, 0], "decodes stand first");
+
+    let mut b = Bench::new(Config { swap_mode: SwapMode::Layered, ..config(4, 2) });
+    b.arrive(0, 3);
+    assert_eq!(b.plan(), [0]);
+    assert_eq!(b.plan.loading, [b.out.swaps[0].slot]);
+    assert!(!b.plan.wait_for_swaps);
+}
+
+#[test]
+fn a_swap_starts_while_a_step_runs() {
+    let mut b = Bench::new(config(4, 2));
+    b.arrive(0, 0);
+    assert_eq!(b.plan(), [0]);
+    b.now += 5;
+    b.arrive(1, 2);
+    assert_eq!(b.evicted(), [1], "slot 0 is read by the step, slot 1 is not");
+}
+
+#[test]
+fn a_slot_that_the_step_reads_is_not_given_away_when_its_request_is_cancelled() {
+    let mut b = Bench::new(config(4, 1));
+    b.arrive(0, 0);
+    assert_eq!(b.plan(), [0]);
+    b.arrive(1, 2);
+    b.event(Event::Cancel(RequestId(0)));
+    assert!(b.out.swaps.is_empty());
+    b.step_done();
+    assert_eq!(
+        b.out.notices.last(),
+        Some(&Notice::Ended { id: RequestId(0), place: Some(lora_sched::PlaceId(0)), why: Ended::Cancelled })
+    );
+    assert_eq!(b.plan(), [1]);
+    assert_eq!(b.evicted(), [0]);
+}
+
+#[test]
+fn a_removed_adapter_drains_and_retires() {
+    let mut b = Bench::new(config(3, 2));
+    b.arrive(0, 0);
+    b.plan();
+    b.event(Event::RemoveAdapter(AdapterId(0)));
+    assert_eq!(b.try_arrive(1, 0), Err(EventError::UnknownAdapter(AdapterId(0))));
+    for _ in 0..3 {
+        assert_eq!(b.state(0), SlotState::Resident(AdapterId(0)));
+        b.step_done();
+        b.plan();
+    }
+    assert_eq!(b.state(0), SlotState::Free);
+    b.scheduler.audit().unwrap();
+
+    // Removed while only a cancelled request's step still reads it.
+    b.arrive(2, 1);
+    b.plan();
+    b.event(Event::RemoveAdapter(AdapterId(1)));
+    b.event(Event::Cancel(RequestId(2)));
+    assert_eq!(b.state(1), SlotState::Resident(AdapterId(1)));
+    b.step_done();
+    assert_eq!(b.state(1), SlotState::Free);
+    assert!(b.out.notices.contains(&Notice::AdapterGone(AdapterId(1))));
+}
+
+#[test]
+fn an_adapter_pinned_by_the_user_stays() {
+    let mut b = Bench::new(config(4, 2));
+    b.event(Event::PinAdapter(AdapterId(0), true));
+    let second = b.scheduler.handle(b.now, Event::PinAdapter(AdapterId(1), true), &mut b.out);
+    assert_eq!(second, Err(EventError::AllPinned));
+    b.arrive(0, 2);
+    b.plan();
+    assert_eq!(b.evicted(), [1], "0 is less recently used, and pinned");
+}
+
+#[test]
+fn what_cannot_be_served_is_refused() {
+    let mut b = Bench::new(Config { max_queue: 1, ..config(2, 1) });
+    b.arrive(4, 0);
+    assert_eq!(b.try_arrive(5, 0), Err(EventError::QueueFull { max_queue: 1 }));
+    let ask = |id, prompt_tokens, max_tokens| {
+        Event::Arrive(Arrival { id: RequestId(id), adapter: None, received: 0, prompt_tokens, max_tokens })
+    };
+    let mut b = Bench::new(config(2, 1));
+    b.arrive(4, 0);
+    let mut refuse = |event| b.scheduler.handle(0, event, &mut b.out).unwrap_err();
+    assert_eq!(refuse(ask(4, 1, 1)), EventError::IdOrder { id: RequestId(4), at_least: RequestId(5) });
+    assert_eq!(refuse(ask(9, 0, 1)), EventError::Empty(RequestId(9)));
+    assert_eq!(refuse(ask(9, 4352, 1)), EventError::TooLong { tokens: 4353, max_model_len: 4352 });
+    assert_eq!(refuse(Event::SwapDone(SlotId(0))), EventError::NotLoading(SlotId(0)));
+    assert_eq!(refuse(Event::StepDone { stopped: &[], stalled: &[] }), EventError::NoStep);
+    assert!(Scheduler::new(config(2, 3)).is_err());
+    assert!(Scheduler::new(config(2, 0)).is_err());
+}
+
+#[test]
+fn each_cause_of_waiting_is_told_apart() {
+    let parts_of = |b: &Bench, id| {
+        b.out.notices.iter().find_map(|n| match n {
+            Notice::FirstToken { id: i, parts } if *i == RequestId(id) => Some(*parts),
+            _ => None,
+        })
+    };
+    // One slot: 1 waits for the step under way, then for the slot until 0's last token, then starts.
+    let mut b = Bench::new(Config { swap_mode: SwapMode::Blocking, ..config(3, 1) });
+    b.arrive(0, 0);
+    b.plan();
+    b.now += 4;
+    b.arrive(1, 1);
+    b.now += 6;
+    for _ in 0..3 {
+        b.step_done();
+        b.plan();
+    }
+    assert_eq!(b.plan.seqs[0].id, RequestId(1));
+    b.event(Event::SwapDone(SlotId(0)));
+    b.step_done();
+    let parts = parts_of(&b, 1).unwrap();
+    assert_eq!((parts.queue, parts.slot, parts.swap, parts.prefill), (16, 20, 10, 10), "{parts:?}");
+
+    // No place: queue.
+    let mut b = Bench::new(Config { max_num_seqs: 1, ..config(3, 3) });
+    b.arrive(0, 0);
+    b.arrive(1, 1);
+    for _ in 0..4 {
+        b.plan();
+        b.step_done();
+    }
+    let parts = parts_of(&b, 1).unwrap();
+    assert_eq!((parts.queue, parts.prefill), (30, 10), "{parts:?}");
+}

@@ -1,0 +1,359 @@
+//! A small discrete-event driver with arbitrary durations that checks every decision as it is made.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lora_sched::{
+    AdapterId, AdapterSpec, Arrival, Config, Ended, Event, Evict, Nanos, Notice, Outbox, Parts, Policy,
+    RequestId, Scheduler, SlotId, SlotState, StepPlan, SwapKind, SwapMode, SwapPlan,
+};
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+
+/// A configuration and everything that happens to it.
+#[derive(Clone, Debug)]
+pub struct Load {
+    pub config: Config,
+    /// Arrivals by time; `received` is when the event comes, less a front-end part.
+    pub requests: Vec<Arrival>,
+    /// Cancels by time.
+    pub cancels: Vec<(Nanos, RequestId)>,
+    /// Durations of steps and swaps, cycled through.
+    pub durations: Vec<Nanos>,
+    /// Front-end part of each arrival.
+    pub front: Nanos,
+    /// Host time between a step's end and the next plan.
+    pub gap: Nanos,
+}
+
+impl Load {
+    pub fn is_cancelled(&self, id: RequestId) -> bool {
+        self.cancels.iter().any(|c| c.1 == id)
+    }
+}
+
+fn config() -> impl Strategy<Value = Config> {
+    (
+        (1usize..12, any::<prop::sample::Index>(), 1usize..7, prop::sample::select(vec![1usize, 4, 8])),
+        (8usize..64, 40usize..120, any::<bool>(), 0usize..4),
+        (
+            prop::sample::select(Policy::ALL),
+            prop::sample::select(Evict::ALL),
+            prop::sample::select(SwapMode::ALL),
+            1u64..200_000,
+            any::<bool>(),
+        ),
+    )
+        .prop_map(
+            |(
+                (total, slots, seqs, block),
+                (batch, len, chunked, prefetch),
+                (policy, evict, mode, age, pin),
+            )| {
+                let mut config = Config {
+                    adapters: (0..total).map(|i| AdapterSpec::new(8 << (i % 3), 1000 << (i % 3))).collect(),
+                    gpu_loras: 1 + slots.index(total),
+                    max_num_seqs: seqs,
+                    max_num_batched_tokens: if chunked { batch } else { batch.max(len) },
+                    max_model_len: len,
+                    block_size: block,
+                    // Little more than one request's worth, so that preemption happens.
+                    kv_blocks: len.div_ceil(block) + seqs,
+                    chunked_prefill: chunked,
+                    policy,
+                    evict,
+                    swap_mode: mode,
+                    prefetch: if mode == SwapMode::Blocking { 0 } else { prefetch },
+                    max_skip_age: age,
+                    max_queue: usize::MAX,
+                };
+                config.adapters[0].pinned = pin && config.gpu_loras > 1;
+                config
+            },
+        )
+}
+
+pub fn load() -> impl Strategy<Value = Load> {
+    let request = (0u64..40_000, prop::option::weighted(0.9, 0usize..64), 1u32..60, 1u32..30, 0u64..400_000);
+    (
+        config(),
+        prop::collection::vec(request, 1..40),
+        prop::collection::vec(1u64..30_000, 1..12),
+        0u64..5_000,
+        0u64..2_000,
+    )
+        .prop_map(|(config, raw, durations, front, gap)| {
+            let (mut at, mut requests, mut cancels) = (front, Vec::new(), Vec::new());
+            for (i, (delay, adapter, prompt, output, cancel)) in raw.into_iter().enumerate() {
+                at += delay / 4;
+                let id = RequestId(i as u64 * 2);
+                let prompt = prompt.min(config.max_model_len as u32 - 1);
+                requests.push(Arrival {
+                    id,
+                    adapter: adapter.map(|a| AdapterId((a % config.adapters.len()) as u32)),
+                    received: at - front,
+                    prompt_tokens: prompt,
+                    max_tokens: output.min(config.max_model_len as u32 - prompt),
+                });
+                // A quarter is cancelled, at any time from its arrival on.
+                if cancel < 100_000 {
+                    cancels.push((at + cancel, id));
+                }
+            }
+            cancels.sort();
+            Load { config, requests, cancels, durations, front, gap }
+        })
+}
+
+/// What came of a run.
+#[derive(Debug, Default)]
+pub struct Run {
+    pub ended: BTreeMap<RequestId, Ended>,
+    pub first_token: BTreeMap<RequestId, (Nanos, Parts)>,
+    pub started: Vec<RequestId>,
+    pub decisions: Vec<(StepPlan, Vec<SwapPlan>)>,
+    pub swaps: usize,
+    pub prefetched: usize,
+    pub preempted: usize,
+    pub chunks: usize,
+    pub kv_used_at_end: usize,
+    pub pins_at_end: u32,
+}
+
+/// What an executor knows of a running sequence.
+#[derive(Debug)]
+struct Sequence {
+    computed: u32,
+    blocks: usize,
+}
+
+pub struct Driver<'a> {
+    load: &'a Load,
+    scheduler: Scheduler,
+    now: Nanos,
+    plan: StepPlan,
+    out: Outbox,
+    /// When the step ends; none while it waits for its swaps.
+    step_end: Option<Nanos>,
+    step_waits: bool,
+    swaps: BTreeMap<SlotId, Nanos>,
+    sequences: BTreeMap<RequestId, Sequence>,
+    generated: BTreeMap<RequestId, u32>,
+    /// Requests that a demand load was started for may pass an aged one.
+    may_pass: BTreeSet<AdapterId>,
+    drawn: usize,
+    age_bound: bool,
+    run: Run,
+}
+
+impl<'a> Driver<'a> {
+    pub fn new(load: &'a Load) -> Self {
+        Self {
+            load,
+            scheduler: Scheduler::new(load.config.clone()).unwrap(),
+            now: 0,
+            plan: StepPlan::default(),
+            out: Outbox::default(),
+            step_end: None,
+            step_waits: false,
+            swaps: BTreeMap::new(),
+            sequences: BTreeMap::new(),
+            generated: BTreeMap::new(),
+            may_pass: BTreeSet::new(),
+            drawn: 0,
+            age_bound: false,
+            run: Run::default(),
+        }
+    }
+
+    pub fn checking_age_bound(mut self) -> Self {
+        self.age_bound = true;
+        self
+    }
+
+    fn duration(&mut self) -> Nanos {
+        self.drawn += 1;
+        self.load.durations[self.drawn % self.load.durations.len()]
+    }
+
+    pub fn run(mut self) -> Result<Run, TestCaseError> {
+        let (mut arrivals, mut cancels) =
+            (self.load.requests.iter().peekable(), self.load.cancels.iter().peekable());
+        loop {
+            let arrival = arrivals.peek().map(|a| a.received + self.load.front);
+            let cancel = cancels.peek().map(|c| c.0);
+            let swap = self.swaps.iter().map(|(&slot, &end)| (end, slot)).min();
+            let next = [arrival, cancel, swap.map(|s| s.0), self.step_end].into_iter().flatten().min();
+            let Some(next) = next else { break };
+            self.now = self.now.max(next);
+            let before: Vec<_> = self.scheduler.slots().collect();
+            if arrival == Some(next) {
+                let arrival = *arrivals.next().unwrap();
+                self.handle(Event::Arrive(arrival), &before)?;
+            } else if self.step_end == Some(next) {
+                self.step_done(&before)?;
+            } else if let Some((_, slot)) = swap.filter(|s| s.0 == next) {
+                self.swaps.remove(&slot);
+                self.handle(Event::SwapDone(slot), &before)?;
+            } else {
+                let (_, id) = *cancels.next().unwrap();
+                self.handle(Event::Cancel(id), &before)?;
+            }
+            self.submit_waiting_step();
+            if !self.scheduler.step_in_flight() {
+                self.form_step()?;
+            }
+        }
+        prop_assert!(self.scheduler.is_idle(), "requests are left with nothing under way");
+        self.run.kv_used_at_end = self.scheduler.kv_used();
+        self.run.pins_at_end = self.scheduler.slots().map(|s| s.pins).sum();
+        Ok(self.run)
+    }
+
+    fn handle(&mut self, event: Event<'_>, before: &[lora_sched::SlotView]) -> Result<(), TestCaseError> {
+        self.out.clear();
+        self.scheduler
+            .handle(self.now, event, &mut self.out)
+            .map_err(|e| TestCaseError::fail(format!("{event:?}: {e}")))?;
+        let landed = if let Event::SwapDone(slot) = event { Some(slot) } else { None };
+        self.take_out(before, landed)
+    }
+
+    fn take_out(
+        &mut self,
+        before: &[lora_sched::SlotView],
+        landed: Option<SlotId>,
+    ) -> Result<(), TestCaseError> {
+        self.scheduler.audit().map_err(TestCaseError::fail)?;
+        for i in 0..self.out.notices.len() {
+            match self.out.notices[i] {
+                Notice::FirstToken { id, parts } => {
+                    prop_assert!(self.run.first_token.insert(id, (self.now, parts)).is_none());
+                }
+                Notice::Ended { id, why, .. } => {
+                    prop_assert!(self.run.ended.insert(id, why).is_none(), "{id} ended twice");
+                    self.sequences.remove(&id);
+                }
+                Notice::Preempted { id, .. } => {
+                    self.run.preempted += 1;
+                    prop_assert!(self.sequences.remove(&id).is_some());
+                }
+                Notice::AdapterGone(_) => {}
+            }
+        }
+        for i in 0..self.out.swaps.len() {
+            let swap = self.out.swaps[i];
+            let slot = &before[swap.slot.0 as usize];
+            self.run.swaps += 1;
+            self.run.prefetched += usize::from(swap.kind == SwapKind::Prefetch);
+            prop_assert_eq!(slot.state.adapter(), swap.evicted.or(slot.state.adapter()), "{:?}", swap);
+            let loading = matches!(slot.state, SlotState::Loading(_)) && landed != Some(swap.slot);
+            prop_assert!(!loading, "{swap:?} overwrites a load");
+            // A request that ended in this very event may have held it until now.
+            let in_step = self.scheduler.step_in_flight()
+                && self.plan.seqs.iter().any(|s| s.adapter.is_some_and(|a| a.1 == swap.slot))
+                && !self.plan.loading.contains(&swap.slot);
+            prop_assert!(!in_step, "{swap:?} writes a slot that the step reads");
+            prop_assert!(!slot.user_pinned, "{swap:?} evicts an adapter that the user pinned");
+            let end = self.now + self.duration();
+            prop_assert!(self.swaps.insert(swap.slot, end).is_none());
+            self.may_pass.insert(swap.adapter);
+        }
+        Ok(())
+    }
+
+    fn form_step(&mut self) -> Result<(), TestCaseError> {
+        self.out.clear();
+        let before: Vec<_> = self.scheduler.slots().collect();
+        let aged = if self.age_bound { self.scheduler.aged() } else { None };
+        let mut plan = std::mem::take(&mut self.plan);
+        let formed = self.scheduler.plan(self.now, &mut plan, &mut self.out);
+        self.plan = plan;
+        for swap in &self.out.swaps {
+            prop_assert_eq!(before[swap.slot.0 as usize].pins, 0, "{:?} evicts a pinned adapter", swap);
+        }
+        // Preemption at the start of a plan can free the slot of an aged request, so ask again after it.
+        let aged = aged.filter(|_| self.scheduler.aged() == aged);
+        self.take_out(&before, None)?;
+        if !formed {
+            prop_assert!(self.plan.seqs.is_empty());
+            prop_assert!(
+                self.scheduler.waiting() == 0 || !self.swaps.is_empty(),
+                "requests wait for nothing"
+            );
+            return Ok(());
+        }
+        self.check_plan(aged)?;
+        self.run.decisions.push((self.plan.clone(), self.out.swaps.clone()));
+        self.step_waits = true;
+        self.submit_waiting_step();
+        Ok(())
+    }
+
+    fn submit_waiting_step(&mut self) {
+        let held_up =
+            self.plan.wait_for_swaps && self.plan.loading.iter().any(|s| self.swaps.contains_key(s));
+        if self.step_waits && !held_up {
+            self.step_waits = false;
+            self.step_end = Some(self.now + self.duration() + self.load.gap);
+        }
+    }
+
+    fn check_plan(&mut self, aged: Option<RequestId>) -> Result<(), TestCaseError> {
+        let config = &self.load.config;
+        prop_assert!(self.plan.tokens() <= config.max_num_batched_tokens);
+        prop_assert!(self.plan.seqs.len() <= config.max_num_seqs);
+        prop_assert!(config.swap_mode != SwapMode::Overlap || self.plan.loading.is_empty());
+        let ids: BTreeSet<_> = self.plan.seqs.iter().map(|s| s.id).collect();
+        prop_assert_eq!(ids.len(), self.plan.seqs.len(), "a sequence is twice in the step");
+        for seq in &self.plan.seqs {
+            let request = self.load.requests.iter().find(|r| r.id == seq.id).unwrap();
+            let known = request.prompt_tokens + self.generated.get(&seq.id).copied().unwrap_or(0);
+            let new = self.plan.new_blocks(seq).len();
+            prop_assert!(seq.len > 0);
+            if seq.start == 0 {
+                prop_assert!(!self.sequences.contains_key(&seq.id), "{} starts twice", seq.id);
+                self.sequences.insert(seq.id, Sequence { computed: 0, blocks: 0 });
+                if !self.run.started.contains(&seq.id) {
+                    self.run.started.push(seq.id);
+                }
+                let needs_slot = request.adapter.is_some_and(|a| !self.may_pass.contains(&a));
+                if let Some(aged) = aged.filter(|_| needs_slot) {
+                    prop_assert!(seq.id <= aged, "{} went past the aged {aged}", seq.id);
+                }
+            }
+            let state = self.sequences.get_mut(&seq.id).unwrap();
+            prop_assert_eq!(state.computed, seq.start, "tokens are skipped or computed twice");
+            state.blocks += new;
+            state.computed += seq.len;
+            prop_assert!(state.blocks * config.block_size >= state.computed as usize, "too few blocks");
+            prop_assert!(state.computed <= known);
+            prop_assert_eq!(seq.samples, state.computed == known);
+            prop_assert!(!seq.decode || (seq.len == 1 && seq.samples));
+            prop_assert_eq!(seq.adapter.map(|a| a.0), request.adapter);
+            self.run.chunks += usize::from(!seq.samples);
+            if config.chunked_prefill || seq.decode {
+                continue;
+            }
+            prop_assert!(seq.samples, "a prompt is cut though chunking is off");
+        }
+        Ok(())
+    }
+
+    fn step_done(&mut self, before: &[lora_sched::SlotView]) -> Result<(), TestCaseError> {
+        self.step_end = None;
+        for seq in self.plan.seqs.iter().filter(|s| s.samples) {
+            *self.generated.entry(seq.id).or_default() += 1;
+        }
+        // Every seventh sampled token ends its sequence.
+        let stops = |(i, s): (usize, &lora_sched::SeqStep)| {
+            (s.samples && (s.id.0 + s.start as u64) % 7 == 3).then_some(i as u32)
+        };
+        let stopped: Vec<u32> = self.plan.seqs.iter().enumerate().filter_map(stops).collect();
+        let stall = self.duration() / 2;
+        let stalled: Vec<_> = match self.load.config.swap_mode {
+            SwapMode::Layered => self.plan.loading.iter().map(|&s| (s, stall)).collect(),
+            _ => Vec::new(),
+        };
+        self.handle(Event::StepDone { stopped: &stopped, stalled: &stalled }, before)
+    }
+}

@@ -1,0 +1,443 @@
+//! The engine as its callers see it: requests in, streams of output back.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use lora_sched::{Config, ConfigError, EventError, Nanos, RequestId, Scheduler};
+
+use super::channel::{Receiver, channel};
+use super::clock::Clock;
+use super::executor::{Executor, ExecutorError, Sampling, TokenId};
+use super::gauges::{EngineStats, Gauges, SwapStats};
+use super::output::{self, OpenGuard, OutQueue, OutState, StreamItem};
+use super::request::{Delta, Finish, GenerateRequest, Generated, SubmitError};
+use super::step_loop::{Active, LoopParts, Mailbox, StepLoop, Submission};
+use crate::report::decision_log::DecisionLog;
+use crate::workload::tokenizer::Tokenizer;
+
+/// What an engine is made with, besides its executor and tokenizer.
+#[derive(Debug)]
+pub struct EngineConfig {
+    /// The scheduler's configuration; adapters `0..gpu_loras` are preloaded.
+    pub scheduler: Config,
+    /// Token ids below this are the model's.
+    pub vocab_size: usize,
+    /// Tokens that end a sequence.
+    pub eos: Vec<TokenId>,
+    /// Seed of requests that bring none.
+    pub seed: u64,
+    /// Run steps of common shapes before the first request, so that it does not pay for what is done
+    /// once (page faults, caches, lazily loaded code).
+    pub warm_up: bool,
+    /// Where decisions are logged.
+    pub log: Option<DecisionLog>,
+}
+
+/// Why an engine cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An impossible configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The device failed.
+    #[error(transparent)]
+    Executor(#[from] ExecutorError),
+    /// No thread could be had.
+    #[error("cannot start the engine's threads: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// A running engine. Dropping it ends it at once; see [`Engine::drain`] for a gentle end.
+#[derive(Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Sees to it that the output thread ends after the step loop, however that ends.
+struct LoopEnd(Arc<Shared>);
+
+impl LoopEnd {
+    fn failed(&self, message: String) {
+        // Set once, by the step loop's thread alone.
+        let _ = self.0.failure.set(message);
+    }
+}
+
+impl Drop for LoopEnd {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.failed("the step loop panicked".into());
+        }
+        self.0.mailbox.close();
+        self.0.outputs.close();
+    }
+}
+
+/// What the engine and its requests' handles share.
+struct Shared {
+    mailbox: Arc<Mailbox>,
+    outputs: Arc<OutQueue>,
+    gauges: Arc<Gauges>,
+    tokenizer: Tokenizer,
+    clock: Clock,
+    scheduler: Config,
+    vocab_size: usize,
+    eos: Vec<TokenId>,
+    seed: u64,
+    open: Arc<AtomicU64>,
+    draining: AtomicBool,
+    failure: OnceLock<String>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("gauges", &self.gauges).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Preloads adapters `0..gpu_loras` and starts the step loop and the output thread.
+    ///
+    /// # Errors
+    /// If the configuration is impossible or the executor fails.
+    pub fn start(
+        config: EngineConfig,
+        mut executor: Box<dyn Executor>,
+        tokenizer: Tokenizer,
+    ) -> Result<Self, StartError> {
+        let EngineConfig { scheduler: config, vocab_size, eos, seed, warm_up, log } = config;
+        let scheduler = Scheduler::new(config.clone())?;
+        let preload: Vec<_> = (0..config.gpu_loras as u32).map(lora_sched::AdapterId).collect();
+        executor.preload(&preload)?;
+        if warm_up {
+            super::warm_up::run(executor.as_mut(), &config, vocab_size)?;
+        }
+        let gauges = Arc::new(Gauges::default());
+        gauges.preloaded(config.gpu_loras);
+
+        let clock = Clock::of(executor.as_ref());
+        let shared = Arc::new(Shared {
+            mailbox: Arc::new(Mailbox::default()),
+            outputs: Arc::new(OutQueue::default()),
+            gauges,
+            tokenizer,
+            clock,
+            scheduler: config,
+            vocab_size,
+            eos: eos.clone(),
+            seed,
+            open: Arc::new(AtomicU64::new(0)),
+            draining: AtomicBool::new(false),
+            failure: OnceLock::new(),
+        });
+        let mailbox = shared.mailbox.clone();
+        executor.set_waker(Arc::new(move || mailbox.wake()));
+        let step_loop = StepLoop::new(LoopParts {
+            scheduler,
+            executor,
+            clock,
+            mailbox: shared.mailbox.clone(),
+            outputs: shared.outputs.clone(),
+            gauges: shared.gauges.clone(),
+            log,
+            eos,
+        });
+        let engine = Self { shared, threads: Mutex::new(Vec::with_capacity(2)) };
+        let shared = engine.shared.clone();
+        engine.spawn("output", move || output::run(&shared.outputs, &shared.mailbox, clock))?;
+        let shared = engine.shared.clone();
+        let end = LoopEnd(shared);
+        engine.spawn("step-loop", move || {
+            if let Err(e) = step_loop.run() {
+                tracing::error!("the engine stops: {e}");
+                end.failed(e.to_string());
+            }
+        })?;
+        Ok(engine)
+    }
+
+    fn spawn(&self, name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        let thread = std::thread::Builder::new().name(name.into()).spawn(body)?;
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+
+    /// Puts a request into the queue. Whether the scheduler takes it (the queue may be full) is told by
+    /// the handle: [`GenerateHandle::admitted`].
+    ///
+    /// # Errors
+    /// If the request is impossible, or the engine takes none any more.
+    pub fn submit(&self, request: GenerateRequest) -> Result<GenerateHandle, SubmitError> {
+        let shared = &self.shared;
+        if let Some(message) = shared.failure.get() {
+            return Err(SubmitError::Stopped(message.clone()));
+        }
+        if shared.draining.load(Ordering::SeqCst) {
+            return Err(SubmitError::Draining);
+        }
+        self.check(&request)?;
+        let GenerateRequest { prompt, adapter, params, received } = request;
+        let received = received.unwrap_or_else(|| shared.clock.now());
+        let decode = shared.tokenizer.decode_stream_after(&prompt);
+        let (sender, receiver) = channel();
+        let open = OpenGuard::new(&shared.open);
+        let out = OutState::new(sender, decode, params.stop, params.min_tokens, open);
+        let mut banned: Vec<TokenId> = Vec::new();
+        if params.min_tokens > 0 {
+            banned.extend(&shared.eos);
+            banned.extend(&params.stop_token_ids);
+        }
+        let sampling = Sampling {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            top_k: params.top_k,
+            seed: 0,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            generated: Vec::new(),
+            banned_before_min: banned,
+            min_tokens: params.min_tokens,
+        };
+        let active = Active {
+            prompt_len: prompt.len(),
+            tokens: prompt,
+            adapter,
+            received,
+            max_tokens: params.max_tokens,
+            sampling,
+            seed: params.seed,
+            engine_seed: shared.seed,
+            ignore_eos: params.ignore_eos,
+            stop_token_ids: params.stop_token_ids,
+            cancelled: false,
+        };
+        let id = shared
+            .mailbox
+            .submit(Box::new(Submission { active, out: Box::new(out) }))
+            .map_err(|_| SubmitError::Stopped(self.failure().unwrap_or_else(|| "shut down".into())))?;
+        Ok(GenerateHandle { id, received, receiver, shared: shared.clone(), admitted: false, done: false })
+    }
+
+    /// What can be told without asking the scheduler.
+    fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
+        let config = &self.shared.scheduler;
+        let tokens = request.prompt.len() + request.params.max_tokens as usize;
+        if tokens > config.max_model_len {
+            let max_model_len = config.max_model_len;
+            return Err(SubmitError::Refused(EventError::TooLong { tokens, max_model_len }));
+        }
+        if let Some(adapter) = request.adapter
+            && adapter.0 as usize >= config.adapters.len()
+        {
+            return Err(SubmitError::Refused(EventError::UnknownAdapter(adapter)));
+        }
+        let vocab = self.shared.vocab_size;
+        match request.prompt.iter().find(|&&id| id as usize >= vocab) {
+            Some(&id) => Err(SubmitError::NoSuchToken { id, vocab }),
+            None => Ok(()),
+        }
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.shared.tokenizer
+    }
+
+    /// The clock that every time of this engine is on.
+    pub fn clock(&self) -> Clock {
+        self.shared.clock
+    }
+
+    /// The scheduler's configuration.
+    pub fn scheduler_config(&self) -> &Config {
+        &self.shared.scheduler
+    }
+
+    /// A snapshot of its state.
+    pub fn stats(&self) -> EngineStats {
+        self.shared.gauges.stats()
+    }
+
+    /// Copies of adapters before and since serving began.
+    pub fn swap_stats(&self) -> SwapStats {
+        self.shared.gauges.swap_stats()
+    }
+
+    /// Sets the runtime swap counters to zero.
+    pub fn reset_swap_stats(&self) {
+        self.shared.gauges.reset_swap_stats();
+    }
+
+    /// Why it has stopped, if it has.
+    pub fn failure(&self) -> Option<String> {
+        self.shared.failure.get().cloned()
+    }
+
+    /// Requests that are not at their end.
+    pub fn open_requests(&self) -> u64 {
+        self.shared.open.load(Ordering::SeqCst)
+    }
+
+    /// Takes no more requests.
+    pub fn stop_accepting(&self) {
+        self.shared.draining.store(true, Ordering::SeqCst);
+    }
+
+    /// Takes no more requests and waits for those there are; `false` if `limit` came first.
+    pub fn drain(&self, limit: Duration) -> bool {
+        self.stop_accepting();
+        let until = Instant::now() + limit;
+        while self.open_requests() > 0 && self.failure().is_none() {
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+
+    /// Ends it: requests still open are aborted, threads joined, the decision log written out.
+    pub fn shutdown(&self) {
+        self.stop_accepting();
+        self.shared.mailbox.stop();
+        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // A thread that panicked has left its message in `failure`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+/// A submitted request's stream of output. Dropping it cancels the request.
+pub struct GenerateHandle {
+    id: RequestId,
+    received: Nanos,
+    receiver: Receiver<StreamItem>,
+    shared: Arc<Shared>,
+    admitted: bool,
+    done: bool,
+}
+
+impl std::fmt::Debug for GenerateHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GenerateHandle").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl GenerateHandle {
+    /// The request's number, as in the decision log.
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    /// When it was received, on the engine's clock.
+    pub fn received(&self) -> Nanos {
+        self.received
+    }
+
+    /// Waits until the scheduler has taken the request, or not.
+    ///
+    /// # Errors
+    /// If the scheduler did not take it.
+    pub async fn admitted(&mut self) -> Result<(), SubmitError> {
+        if self.admitted {
+            return Ok(());
+        }
+        let item = std::future::poll_fn(|cx| self.receiver.poll_recv(cx)).await;
+        self.take_admission(item)
+    }
+
+    fn take_admission(&mut self, item: Option<StreamItem>) -> Result<(), SubmitError> {
+        match item {
+            Some(StreamItem::Refused(error)) => {
+                self.done = true;
+                Err(SubmitError::Refused(error))
+            }
+            Some(StreamItem::Accepted) => {
+                self.admitted = true;
+                Ok(())
+            }
+            // The stream begins with one of the two unless the engine stopped.
+            Some(StreamItem::Delta(_)) | None => {
+                self.done = true;
+                Err(SubmitError::Stopped(
+                    self.shared.failure.get().cloned().unwrap_or_else(|| "shut down".into()),
+                ))
+            }
+        }
+    }
+
+    /// The next piece of output; none after the last. Call it when [`Self::admitted`] has said yes.
+    pub async fn next(&mut self) -> Option<Delta> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// As [`Self::next`], for streams.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Delta>> {
+        loop {
+            if self.done {
+                return Poll::Ready(None);
+            }
+            match self.receiver.poll_recv(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Some(StreamItem::Accepted)) => self.admitted = true,
+                Poll::Ready(Some(StreamItem::Delta(delta))) => return Poll::Ready(Some(self.seen(delta))),
+                Poll::Ready(Some(StreamItem::Refused(_)) | None) => self.done = true,
+            }
+        }
+    }
+
+    fn seen(&mut self, delta: Delta) -> Delta {
+        self.done |= delta.finish.is_some();
+        delta
+    }
+
+    /// Waits for the whole output, blocking the thread.
+    ///
+    /// # Errors
+    /// If the scheduler did not take the request or the engine stopped before it began.
+    pub fn wait(mut self) -> Result<Generated, SubmitError> {
+        if !self.admitted {
+            let item = self.receiver.recv();
+            self.take_admission(item)?;
+        }
+        let mut out = Generated {
+            text: String::new(),
+            tokens: Vec::new(),
+            finish: Finish::Abort,
+            first: None,
+            received: self.received,
+            ended: 0,
+        };
+        while let Some(StreamItem::Delta(delta)) = self.receiver.recv() {
+            out.text.push_str(&delta.text);
+            out.tokens.extend(delta.token);
+            out.first = out.first.or(delta.first);
+            if let Some(finish) = delta.finish {
+                out.finish = finish;
+                self.done = true;
+                break;
+            }
+        }
+        out.ended = self.shared.clock.now();
+        Ok(out)
+    }
+}
+
+impl Drop for GenerateHandle {
+    fn drop(&mut self) {
+        if !self.done {
+            tracing::debug!("request {}: its client has gone (499)", self.id);
+            self.shared.mailbox.cancel(self.id);
+        }
+    }
+}

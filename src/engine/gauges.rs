@@ -1,0 +1,176 @@
+//! What the step loop tells the rest of the program about its state: plain numbers, read at any time.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+use lora_sched::{AdapterId, Nanos, SwapPlan};
+
+/// Adapters copied into slots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SwapCounts {
+    /// Times that at least one adapter was copied in.
+    pub swap_calls: u64,
+    /// Adapters copied in.
+    pub swap_count: u64,
+}
+
+/// Copies before serving and while serving.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SwapStats {
+    /// Preloading: one call.
+    pub init: SwapCounts,
+    /// Since the start or the last reset.
+    pub runtime: SwapCounts,
+}
+
+/// What a slot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotView {
+    /// Nothing.
+    Free,
+    /// An adapter on its way.
+    Loading(AdapterId),
+    /// An adapter.
+    Resident(AdapterId),
+}
+
+/// A snapshot of the engine.
+#[derive(Clone, Debug, Default)]
+pub struct EngineStats {
+    /// Requests waiting.
+    pub waiting: u64,
+    /// Requests running.
+    pub running: u64,
+    /// KV blocks in use.
+    pub kv_used: u64,
+    /// KV blocks.
+    pub kv_total: u64,
+    /// Steps ended.
+    pub steps: u64,
+    /// Requests taken.
+    pub accepted: u64,
+    /// Requests refused by the scheduler.
+    pub refused: u64,
+    /// Requests that ended by a stop condition.
+    pub finished_stop: u64,
+    /// Requests that ended by their length.
+    pub finished_length: u64,
+    /// Requests that were cancelled.
+    pub cancelled: u64,
+    /// Preemptions.
+    pub preempted: u64,
+    /// Prompt tokens of requests taken.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generation_tokens: u64,
+    /// Adapters copied in since the start (resets do not touch it).
+    pub swaps: u64,
+    /// Bytes copied in since the start.
+    pub swap_bytes: u64,
+    /// Time from submission to completion, summed over swaps, nanoseconds.
+    pub swap_ns: u64,
+    /// First tokens.
+    pub first_tokens: u64,
+    /// Sums of TTFT parts up to the step's end, nanoseconds: front, queue, kv, slot, swap, prefill.
+    pub parts_ns: [u64; 6],
+    /// What each slot holds.
+    pub slots: Vec<SlotView>,
+}
+
+macro_rules! counters {
+    ($($name:ident),+ $(,)?) => {
+        /// Written by the step loop alone, so plain stores and relaxed adds are enough.
+        #[derive(Debug, Default)]
+        pub(super) struct Gauges {
+            $(pub(super) $name: AtomicU64,)+
+            parts_ns: [AtomicU64; 6],
+            slots: Mutex<Vec<SlotView>>,
+            calls: AtomicU64,
+            count: AtomicU64,
+            init: Mutex<SwapCounts>,
+        }
+
+        impl Gauges {
+            /// A snapshot.
+            pub(super) fn stats(&self) -> EngineStats {
+                EngineStats {
+                    $($name: self.$name.load(Relaxed),)+
+                    parts_ns: std::array::from_fn(|i| self.parts_ns[i].load(Relaxed)),
+                    slots: self.slots.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+                }
+            }
+        }
+    };
+}
+
+counters!(
+    waiting,
+    running,
+    kv_used,
+    kv_total,
+    steps,
+    accepted,
+    refused,
+    finished_stop,
+    finished_length,
+    cancelled,
+    preempted,
+    prompt_tokens,
+    generation_tokens,
+    swaps,
+    swap_bytes,
+    swap_ns,
+    first_tokens,
+);
+
+impl Gauges {
+    /// Adapters `0..gpu_loras` are in their slots.
+    pub(super) fn preloaded(&self, gpu_loras: usize) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        *slots = (0..gpu_loras).map(|i| SlotView::Resident(AdapterId(i as u32))).collect();
+        *self.init.lock().unwrap_or_else(PoisonError::into_inner) =
+            SwapCounts { swap_calls: u64::from(gpu_loras > 0), swap_count: gpu_loras as u64 };
+    }
+
+    /// One decision's swaps have been given to the executor.
+    pub(super) fn swaps_begun(&self, swaps: &[SwapPlan]) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        for swap in swaps {
+            slots[swap.slot.0 as usize] = SlotView::Loading(swap.adapter);
+        }
+        self.calls.fetch_add(1, Relaxed);
+        self.count.fetch_add(swaps.len() as u64, Relaxed);
+    }
+
+    /// A swap has ended.
+    pub(super) fn swap_ended(&self, swap: &SwapPlan, took: Nanos) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots[swap.slot.0 as usize] = SlotView::Resident(swap.adapter);
+        self.swaps.fetch_add(1, Relaxed);
+        self.swap_bytes.fetch_add(swap.bytes, Relaxed);
+        self.swap_ns.fetch_add(took, Relaxed);
+    }
+
+    /// A request has its first token.
+    pub(super) fn first_token(&self, parts: &lora_sched::Parts) {
+        let lora_sched::Parts { front, queue, kv, slot, swap, prefill } = *parts;
+        self.first_tokens.fetch_add(1, Relaxed);
+        for (sum, part) in self.parts_ns.iter().zip([front, queue, kv, slot, swap, prefill]) {
+            sum.fetch_add(part, Relaxed);
+        }
+    }
+
+    /// The reference's swap statistics.
+    pub(super) fn swap_stats(&self) -> SwapStats {
+        let init = *self.init.lock().unwrap_or_else(PoisonError::into_inner);
+        let runtime =
+            SwapCounts { swap_calls: self.calls.load(Relaxed), swap_count: self.count.load(Relaxed) };
+        SwapStats { init, runtime }
+    }
+
+    /// Runtime counters to zero.
+    pub(super) fn reset_swap_stats(&self) {
+        self.calls.store(0, Relaxed);
+        self.count.store(0, Relaxed);
+    }
+}

@@ -1,0 +1,102 @@
+//! The step loop's one mailbox: requests, cancels, and the executor's wake-ups.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use lora_sched::RequestId;
+
+use super::Submission;
+
+/// What the loop is told by other threads.
+pub(in crate::engine) enum Message {
+    /// A request, with the number given to it when it was put in.
+    Submit(RequestId, Box<Submission>),
+    /// A request is not wanted any more: its client has gone or its stop string was found.
+    Cancel(RequestId),
+}
+
+#[derive(Default)]
+struct State {
+    messages: Vec<Message>,
+    /// The executor has a completion.
+    woken: bool,
+    /// The loop is to end.
+    stop: bool,
+    /// The loop has ended, so nothing will be taken any more.
+    closed: bool,
+    next_id: u64,
+}
+
+/// Numbers requests in the order in which the loop will see them, which the scheduler asks for.
+#[derive(Default)]
+pub(in crate::engine) struct Mailbox {
+    state: Mutex<State>,
+    some: Condvar,
+}
+
+impl Mailbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a request in and numbers it; gives it back if the loop has ended.
+    pub(in crate::engine) fn submit(
+        &self,
+        submission: Box<Submission>,
+    ) -> Result<RequestId, Box<Submission>> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(submission);
+        }
+        let id = RequestId(state.next_id);
+        state.next_id += 1;
+        state.messages.push(Message::Submit(id, submission));
+        drop(state);
+        self.some.notify_one();
+        Ok(id)
+    }
+
+    /// Tells that a request is not wanted any more.
+    pub(in crate::engine) fn cancel(&self, id: RequestId) {
+        let mut state = self.lock();
+        if !state.closed {
+            state.messages.push(Message::Cancel(id));
+            drop(state);
+            self.some.notify_one();
+        }
+    }
+
+    /// Tells that the executor has a completion.
+    pub(in crate::engine) fn wake(&self) {
+        self.lock().woken = true;
+        self.some.notify_one();
+    }
+
+    /// Tells the loop to end.
+    pub(in crate::engine) fn stop(&self) {
+        self.lock().stop = true;
+        self.some.notify_one();
+    }
+
+    /// Waits for something, then takes the messages; `false` when the loop is to end.
+    pub(super) fn wait(&self, into: &mut Vec<Message>) -> bool {
+        let mut state = self.lock();
+        while state.messages.is_empty() && !state.woken && !state.stop {
+            state = self.some.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.woken = false;
+        into.append(&mut state.messages);
+        !state.stop
+    }
+
+    /// Takes the messages that are there.
+    pub(super) fn take(&self, into: &mut Vec<Message>) {
+        into.append(&mut self.lock().messages);
+    }
+
+    /// Takes nothing in from now on, and gives what is there.
+    pub(in crate::engine) fn close(&self) -> Vec<Message> {
+        let mut state = self.lock();
+        state.closed = true;
+        std::mem::take(&mut state.messages)
+    }
+}

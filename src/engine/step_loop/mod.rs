@@ -1,0 +1,324 @@
+//! The step loop: the thread that owns the scheduler and the executor.
+//!
+//! One turn: take what the executor has completed (tokens go out first), then what has arrived by then,
+//! then plan, then submit. Every event gets its own time, so that a log of them replays in order.
+
+mod active;
+mod mailbox;
+mod record;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use lora_sched::{
+    Ended, Event, EventError, Nanos, Notice, Outbox, RequestId, Scheduler, SlotId, StepPlan, SwapPlan,
+};
+
+pub(super) use active::{Active, Submission};
+pub(super) use mailbox::Mailbox;
+use mailbox::Message;
+use record::Recorder;
+
+use super::clock::Clock;
+use super::executor::{Completion, Executor, ExecutorError, StepFeed, TokenId};
+use super::gauges::Gauges;
+use super::output::{OutItem, OutQueue};
+use crate::report::decision_log::DecisionLog;
+
+/// Why a step loop has ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum LoopError {
+    /// The device failed.
+    #[error(transparent)]
+    Executor(#[from] ExecutorError),
+    /// The scheduler refused what the executor reported: one of the two is wrong.
+    #[error("the scheduler does not take what the executor reports: {0}")]
+    Scheduler(#[from] EventError),
+    /// A completion of something that was not submitted.
+    #[error("the executor completed {0}, which was not submitted")]
+    Unexpected(String),
+}
+
+/// A step that has been planned.
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    formed: Nanos,
+    /// None while it waits for swaps.
+    submitted: Option<Nanos>,
+}
+
+/// A swap that the executor has.
+#[derive(Clone, Copy, Debug)]
+struct OpenSwap {
+    plan: SwapPlan,
+    decided: Nanos,
+    submitted: Nanos,
+}
+
+/// Everything that the loop's thread owns.
+pub(super) struct StepLoop {
+    scheduler: Scheduler,
+    executor: Box<dyn Executor>,
+    clock: Clock,
+    mailbox: Arc<Mailbox>,
+    outputs: Arc<OutQueue>,
+    gauges: Arc<Gauges>,
+    recorder: Recorder,
+    /// Ends of sequence.
+    eos: Vec<TokenId>,
+    active: HashMap<RequestId, Active>,
+    plan: StepPlan,
+    feed: StepFeed,
+    outbox: Outbox,
+    flight: Option<Flight>,
+    /// Slots that the planned step still waits for before it may be submitted.
+    awaited: Vec<SlotId>,
+    swaps: Vec<OpenSwap>,
+    stopped: Vec<u32>,
+    items: Vec<OutItem>,
+    inbox: Vec<Message>,
+    last: Nanos,
+}
+
+/// What [`StepLoop::new`] is made of.
+pub(super) struct LoopParts {
+    pub(super) scheduler: Scheduler,
+    pub(super) executor: Box<dyn Executor>,
+    pub(super) clock: Clock,
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) outputs: Arc<OutQueue>,
+    pub(super) gauges: Arc<Gauges>,
+    pub(super) log: Option<DecisionLog>,
+    pub(super) eos: Vec<TokenId>,
+}
+
+impl StepLoop {
+    pub(super) fn new(parts: LoopParts) -> Self {
+        let LoopParts { scheduler, executor, clock, mailbox, outputs, gauges, log, eos } = parts;
+        Self {
+            scheduler,
+            executor,
+            clock,
+            mailbox,
+            outputs,
+            gauges,
+            recorder: Recorder(log),
+            eos,
+            active: HashMap::new(),
+            plan: StepPlan::default(),
+            feed: StepFeed::default(),
+            outbox: Outbox::default(),
+            flight: None,
+            awaited: Vec::new(),
+            swaps: Vec::new(),
+            stopped: Vec::new(),
+            items: Vec::new(),
+            inbox: Vec::new(),
+            last: 0,
+        }
+    }
+
+    /// Runs until the mailbox says stop or something fails; requests still there are aborted.
+    pub(super) fn run(mut self) -> Result<(), LoopError> {
+        let outcome = self.turns();
+        for message in self.mailbox.close() {
+            if let Message::Submit(id, submission) = message {
+                self.items.push(OutItem::Open(id, submission.out));
+            }
+        }
+        self.items.push(OutItem::AbortAll);
+        self.outputs.push(&mut self.items);
+        outcome
+    }
+
+    fn turns(&mut self) -> Result<(), LoopError> {
+        let mut inbox = std::mem::take(&mut self.inbox);
+        self.publish();
+        while self.mailbox.wait(&mut inbox) {
+            while let Some(completion) = self.executor.poll()? {
+                match completion {
+                    Completion::Step { step, started, ended } => self.step_done(step, started, ended)?,
+                    Completion::Swap { slot, started, ended, .. } => self.swap_done(slot, started, ended)?,
+                }
+            }
+            self.mailbox.take(&mut inbox);
+            for message in inbox.drain(..) {
+                self.message(message)?;
+            }
+            if self.flight.is_none() {
+                self.plan()?;
+            }
+            self.outputs.push(&mut self.items);
+            self.publish();
+        }
+        Ok(())
+    }
+
+    /// The next event's time: the clock's, but later than the last one's.
+    fn tick(&mut self) -> Nanos {
+        self.last = self.clock.now().max(self.last + 1);
+        self.last
+    }
+
+    fn message(&mut self, message: Message) -> Result<(), LoopError> {
+        let t = self.tick();
+        match message {
+            Message::Submit(id, submission) => {
+                let Submission { active, out } = *submission;
+                let arrival = active.arrival(id, t);
+                let taken = self.scheduler.handle(t, Event::Arrive(arrival), &mut self.outbox);
+                self.recorder.arrive(t, &arrival, taken.as_ref().err());
+                match taken {
+                    Ok(()) => {
+                        self.gauges.accepted.fetch_add(1, Relaxed);
+                        self.gauges.prompt_tokens.fetch_add(arrival.prompt_tokens.into(), Relaxed);
+                        self.active.insert(id, active);
+                        self.items.push(OutItem::Open(id, out));
+                    }
+                    Err(error) => {
+                        self.gauges.refused.fetch_add(1, Relaxed);
+                        self.items.push(OutItem::Refuse(out, error));
+                    }
+                }
+            }
+            Message::Cancel(id) => {
+                // A cancel may cross the request's own end.
+                let Some(active) = self.active.get_mut(&id) else { return Ok(()) };
+                active.cancelled = true;
+                self.recorder.cancel(t, id);
+                self.scheduler.handle(t, Event::Cancel(id), &mut self.outbox)?;
+            }
+        }
+        self.settle(t)
+    }
+
+    fn step_done(&mut self, step: u64, started: Nanos, ended: Nanos) -> Result<(), LoopError> {
+        let Some(Flight { formed, submitted: Some(submitted) }) = self.flight.take() else {
+            return Err(LoopError::Unexpected(format!("step {step}")));
+        };
+        let result = self.executor.step_result();
+        self.stopped.clear();
+        let mut generated = 0;
+        for (i, seq) in self.plan.seqs.iter().enumerate() {
+            let Some(token) = result.tokens.get(i).copied().flatten() else { continue };
+            let Some(active) = self.active.get_mut(&seq.id).filter(|a| !a.cancelled) else { continue };
+            generated += 1;
+            let ends = active.push(token, &self.eos);
+            if ends {
+                self.stopped.push(i as u32);
+            }
+            self.items.push(OutItem::Token { id: seq.id, token, silent: ends });
+        }
+        let t = self.clock.now().max(self.last + 1);
+        self.last = t;
+        let event = Event::StepDone { stopped: &self.stopped, stalled: &result.stalled };
+        self.scheduler.handle(t, event, &mut self.outbox)?;
+        self.recorder.step_done(t, step, &self.stopped, &result.stalled);
+        self.recorder.step(&self.plan, [formed, submitted, started, ended, t]);
+        self.gauges.steps.fetch_add(1, Relaxed);
+        self.gauges.generation_tokens.fetch_add(generated, Relaxed);
+        self.settle(t)?;
+        self.outputs.push(&mut self.items);
+        Ok(())
+    }
+
+    fn swap_done(&mut self, slot: SlotId, started: Nanos, ended: Nanos) -> Result<(), LoopError> {
+        let t = self.tick();
+        let Some(at) = self.swaps.iter().position(|s| s.plan.slot == slot) else {
+            return Err(LoopError::Unexpected(format!("a swap into slot {slot}")));
+        };
+        let OpenSwap { plan, decided, submitted } = self.swaps.remove(at);
+        self.scheduler.handle(t, Event::SwapDone(slot), &mut self.outbox)?;
+        self.recorder.swap_done(t, &plan, [decided, submitted, started, ended]);
+        self.gauges.swap_ended(&plan, t - submitted);
+        self.settle(t)?;
+        self.awaited.retain(|&s| s != slot);
+        self.submit_if_ready()
+    }
+
+    /// Forms the next step and starts it.
+    fn plan(&mut self) -> Result<(), LoopError> {
+        let t = self.tick();
+        self.plan.clear();
+        let formed = self.scheduler.plan(t, &mut self.plan, &mut self.outbox);
+        self.settle(t)?;
+        if !formed {
+            self.recorder.idle(t);
+            return Ok(());
+        }
+        self.flight = Some(Flight { formed: t, submitted: None });
+        self.awaited.clear();
+        if self.plan.wait_for_swaps {
+            self.awaited.extend_from_slice(&self.plan.loading);
+        }
+        self.submit_if_ready()
+    }
+
+    /// Submits the planned step once every swap that it waits for has ended.
+    fn submit_if_ready(&mut self) -> Result<(), LoopError> {
+        if !matches!(self.flight, Some(Flight { submitted: None, .. })) || !self.awaited.is_empty() {
+            return Ok(());
+        }
+        self.feed.clear();
+        for seq in &self.plan.seqs {
+            // A request cancelled while its step waited for a swap still has its share of the step,
+            // so its bookkeeping lives until the scheduler says that it has ended.
+            let Some(active) = self.active.get(&seq.id) else {
+                return Err(LoopError::Unexpected(format!("a plan of ended request {}", seq.id)));
+            };
+            active.feed(seq, &mut self.feed);
+        }
+        self.executor.submit_step(&self.plan, &self.feed)?;
+        let submitted = self.clock.now();
+        if let Some(flight) = &mut self.flight {
+            flight.submitted = Some(submitted);
+        }
+        Ok(())
+    }
+
+    /// Acts on what the scheduler put out: starts swaps, passes news on.
+    fn settle(&mut self, t: Nanos) -> Result<(), LoopError> {
+        for plan in &self.outbox.swaps {
+            self.executor.submit_swap(plan)?;
+            self.swaps.push(OpenSwap { plan: *plan, decided: t, submitted: self.clock.now() });
+        }
+        if !self.outbox.swaps.is_empty() {
+            self.gauges.swaps_begun(&self.outbox.swaps);
+        }
+        for notice in &self.outbox.notices {
+            match *notice {
+                Notice::FirstToken { id, parts } => {
+                    self.recorder.first(t, id, &parts);
+                    self.gauges.first_token(&parts);
+                    self.items.push(OutItem::First { id, parts, at: t });
+                }
+                Notice::Ended { id, why, .. } => {
+                    self.recorder.ended(t, id, why);
+                    let count = match why {
+                        Ended::Stop => &self.gauges.finished_stop,
+                        Ended::Length => &self.gauges.finished_length,
+                        Ended::Cancelled => &self.gauges.cancelled,
+                    };
+                    count.fetch_add(1, Relaxed);
+                    self.active.remove(&id);
+                    self.items.push(OutItem::Ended { id, why });
+                }
+                Notice::Preempted { id, .. } => {
+                    self.recorder.preempted(t, id);
+                    self.gauges.preempted.fetch_add(1, Relaxed);
+                }
+                Notice::AdapterGone(_) => {}
+            }
+        }
+        self.outbox.clear();
+        Ok(())
+    }
+
+    fn publish(&self) {
+        self.gauges.waiting.store(self.scheduler.waiting() as u64, Relaxed);
+        self.gauges.running.store(self.scheduler.running() as u64, Relaxed);
+        self.gauges.kv_used.store(self.scheduler.kv_used() as u64, Relaxed);
+        self.gauges.kv_total.store(self.scheduler.kv_total() as u64, Relaxed);
+    }
+}

@@ -1,0 +1,62 @@
+//! One point of an experiment.
+
+use serde::Serialize;
+
+use super::settings::{EngineSettings, WorkloadSettings};
+use crate::report::digest::{canonical_json, sha256};
+use crate::report::results::{RunContext, Source, rank_column};
+
+/// Engine and workload settings, complete. Equal settings have equal keys, in every experiment.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    key: String,
+    /// What serves.
+    pub engine: EngineSettings,
+    /// What is asked of it.
+    pub workload: WorkloadSettings,
+}
+
+impl Cell {
+    /// A cell of these settings; its key follows from them.
+    pub fn new(engine: EngineSettings, workload: WorkloadSettings) -> Self {
+        let mut cell = Self { key: String::new(), engine, workload };
+        cell.key = cell.hash();
+        cell
+    }
+
+    /// The first 16 hexadecimal digits of the SHA-256 of the settings' canonical JSON.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// What a result row says of a run of this cell; rate under load `rho`, counts, duration and
+    /// manifest are the caller's to add.
+    pub fn run_context(&self, source: Source, seed: u64, repeat: u32) -> RunContext {
+        let (engine, workload) = (&self.engine, &self.workload);
+        RunContext {
+            arrival_rate: workload.arrival_rate,
+            num_requests: Some(workload.num_requests),
+            model: Some(engine.model.clone()),
+            rank: rank_column(&engine.ranks()),
+            policy: Some(engine.policy.to_string()),
+            evict: Some(engine.evict.to_string()),
+            swap_mode: Some(engine.swap_mode.to_string()),
+            popularity: Some(workload.popularity.to_string()),
+            seed: Some(seed),
+            repeat: Some(repeat),
+            max_num_seqs: Some(engine.max_num_seqs),
+            max_tokens: Some(workload.max_tokens),
+            arrivals: Some(workload.arrivals.to_string()),
+            rho: workload.rho,
+            cell: Some(self.key.clone()),
+            ..RunContext::new(source, engine.total_loras, engine.gpu_loras, workload.regime.as_str())
+        }
+    }
+
+    fn hash(&self) -> String {
+        let settings = serde_json::json!({ "engine": self.engine, "workload": self.workload });
+        let mut key = sha256(canonical_json(&settings).as_bytes());
+        key.truncate(16);
+        key
+    }
+}

@@ -1,0 +1,209 @@
+//! The cost model: integer nanoseconds from a step's shape or a swap's bytes.
+
+use std::fmt;
+use std::str::FromStr;
+
+use lora_sched::Nanos;
+
+use super::{Profile, ProfileError, StepShape};
+
+/// One term of a step's cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// One a step.
+    Step,
+    /// The tokens of the step that lie between `from` and `to`: `tokens:64-512` is how far the
+    /// count reaches into that range. A set of adjoining ranges makes a piecewise-linear function,
+    /// monotone when no coefficient is negative.
+    Tokens {
+        /// Lower end.
+        from: u64,
+        /// Upper end; none is unbounded.
+        to: Option<u64>,
+    },
+    /// [`StepShape::prefills`].
+    Prefills,
+    /// [`StepShape::prefill_pairs`].
+    PrefillPairs,
+    /// [`StepShape::decodes`].
+    Decodes,
+    /// [`StepShape::decode_context`].
+    DecodeContext,
+    /// [`StepShape::samples`].
+    Samples,
+    /// [`StepShape::adapters`].
+    Adapters,
+    /// [`StepShape::lora_tokens`].
+    LoraTokens,
+    /// [`StepShape::lora_token_ranks`].
+    LoraTokenRanks,
+}
+
+/// A name that is no feature.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown step feature '{0}' in the profile: it is from another version of this program")]
+pub struct FeatureError(String);
+
+impl Feature {
+    /// Its value for a step.
+    pub fn of(self, shape: &StepShape) -> u64 {
+        match self {
+            Self::Step => 1,
+            Self::Tokens { from, to } => {
+                to.map_or(shape.tokens, |to| shape.tokens.min(to)).saturating_sub(from)
+            }
+            Self::Prefills => shape.prefills,
+            Self::PrefillPairs => shape.prefill_pairs,
+            Self::Decodes => shape.decodes,
+            Self::DecodeContext => shape.decode_context,
+            Self::Samples => shape.samples,
+            Self::Adapters => shape.adapters,
+            Self::LoraTokens => shape.lora_tokens,
+            Self::LoraTokenRanks => shape.lora_token_ranks,
+        }
+    }
+}
+
+const NAMES: [(Feature, &str); 9] = [
+    (Feature::Step, "step"),
+    (Feature::Prefills, "prefills"),
+    (Feature::PrefillPairs, "prefill_pairs"),
+    (Feature::Decodes, "decodes"),
+    (Feature::DecodeContext, "decode_context"),
+    (Feature::Samples, "samples"),
+    (Feature::Adapters, "adapters"),
+    (Feature::LoraTokens, "lora_tokens"),
+    (Feature::LoraTokenRanks, "lora_token_ranks"),
+];
+
+impl fmt::Display for Feature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Self::Tokens { from, to } = self {
+            write!(f, "tokens:{from}-")?;
+            return to.map_or(Ok(()), |to| write!(f, "{to}"));
+        }
+        NAMES.iter().find(|n| n.0 == *self).map_or(Ok(()), |n| f.write_str(n.1))
+    }
+}
+
+impl FromStr for Feature {
+    type Err = FeatureError;
+
+    fn from_str(s: &str) -> Result<Self, FeatureError> {
+        let unknown = || FeatureError(s.to_owned());
+        if let Some(range) = s.strip_prefix("tokens:") {
+            let (from, to) = range.split_once('-').ok_or_else(unknown)?;
+            let from = from.parse().map_err(|_| unknown())?;
+            let to = if to.is_empty() { None } else { Some(to.parse().map_err(|_| unknown())?) };
+            return Ok(Self::Tokens { from, to });
+        }
+        NAMES.iter().find(|n| n.1 == s).map(|n| n.0).ok_or_else(unknown)
+    }
+}
+
+/// Fractions of a nanosecond in fixed point: 2⁻²⁰ ns.
+const FRACTION_BITS: u32 = 20;
+
+/// A profile made ready for evaluation. Every cost is an integer sum, so that it does not depend on
+/// the order of evaluation, nor on the machine.
+#[derive(Clone, Debug)]
+pub struct CostModel {
+    terms: Vec<(Feature, u128)>,
+    swap_fixed: Nanos,
+    ns_per_byte: f64,
+    busy_ns_per_byte: f64,
+    /// How much longer a step takes while a swap runs, as a fraction.
+    pub step_slowdown: f64,
+    /// Host time between a step's result and the next submission.
+    pub loop_ns: Nanos,
+    front_ns: Nanos,
+    front_ns_per_token: f64,
+    /// From a first token to its first byte.
+    pub deliver_ns: Nanos,
+    /// Transformer layers, for `layered` swaps.
+    pub layers: u64,
+}
+
+impl CostModel {
+    /// The costs of a checked profile.
+    pub fn new(profile: &Profile) -> Result<Self, ProfileError> {
+        profile.check()?;
+        let terms = profile.step.features.iter().zip(&profile.step.coef_ns);
+        let terms = terms
+            .map(|(name, &coef)| {
+                let fixed = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u128;
+                Ok((name.parse()?, fixed))
+            })
+            .collect::<Result<_, FeatureError>>()?;
+        let ns = |seconds: f64| (seconds * 1e9).round() as Nanos;
+        Ok(Self {
+            terms,
+            swap_fixed: ns(profile.swap.fixed_s),
+            ns_per_byte: 1e9 / profile.swap.bytes_per_s,
+            busy_ns_per_byte: 1e9 / profile.swap.busy_bytes_per_s,
+            step_slowdown: profile.swap.step_slowdown,
+            loop_ns: ns(profile.host.loop_s),
+            front_ns: ns(profile.host.front_s),
+            front_ns_per_token: profile.host.tokenize_s_per_byte * profile.host.bytes_per_token * 1e9,
+            deliver_ns: ns(profile.host.deliver_s),
+            layers: u64::from(profile.engine.layers),
+        })
+    }
+
+    /// A step's duration with nothing beside it.
+    pub fn step_ns(&self, shape: &StepShape) -> Nanos {
+        let sum: u128 = self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * coef).sum();
+        // Nothing happens in no time: a clock that stands still could loop.
+        ((sum >> FRACTION_BITS) as Nanos).max(1)
+    }
+
+    /// A swap's duration with no step running.
+    pub fn swap_ns(&self, bytes: u64) -> Nanos {
+        self.swap_fixed + (bytes as f64 * self.ns_per_byte).round() as Nanos
+    }
+
+    /// How much longer copying takes while a step runs, as a factor.
+    pub fn busy_swap_factor(&self) -> f64 {
+        self.busy_ns_per_byte / self.ns_per_byte
+    }
+
+    /// From a request's receipt to the queue.
+    pub fn front_ns(&self, prompt_tokens: u32) -> Nanos {
+        self.front_ns + (f64::from(prompt_tokens) * self.front_ns_per_token).round() as Nanos
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::tests::round;
+
+    #[test]
+    fn features_have_names_that_read_back() {
+        for feature in NAMES
+            .map(|n| n.0)
+            .into_iter()
+            .chain([Feature::Tokens { from: 0, to: Some(64) }, Feature::Tokens { from: 64, to: None }])
+        {
+            assert_eq!(feature.to_string().parse(), Ok(feature));
+        }
+        assert!("tokens:a-b".parse::<Feature>().is_err());
+    }
+
+    #[test]
+    fn token_ranges_make_a_piecewise_linear_function() {
+        let ranges = [Feature::Tokens { from: 0, to: Some(64) }, Feature::Tokens { from: 64, to: None }];
+        let at = |tokens| ranges.map(|r| r.of(&StepShape { tokens, ..StepShape::default() }));
+        assert_eq!(at(10), [10, 0]);
+        assert_eq!(at(64), [64, 0]);
+        assert_eq!(at(100), [64, 36]);
+    }
+
+    #[test]
+    fn a_step_costs_the_sum_of_its_terms() {
+        let cost = CostModel::new(&round()).unwrap();
+        let shape = StepShape { tokens: 500, ..StepShape::default() };
+        assert_eq!(cost.step_ns(&shape), 11_000_000);
+        assert_eq!(cost.swap_ns(1_000_000), 1_000_000);
+    }
+}

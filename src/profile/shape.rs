@@ -1,0 +1,57 @@
+//! What a step's cost depends on.
+
+use lora_sched::StepPlan;
+use serde::{Deserialize, Serialize};
+
+/// A step's composition in integers, so that sums come out the same in any order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepShape {
+    /// Tokens in the step: rows of its matrix products.
+    pub tokens: u64,
+    /// Sequences with more than their last sampled token to compute.
+    pub prefills: u64,
+    /// Σ over prefill tokens of the positions that each attends to.
+    pub prefill_pairs: u64,
+    /// Sequences whose input is their last sampled token.
+    pub decodes: u64,
+    /// Σ over decodes of the positions that each attends to.
+    pub decode_context: u64,
+    /// Rows of the vocabulary projection.
+    pub samples: u64,
+    /// Distinct adapters.
+    pub adapters: u64,
+    /// Tokens of sequences that have an adapter.
+    pub lora_tokens: u64,
+    /// Σ over those tokens of their adapter's rank.
+    pub lora_token_ranks: u64,
+}
+
+impl StepShape {
+    /// The shape of a plan. `rank` gives an adapter's rank; `seen` is scratch, one flag a slot.
+    pub fn of(plan: &StepPlan, rank: impl Fn(u32) -> u32, seen: &mut Vec<bool>) -> Self {
+        let mut shape = Self::default();
+        seen.iter_mut().for_each(|s| *s = false);
+        for seq in &plan.seqs {
+            let (start, len) = (u64::from(seq.start), u64::from(seq.len));
+            shape.tokens += len;
+            shape.samples += u64::from(seq.samples);
+            if seq.decode {
+                shape.decodes += 1;
+                shape.decode_context += start + 1;
+            } else {
+                shape.prefills += 1;
+                shape.prefill_pairs += len * start + len * (len + 1) / 2;
+            }
+            if let Some((adapter, slot)) = seq.adapter {
+                let slot = slot.0 as usize;
+                if seen.len() <= slot {
+                    seen.resize(slot + 1, false);
+                }
+                shape.adapters += u64::from(!std::mem::replace(&mut seen[slot], true));
+                shape.lora_tokens += len;
+                shape.lora_token_ranks += len * u64::from(rank(adapter.0));
+            }
+        }
+        shape
+    }
+}

@@ -1,0 +1,538 @@
+//! The decision log: everything that a scheduler was told, and everything that it decided.
+//!
+//! JSONL: a [`LogHeader`], then one [`LogLine`] an event in and one a decision out. Every time is in
+//! nanoseconds on the engine's clock, and no two events or plans have the same one, so that a replay
+//! knows their order. A decision's line is written when what it asked for has ended (its measured times
+//! are in it): replay orders decisions by `formed` and `decided`, not by their place in the file.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use lora_sched::{AdapterSpec, Config, Ended, Nanos, SeqStep};
+use serde::{Deserialize, Serialize};
+
+/// The version of this format.
+pub const SCHEMA: u32 = 1;
+
+/// Lines that may wait for the writer before the step loop does.
+const BUFFERED_LINES: usize = 1 << 16;
+
+/// The first line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogHeader {
+    /// Version of the format: [`SCHEMA`].
+    pub schema: u32,
+    /// The program that wrote it.
+    pub tool: String,
+    /// The model that was served.
+    pub model: String,
+    /// Seed of weights, adapters and unseeded sampling.
+    pub seed: u64,
+    /// What the scheduler was made with.
+    pub config: LoggedConfig,
+}
+
+impl LogHeader {
+    /// The header of a log of `config`'s scheduler.
+    pub fn new(model: &str, seed: u64, config: &Config) -> Self {
+        Self {
+            schema: SCHEMA,
+            tool: concat!("lora-hbm ", env!("CARGO_PKG_VERSION")).to_owned(),
+            model: model.to_owned(),
+            seed,
+            config: LoggedConfig::from(config),
+        }
+    }
+}
+
+/// [`Config`] as it is written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoggedConfig {
+    /// Rank, bytes of a swap, and whether the user pinned it, for each adapter.
+    pub adapters: Vec<(u32, u64, bool)>,
+    /// Slots.
+    pub gpu_loras: usize,
+    /// Running sequences, at most.
+    pub max_num_seqs: usize,
+    /// Tokens a step, at most.
+    pub max_num_batched_tokens: usize,
+    /// Tokens a request, at most.
+    pub max_model_len: usize,
+    /// Tokens a KV block.
+    pub block_size: usize,
+    /// KV blocks.
+    pub kv_blocks: usize,
+    /// Whether prompts are split.
+    pub chunked_prefill: bool,
+    /// Admission policy.
+    pub policy: String,
+    /// Eviction rule.
+    pub evict: String,
+    /// Swap mode.
+    pub swap_mode: String,
+    /// Requests that are swapped for ahead of demand.
+    pub prefetch: usize,
+    /// The age bound.
+    pub max_skip_age_ns: Nanos,
+    /// Waiting requests, at most; none is no bound.
+    pub max_queue: Option<usize>,
+}
+
+impl From<&Config> for LoggedConfig {
+    fn from(c: &Config) -> Self {
+        Self {
+            adapters: c.adapters.iter().map(|a| (a.rank, a.bytes, a.pinned)).collect(),
+            gpu_loras: c.gpu_loras,
+            max_num_seqs: c.max_num_seqs,
+            max_num_batched_tokens: c.max_num_batched_tokens,
+            max_model_len: c.max_model_len,
+            block_size: c.block_size,
+            kv_blocks: c.kv_blocks,
+            chunked_prefill: c.chunked_prefill,
+            policy: c.policy.to_string(),
+            evict: c.evict.to_string(),
+            swap_mode: c.swap_mode.to_string(),
+            prefetch: c.prefetch,
+            max_skip_age_ns: c.max_skip_age,
+            max_queue: (c.max_queue != usize::MAX).then_some(c.max_queue),
+        }
+    }
+}
+
+impl TryFrom<&LoggedConfig> for Config {
+    type Error = lora_sched::UnknownChoice;
+
+    fn try_from(c: &LoggedConfig) -> Result<Self, Self::Error> {
+        Ok(Self {
+            adapters: c
+                .adapters
+                .iter()
+                .map(|&(rank, bytes, pinned)| AdapterSpec { pinned, ..AdapterSpec::new(rank, bytes) })
+                .collect(),
+            gpu_loras: c.gpu_loras,
+            max_num_seqs: c.max_num_seqs,
+            max_num_batched_tokens: c.max_num_batched_tokens,
+            max_model_len: c.max_model_len,
+            block_size: c.block_size,
+            kv_blocks: c.kv_blocks,
+            chunked_prefill: c.chunked_prefill,
+            policy: c.policy.parse()?,
+            evict: c.evict.parse()?,
+            swap_mode: c.swap_mode.parse()?,
+            prefetch: c.prefetch,
+            max_skip_age: c.max_skip_age_ns,
+            max_queue: c.max_queue.unwrap_or(usize::MAX),
+        })
+    }
+}
+
+/// One line after the header.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "line", rename_all = "snake_case")]
+pub enum LogLine {
+    /// In: a request, as the scheduler saw it.
+    Arrive {
+        /// When the scheduler was told.
+        t: Nanos,
+        /// The request.
+        id: u64,
+        /// Its adapter.
+        adapter: Option<u32>,
+        /// When it reached the server.
+        received: Nanos,
+        /// Prompt length.
+        prompt_tokens: u32,
+        /// Output length at which it ends.
+        max_tokens: u32,
+        /// Why the scheduler did not take it, if so.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        refused: Option<String>,
+    },
+    /// In: a client has gone, or a stop string was found.
+    Cancel {
+        /// When the scheduler was told.
+        t: Nanos,
+        /// The request.
+        id: u64,
+    },
+    /// In: a step has ended.
+    StepDone {
+        /// When the scheduler was told.
+        t: Nanos,
+        /// The step.
+        step: u64,
+        /// Sequences (indices in the step) that end with this token.
+        stopped: Vec<u32>,
+        /// Slot, and for how long the step waited for its adapter's layers.
+        stalled: Vec<(u32, Nanos)>,
+    },
+    /// In: a swap has ended.
+    SwapDone {
+        /// When the scheduler was told.
+        t: Nanos,
+        /// The slot.
+        slot: u32,
+    },
+    /// In: the scheduler was asked for a plan and had none.
+    Idle {
+        /// When.
+        t: Nanos,
+    },
+    /// Out: a step, written when it has ended.
+    Step {
+        /// Its number.
+        step: u64,
+        /// When it was planned.
+        formed: Nanos,
+        /// When the executor had it.
+        submitted: Nanos,
+        /// When the device began.
+        started: Nanos,
+        /// When the device had ended.
+        ended: Nanos,
+        /// When the scheduler was told; the step's duration for a replay is `done − submitted`.
+        done: Nanos,
+        /// What it computed, in plan order.
+        seqs: Vec<LoggedSeq>,
+        /// Slots still loading when it was planned.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        loading: Vec<u32>,
+        /// Whether it waited for them before it was submitted.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        waited: bool,
+    },
+    /// Out: a swap, written when it has ended.
+    Swap {
+        /// The adapter.
+        adapter: u32,
+        /// Where to.
+        slot: u32,
+        /// Whose slot it was.
+        evicted: Option<u32>,
+        /// Bytes copied.
+        bytes: u64,
+        /// Whether it went ahead of demand.
+        prefetch: bool,
+        /// Time of the event or plan that decided it.
+        decided: Nanos,
+        /// When the executor had it.
+        submitted: Nanos,
+        /// When the first byte moved.
+        started: Nanos,
+        /// When the last byte had.
+        ended: Nanos,
+        /// When the scheduler was told; the swap's duration for a replay is `done − submitted`.
+        done: Nanos,
+    },
+    /// Out: a request's first token.
+    First {
+        /// When, at the scheduler.
+        t: Nanos,
+        /// The request.
+        id: u64,
+        /// front, queue, kv, slot, swap and prefill; they sum to `t − received`.
+        parts: [Nanos; 6],
+    },
+    /// Out: a request has ended.
+    Ended {
+        /// When.
+        t: Nanos,
+        /// The request.
+        id: u64,
+        /// `stop`, `length` or `cancelled`.
+        why: LoggedEnd,
+    },
+    /// Out: a request lost its blocks and waits again.
+    Preempted {
+        /// When.
+        t: Nanos,
+        /// The request.
+        id: u64,
+    },
+}
+
+/// [`Ended`] as it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoggedEnd {
+    /// A stop condition.
+    Stop,
+    /// Its length.
+    Length,
+    /// A cancel.
+    Cancelled,
+}
+
+impl From<Ended> for LoggedEnd {
+    fn from(why: Ended) -> Self {
+        match why {
+            Ended::Stop => Self::Stop,
+            Ended::Length => Self::Length,
+            Ended::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+/// One sequence's share of a step, as an array: request, adapter, slot, start, length, decode, samples,
+/// new blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoggedSeq(
+    /// The request.
+    pub u64,
+    /// The adapter.
+    pub Option<u32>,
+    /// Its slot.
+    pub Option<u32>,
+    /// Tokens in the KV cache before the step.
+    pub u32,
+    /// Tokens computed.
+    pub u32,
+    /// Whether it decodes.
+    pub bool,
+    /// Whether it samples.
+    pub bool,
+    /// KV blocks given to it.
+    pub u32,
+);
+
+impl From<&SeqStep> for LoggedSeq {
+    fn from(s: &SeqStep) -> Self {
+        let (adapter, slot) = s.adapter.map(|(a, s)| (a.0, s.0)).unzip();
+        Self(
+            s.id.0,
+            adapter,
+            slot,
+            s.start,
+            s.len,
+            s.decode,
+            s.samples,
+            s.new_blocks.end - s.new_blocks.start,
+        )
+    }
+}
+
+/// Why a log cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The file system refuses.
+    #[error("decision log {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        source: std::io::Error,
+    },
+    /// A line that is not one of a decision log.
+    #[error("decision log {path}, line {line}: {source}")]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Its number, from 1.
+        line: usize,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// A log of another version.
+    #[error("decision log {path} has format version {found}; this program reads version {SCHEMA}")]
+    Schema {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// No header.
+    #[error("decision log {path} is empty")]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Reads a whole log.
+///
+/// # Errors
+/// If the file cannot be read, is of another version, or a line (other than an unfinished last one,
+/// which a killed process leaves) is not a log's.
+pub fn read(path: &Path) -> Result<(LogHeader, Vec<LogLine>), LogError> {
+    let io = |source| LogError::Io { path: path.to_owned(), source };
+    let mut lines = BufReader::new(File::open(path).map_err(io)?).lines();
+    let first = lines.next().ok_or_else(|| LogError::Empty { path: path.to_owned() })?.map_err(io)?;
+    let bad = |line, source| LogError::Line { path: path.to_owned(), line, source };
+    let header: LogHeader = serde_json::from_str(&first).map_err(|e| bad(1, e))?;
+    if header.schema != SCHEMA {
+        return Err(LogError::Schema { path: path.to_owned(), found: header.schema });
+    }
+    let mut out = Vec::new();
+    let mut lines = lines.enumerate().peekable();
+    while let Some((i, line)) = lines.next() {
+        match serde_json::from_str(&line.map_err(io)?) {
+            Ok(line) => out.push(line),
+            Err(e) if e.is_eof() && lines.peek().is_none() => break,
+            Err(e) => return Err(bad(i + 2, e)),
+        }
+    }
+    Ok((header, out))
+}
+
+/// Where the step loop puts its lines.
+#[derive(Debug)]
+pub struct DecisionLog(Sink);
+
+#[derive(Debug)]
+enum Sink {
+    Memory(Arc<Mutex<Vec<LogLine>>>),
+    File { lines: Option<SyncSender<LogLine>>, writer: Option<JoinHandle<Result<(), LogError>>> },
+}
+
+impl DecisionLog {
+    /// A log in memory, and the lines as they come.
+    pub fn in_memory() -> (Self, Arc<Mutex<Vec<LogLine>>>) {
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        (Self(Sink::Memory(lines.clone())), lines)
+    }
+
+    /// A log in a new file, written by its own thread so that the step loop never waits for a disk
+    /// that is less than 65,536 lines behind.
+    ///
+    /// # Errors
+    /// If the file cannot be created or the header not be written.
+    pub fn to_file(path: &Path, header: &LogHeader) -> Result<Self, LogError> {
+        let path = path.to_owned();
+        let io = |source| LogError::Io { path: path.clone(), source };
+        let mut out = BufWriter::new(File::create(&path).map_err(io)?);
+        write_line(&mut out, header).and_then(|()| out.flush()).map_err(io)?;
+        let (sender, receiver) = sync_channel::<LogLine>(BUFFERED_LINES);
+        let name = path.clone();
+        let writer = std::thread::Builder::new()
+            .name("decision-log".into())
+            .spawn(move || {
+                let io = |source| LogError::Io { path: name.clone(), source };
+                while let Ok(line) = receiver.recv() {
+                    write_line(&mut out, &line).map_err(io)?;
+                    while let Ok(line) = receiver.try_recv() {
+                        write_line(&mut out, &line).map_err(io)?;
+                    }
+                    out.flush().map_err(io)?;
+                }
+                Ok(())
+            })
+            .map_err(io)?;
+        Ok(Self(Sink::File { lines: Some(sender), writer: Some(writer) }))
+    }
+
+    /// Adds a line. A writer that has failed is told of once, in the program's log, and lines after
+    /// that are dropped.
+    pub fn push(&mut self, line: LogLine) {
+        match &mut self.0 {
+            Sink::Memory(lines) => lines.lock().unwrap_or_else(PoisonError::into_inner).push(line),
+            Sink::File { lines, writer } => {
+                if lines.as_ref().is_some_and(|l| l.send(line).is_err()) {
+                    *lines = None;
+                    report(writer.take());
+                }
+            }
+        }
+    }
+}
+
+impl Drop for DecisionLog {
+    /// Waits until every line is written.
+    fn drop(&mut self) {
+        if let Sink::File { lines, writer } = &mut self.0 {
+            *lines = None;
+            report(writer.take());
+        }
+    }
+}
+
+fn report(writer: Option<JoinHandle<Result<(), LogError>>>) {
+    match writer.map(JoinHandle::join) {
+        Some(Ok(Err(e))) => tracing::error!("{e}: the log ends here"),
+        Some(Err(_)) => tracing::error!("the decision log's writer died: the log is not complete"),
+        Some(Ok(Ok(()))) | None => {}
+    }
+}
+
+/// Whole lines only: a reader of a growing log sees no half of one before the buffer is flushed.
+fn write_line(out: &mut impl Write, line: &impl Serialize) -> std::io::Result<()> {
+    serde_json::to_writer(&mut *out, line)?;
+    out.write_all(b"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines() -> Vec<LogLine> {
+        vec![
+            LogLine::Arrive {
+                t: 5,
+                id: 0,
+                adapter: Some(3),
+                received: 2,
+                prompt_tokens: 7,
+                max_tokens: 2,
+                refused: None,
+            },
+            LogLine::Step {
+                step: 0,
+                formed: 6,
+                submitted: 7,
+                started: 8,
+                ended: 19,
+                done: 20,
+                seqs: vec![LoggedSeq(0, Some(3), Some(1), 0, 7, false, true, 1)],
+                loading: vec![1],
+                waited: false,
+            },
+            LogLine::StepDone { t: 20, step: 0, stopped: vec![0], stalled: vec![(1, 4)] },
+            LogLine::First { t: 20, id: 0, parts: [3, 1, 0, 0, 4, 10] },
+            LogLine::Ended { t: 20, id: 0, why: LoggedEnd::Stop },
+            LogLine::Idle { t: 21 },
+        ]
+    }
+
+    fn header() -> LogHeader {
+        LogHeader::new("tiny", 7, &Config::with_adapters(4, 2, 8, 1000))
+    }
+
+    #[test]
+    fn a_log_reads_back_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log.jsonl");
+        let mut log = DecisionLog::to_file(&path, &header()).unwrap();
+        for line in lines() {
+            log.push(line);
+        }
+        drop(log);
+        let (read_header, read_lines) = read(&path).unwrap();
+        assert_eq!(read_header, header());
+        assert_eq!(read_lines, lines());
+        assert_eq!(Config::try_from(&read_header.config).unwrap(), Config::with_adapters(4, 2, 8, 1000));
+    }
+
+    #[test]
+    fn an_unfinished_last_line_is_left_out_and_one_in_the_middle_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log.jsonl");
+        let head = serde_json::to_string(&header()).unwrap();
+        std::fs::write(&path, format!("{head}\n{{\"line\":\"idle\",\"t\":1}}\n{{\"line\":\"id")).unwrap();
+        assert_eq!(read(&path).unwrap().1, vec![LogLine::Idle { t: 1 }]);
+        std::fs::write(&path, format!("{head}\nnonsense\n{{\"line\":\"idle\",\"t\":1}}\n")).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("line 2"));
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log.jsonl");
+        let text = serde_json::to_string(&LogHeader { schema: 9, ..header() }).unwrap();
+        std::fs::write(&path, text).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("version 9"));
+    }
+}

@@ -1,0 +1,200 @@
+//! The manifest of a run: what a result was made with, as JSON beside it.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::digest::{canonical_json, sha256};
+use super::files::{self, FileError};
+use super::machine::{Machine, machine};
+
+/// The format's version.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// A manifest that could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// The file itself.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// It is none.
+    #[error("{} is not a run manifest: {source}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// Settings that JSON cannot hold.
+    #[error("cannot write the run's settings as JSON: {0}")]
+    Settings(serde_json::Error),
+}
+
+/// The program that made a result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tool {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// The commit that it was built from, `unknown` outside a repository.
+    pub commit: String,
+    /// Whether its sources differed from that commit; none where that is unknown.
+    pub dirty: Option<bool>,
+}
+
+impl Tool {
+    /// Name, version and short commit, for captions.
+    pub fn describe(&self) -> String {
+        let commit = self.commit.get(..7).unwrap_or(&self.commit);
+        let modified = if self.dirty == Some(true) { ", modified" } else { "" };
+        format!("{} {} ({commit}{modified})", self.name, self.version)
+    }
+
+    /// This program.
+    pub fn this() -> Self {
+        Self {
+            name: env!("CARGO_PKG_NAME").to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            commit: env!("BUILD_COMMIT").to_owned(),
+            dirty: env!("BUILD_DIRTY").parse().ok(),
+        }
+    }
+}
+
+/// Prompts or a trace that a run was fed with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Dataset {
+    /// Its file or, for an embedded one, its name.
+    pub name: String,
+    /// SHA-256 of its bytes.
+    pub sha256: String,
+}
+
+/// What a result was made with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The program.
+    pub tool: Tool,
+    /// The subcommand.
+    pub command: String,
+    /// Its resolved settings. They are written down as they are: leave secrets out.
+    pub config: Value,
+    /// SHA-256 of the settings' canonical JSON.
+    pub config_sha256: String,
+    /// Seeds of the traces.
+    pub seeds: Vec<u64>,
+    /// What the run was fed with.
+    pub dataset: Option<Dataset>,
+    /// Where it ran.
+    pub machine: Machine,
+    /// SHA-256 of the profile that a simulation was made with.
+    pub profile_sha256: Option<String>,
+    /// Local time with its offset, RFC 3339.
+    pub started: String,
+    /// The same, once the run has ended.
+    pub ended: Option<String>,
+    /// Whether all that was asked for was done.
+    pub complete: bool,
+}
+
+impl Manifest {
+    /// Of a run that begins now; `config` is everything that its results depend on.
+    pub fn begin(command: &str, config: &impl Serialize, seeds: &[u64]) -> Result<Self, ManifestError> {
+        let config = serde_json::to_value(config).map_err(ManifestError::Settings)?;
+        let config_sha256 = sha256(canonical_json(&config).as_bytes());
+        Ok(Self {
+            schema_version: SCHEMA_VERSION,
+            tool: Tool::this(),
+            command: command.to_owned(),
+            config,
+            config_sha256,
+            seeds: seeds.to_vec(),
+            dataset: None,
+            machine: machine(),
+            profile_sha256: None,
+            started: now(),
+            ended: None,
+            complete: false,
+        })
+    }
+
+    /// Marks the run as ended now; `complete` if all that was asked for was done.
+    pub fn end(&mut self, complete: bool) {
+        self.ended = Some(now());
+        self.complete = complete;
+    }
+
+    /// Writes it as a whole.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<(), ManifestError> {
+        let mut text = serde_json::to_vec_pretty(self).map_err(ManifestError::Settings)?;
+        text.push(b'\n');
+        Ok(files::write_atomic(path, &text)?)
+    }
+
+    /// Reads one back.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, ManifestError> {
+        let path = path.as_ref();
+        let text = files::read_text(path)?;
+        serde_json::from_str(&text).map_err(|source| ManifestError::Parse { path: path.to_owned(), source })
+    }
+}
+
+/// Where the manifest of a result lies: `runs/a.csv` has `runs/a.manifest.json`.
+pub fn path_beside(result: impl AsRef<Path>) -> PathBuf {
+    let result = result.as_ref();
+    let mut name = result.file_stem().map_or_else(OsString::new, OsString::from);
+    name.push(".manifest.json");
+    result.with_file_name(name)
+}
+
+fn now() -> String {
+    chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn lies_beside_the_result_and_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = path_beside(dir.path().join("short.csv"));
+        assert_eq!(path, dir.path().join("short.manifest.json"));
+        let mut manifest = Manifest::begin("simulate", &json!({"rate": 2.0}), &[42]).unwrap();
+        manifest.write(&path).unwrap();
+        assert!(!Manifest::read(&path).unwrap().complete);
+        manifest.end(true);
+        manifest.write(&path).unwrap();
+        assert_eq!(Manifest::read(&path).unwrap(), manifest);
+    }
+
+    #[test]
+    fn equal_settings_hash_alike_in_any_order() {
+        let hash = |config: Value| Manifest::begin("x", &config, &[]).unwrap().config_sha256;
+        assert_eq!(hash(json!({"a": 1, "b": 2})), hash(json!({"b": 2, "a": 1})));
+        assert_ne!(hash(json!({"a": 1})), hash(json!({"a": 2})));
+    }
+
+    #[test]
+    fn names_the_commit_or_says_unknown() {
+        let tool = Tool::this();
+        assert!(tool.commit == "unknown" || tool.commit.len() == 40, "{}", tool.commit);
+        assert_eq!(tool.dirty.is_none(), tool.commit == "unknown");
+    }
+
+    #[test]
+    fn another_file_is_no_manifest() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.manifest.json");
+        std::fs::write(&path, "{}").unwrap();
+        let error = Manifest::read(&path).unwrap_err().to_string();
+        assert!(error.contains("x.manifest.json is not a run manifest"), "{error}");
+    }
+}

@@ -1,0 +1,372 @@
+//! From result rows to what is drawn: panels, curves, intervals, captions.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::{Map, Value};
+
+use super::{Options, PlotError};
+use crate::report::record::{RequestRecord, Status};
+use crate::report::results::{ResultRow, Source};
+use crate::report::stats::{Interval, mean, mean_interval, quantile_interval, sorted};
+
+/// Panels in one figure, at most.
+pub const MOST_PANELS: usize = 6;
+
+/// Settings by which rows can differ; rows that differ in one belong to different panels.
+const SETTINGS: [&str; 13] = [
+    "model",
+    "total_loras",
+    "rank",
+    "prompt_regime",
+    "rho",
+    "arrival_rate",
+    "arrivals",
+    "popularity",
+    "policy",
+    "evict",
+    "swap_mode",
+    "max_num_seqs",
+    "max_tokens",
+];
+
+/// What a curve shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Quantity {
+    /// Median TTFT, seconds.
+    Median,
+    /// 99th percentile of TTFT, seconds.
+    P99,
+    /// Adapters copied during the run.
+    Swaps,
+}
+
+impl Quantity {
+    fn of(self, row: &ResultRow) -> Option<f64> {
+        match self {
+            Self::Median => row.ttft_median,
+            Self::P99 => row.ttft_p99,
+            Self::Swaps => row.swap_count.map(|n| n as f64),
+        }
+    }
+}
+
+/// One value over the budget axis.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Point {
+    /// `gpu_loras`.
+    pub budget: u32,
+    /// Mean over the runs.
+    pub value: f64,
+    /// Where it may lie.
+    pub interval: Option<Interval>,
+    /// Whether a run's rate was above this budget's saturation rate.
+    pub saturated: bool,
+}
+
+/// One quantity of one source, points by budget.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Curve {
+    /// What it shows.
+    pub quantity: Quantity,
+    /// Whence.
+    pub source: Source,
+    /// In order of budget.
+    pub points: Vec<Point>,
+}
+
+/// The curves of rows that agree in all settings.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Panel {
+    /// In what they differ from other panels'; empty where there is one panel.
+    pub label: String,
+    /// Their curves.
+    pub curves: Vec<Curve>,
+}
+
+/// What intervals mean in a figure.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Notes {
+    /// Runs behind one measured point, where intervals come from several.
+    pub measured_runs: BTreeSet<usize>,
+    /// Whether some measured intervals are those of one run's requests.
+    pub within_run: bool,
+    /// Runs behind one simulated point.
+    pub simulated_runs: BTreeSet<usize>,
+}
+
+/// Everything that is drawn, but for sizes and colours.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Data {
+    /// Every budget of every row.
+    pub budgets: Vec<u32>,
+    /// One or more, up to [`MOST_PANELS`].
+    pub panels: Vec<Panel>,
+    /// Settings that all rows share, as words.
+    pub shared: Vec<String>,
+    /// What intervals mean.
+    pub notes: Notes,
+}
+
+/// Intervals of one run's own median and p99 at 95 %, from its requests.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct WithinRun {
+    median: Option<Interval>,
+    p99: Option<Interval>,
+}
+
+impl WithinRun {
+    /// Of the successful requests' TTFT. An end that so few requests do not bound is that of the
+    /// sample.
+    pub fn of(records: &[RequestRecord]) -> Self {
+        let ok = records.iter().filter(|r| r.status == Status::Ok);
+        let ttft = sorted(&ok.filter_map(|r| r.ttft_s).collect::<Vec<_>>());
+        let interval = |q| {
+            let bounds = quantile_interval(&ttft, q, 0.95);
+            Some(Interval {
+                low: bounds.low.or(ttft.first().copied())?,
+                high: bounds.high.or(ttft.last().copied())?,
+            })
+        };
+        Self { median: interval(0.5), p99: interval(0.99) }
+    }
+}
+
+impl Data {
+    /// Sorts rows into panels and curves.
+    pub fn prepare(rows: &[ResultRow], options: &Options) -> Result<Self, PlotError> {
+        let rows: Vec<Row<'_>> = rows.iter().filter(|r| r.ttft_median.is_some()).map(Row::new).collect();
+        if rows.is_empty() {
+            return Err(PlotError::NoRows);
+        }
+        let varying: Vec<&str> = SETTINGS.into_iter().filter(|c| values(&rows, c).len() > 1).collect();
+        let by: Vec<&str> = if options.by.is_empty() {
+            // A rate follows from the load where both are known.
+            let rho = varying.contains(&"rho");
+            varying.iter().copied().filter(|c| !(rho && *c == "arrival_rate")).collect()
+        } else {
+            options.by.iter().map(String::as_str).collect()
+        };
+        if let Some(unknown) = by.iter().find(|c| !rows[0].columns.contains_key(**c)) {
+            return Err(PlotError::UnknownColumn((*unknown).to_owned()));
+        }
+        let mut groups: BTreeMap<Vec<Natural>, Vec<&Row<'_>>> = BTreeMap::new();
+        let mut order = Vec::new();
+        for row in &rows {
+            // What one row does not know is taken to be as in the others.
+            let only = |c| values(&rows, c).into_iter().next().filter(|_| values(&rows, c).len() == 1);
+            let key = by.iter().map(|c| row.get(c).or_else(|| only(c)).unwrap_or_default());
+            let key: Vec<Natural> = key.map(|text| Natural::new(text, &mut order)).collect();
+            groups.entry(key).or_default().push(row);
+        }
+        if groups.len() > MOST_PANELS {
+            return Err(PlotError::TooManyPanels {
+                panels: groups.len(),
+                columns: by.iter().map(|c| (*c).to_owned()).collect(),
+            });
+        }
+        let mut notes = Notes::default();
+        let mut panels = Vec::new();
+        for (key, rows) in &groups {
+            let label: Vec<_> =
+                by.iter().zip(key).map(|(column, value)| describe(column, &value.text)).collect();
+            let label = if groups.len() > 1 { label.join(", ") } else { String::new() };
+            agree(rows, &by, &label)?;
+            panels.push(Panel { label, curves: curves(rows, options, &mut notes) });
+        }
+        let shared = SETTINGS
+            .iter()
+            .chain(&["num_requests"])
+            .filter(|c| !by.contains(c) || groups.len() == 1)
+            .filter_map(|c| {
+                let mut all = values(&rows, c).into_iter();
+                let value = all.next()?;
+                all.next().is_none().then(|| describe(c, &value))
+            })
+            .collect();
+        let budgets: BTreeSet<u32> = rows.iter().map(|r| r.row.gpu_loras).collect();
+        Ok(Self { budgets: budgets.into_iter().collect(), panels, shared, notes })
+    }
+}
+
+/// A row with its columns by name.
+struct Row<'a> {
+    row: &'a ResultRow,
+    columns: Map<String, Value>,
+}
+
+impl<'a> Row<'a> {
+    fn new(row: &'a ResultRow) -> Self {
+        let columns = match serde_json::to_value(row) {
+            Ok(Value::Object(columns)) => columns,
+            _ => Map::new(),
+        };
+        Self { row, columns }
+    }
+
+    /// A column as text; none where it is empty.
+    fn get(&self, column: &str) -> Option<String> {
+        match self.columns.get(column)? {
+            Value::Null => None,
+            Value::String(text) => Some(text.clone()),
+            Value::Number(n) => Some(n.as_f64().map_or_else(|| n.to_string(), |f| f.to_string())),
+            other => Some(other.to_string()),
+        }
+    }
+}
+
+/// Text that sorts by value where it is a number and else by when it was first seen, which is the
+/// order in which the experiment lists it.
+#[derive(Clone, Debug)]
+struct Natural {
+    number: Option<f64>,
+    seen: usize,
+    text: String,
+}
+
+impl Natural {
+    fn new(text: String, order: &mut Vec<String>) -> Self {
+        let seen = order.iter().position(|t| *t == text).unwrap_or_else(|| {
+            order.push(text.clone());
+            order.len() - 1
+        });
+        Self { number: text.parse().ok().filter(|n: &f64| n.is_finite()), seen, text }
+    }
+}
+
+impl PartialEq for Natural {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Natural {}
+
+impl PartialOrd for Natural {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Natural {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let by_number = match (self.number, other.number) {
+            (Some(a), Some(b)) => a.total_cmp(&b),
+            (a, b) => b.is_some().cmp(&a.is_some()),
+        };
+        by_number.then(self.seen.cmp(&other.seen))
+    }
+}
+
+/// The distinct values of a column among rows that have one.
+fn values(rows: &[Row<'_>], column: &str) -> BTreeSet<String> {
+    rows.iter().filter_map(|r| r.get(column)).collect()
+}
+
+/// Whether rows of one panel agree in what they are not grouped by.
+fn agree(rows: &[&Row<'_>], by: &[&str], label: &str) -> Result<(), PlotError> {
+    let implied = |c: &str| c == "arrival_rate" && rows.iter().all(|r| r.row.rho.is_some());
+    for column in SETTINGS.into_iter().filter(|c| !by.contains(c) && !implied(c)) {
+        let found: BTreeSet<String> = rows.iter().filter_map(|r| r.get(column)).collect();
+        if found.len() > 1 {
+            return Err(PlotError::Mixed {
+                label: if label.is_empty() { "the figure".to_owned() } else { format!("panel '{label}'") },
+                column: column.to_owned(),
+                values: found.into_iter().collect(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn curves(rows: &[&Row<'_>], options: &Options, notes: &mut Notes) -> Vec<Curve> {
+    let mut curves = Vec::new();
+    for quantity in [Quantity::Median, Quantity::P99, Quantity::Swaps] {
+        for source in [Source::Measured, Source::Simulated] {
+            let mut runs: BTreeMap<u32, Vec<&ResultRow>> = BTreeMap::new();
+            for row in rows.iter().filter(|r| r.row.source == source && quantity.of(r.row).is_some()) {
+                runs.entry(row.row.gpu_loras).or_default().push(row.row);
+            }
+            let points: Vec<_> = runs
+                .iter()
+                .filter_map(|(&b, rows)| point(b, quantity, source, rows, options, notes))
+                .collect();
+            if !points.is_empty() {
+                curves.push(Curve { quantity, source, points });
+            }
+        }
+    }
+    curves
+}
+
+/// The mean over runs with what may be said of its spread: of measured runs Student's interval from
+/// three on and their range at two, of simulated ones their range, of one run its requests' interval
+/// where they are at hand.
+fn point(
+    budget: u32,
+    quantity: Quantity,
+    source: Source,
+    rows: &[&ResultRow],
+    options: &Options,
+    notes: &mut Notes,
+) -> Option<Point> {
+    let all: Vec<f64> = rows.iter().filter_map(|r| quantity.of(r)).collect();
+    let range = || {
+        let ordered = sorted(&all);
+        Some(Interval { low: *ordered.first()?, high: *ordered.last()? })
+    };
+    let interval = match (source, all.len()) {
+        (_, 1) => {
+            rows[0].run_key().and_then(|key| options.within_run.get(&key)).and_then(|w| match quantity {
+                Quantity::Median => w.median,
+                Quantity::P99 => w.p99,
+                Quantity::Swaps => None,
+            })
+        }
+        (Source::Measured, 3..) => mean_interval(&all, 0.95),
+        _ => range(),
+    };
+    if quantity == Quantity::Median {
+        match (source, all.len()) {
+            (Source::Measured, 1) => notes.within_run |= interval.is_some(),
+            (Source::Measured, n) => _ = notes.measured_runs.insert(n),
+            (Source::Simulated, n) => _ = notes.simulated_runs.insert(n),
+        }
+    }
+    // A bar of no length says nothing and cannot be drawn.
+    let interval = interval.filter(|i| i.high > i.low);
+    let saturated = rows.iter().any(|r| r.saturated == Some(true));
+    Some(Point { budget, value: mean(&all)?, interval, saturated })
+}
+
+/// A setting's value in words.
+fn describe(column: &str, value: &str) -> String {
+    let value = if value.is_empty() { "unknown" } else { value };
+    match column {
+        "model" => value.to_owned(),
+        "total_loras" => format!("{value} adapters"),
+        "prompt_regime" => format!("{value} prompts"),
+        "arrival_rate" => format!("{value} requests/s"),
+        "rho" => format!("load ρ {value}"),
+        "popularity" => format!("{} popularity", proper(value)),
+        "arrivals" => format!("{} arrivals", proper(value)),
+        "evict" => format!("{} eviction", proper(value)),
+        "swap_mode" => format!("{value} swaps"),
+        "max_num_seqs" => format!("up to {value} sequences"),
+        "num_requests" => format!("{value} requests a run"),
+        "max_tokens" => format!("{value} output tokens"),
+        _ => format!("{column} {value}"),
+    }
+}
+
+/// Names and abbreviations as they are written in text.
+fn proper(word: &str) -> String {
+    match word.split_once(':') {
+        Some((law, parameter)) => format!("{} {parameter}", proper(law)),
+        None => match word {
+            "poisson" => "Poisson".to_owned(),
+            "zipf" => "Zipf".to_owned(),
+            "lru" | "lfu" | "fifo" => word.to_uppercase(),
+            _ => word.to_owned(),
+        },
+    }
+}

@@ -1,0 +1,116 @@
+//! The figure: median and p99 TTFT over `gpu_loras`, measured and simulated together, swaps below.
+//!
+//! Result rows become [`data::Data`], that becomes an SVG, and the PNG is rendered from that SVG with
+//! an embedded font, so that both show the same thing on every machine. The same rows give the same
+//! bytes.
+
+mod axis;
+mod canvas;
+pub mod data;
+mod font;
+mod legend;
+mod render;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::files::{self, FileError};
+use super::results::{ResultRow, RunKey};
+use data::{Data, WithinRun};
+
+/// How much larger the PNG is than the SVG's nominal size.
+pub const PNG_SCALE: f32 = 2.0;
+
+/// A figure that cannot be drawn.
+#[derive(Debug, thiserror::Error)]
+pub enum PlotError {
+    /// A file of it.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Nothing to draw.
+    #[error("no row has a TTFT: there is nothing to plot")]
+    NoRows,
+    /// More panels than a reader can compare.
+    #[error(
+        "the rows would make {panels} panels by {}, and {} are the most: plot fewer rows, or choose the columns with --by",
+        columns.join(", "),
+        data::MOST_PANELS
+    )]
+    TooManyPanels {
+        /// How many there would be.
+        panels: usize,
+        /// The columns that tell them apart.
+        columns: Vec<String>,
+    },
+    /// Rows of different settings in one panel.
+    #[error(
+        "rows of {label} differ in {column} ({}): add {column} to --by, or plot rows of one value",
+        values.join(", ")
+    )]
+    Mixed {
+        /// The panel.
+        label: String,
+        /// The setting.
+        column: String,
+        /// Its values.
+        values: Vec<String>,
+    },
+    /// `--by` a column that results do not have.
+    #[error("there is no column '{0}' in a results CSV to plot by")]
+    UnknownColumn(String),
+    /// The drawing itself failed.
+    #[error("cannot draw the figure: {0}")]
+    Draw(String),
+}
+
+/// What the caller may choose.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Columns whose values make panels; empty is every setting that varies.
+    pub by: Vec<String>,
+    /// The title; none is a plain one.
+    pub title: Option<String>,
+    /// How the results were made, for the foot of the figure.
+    pub footer: String,
+    /// Intervals of single runs, drawn where no repeats are.
+    pub within_run: HashMap<RunKey, WithinRun>,
+}
+
+/// The figure of `rows` as SVG text.
+pub fn svg(rows: &[ResultRow], options: &Options) -> Result<String, PlotError> {
+    render::svg(&Data::prepare(rows, options)?, options)
+}
+
+/// An SVG of this module as PNG bytes, [`PNG_SCALE`] times its nominal size.
+pub fn png(svg: &str) -> Result<Vec<u8>, PlotError> {
+    font::png(svg, PNG_SCALE)
+}
+
+/// Draws `rows` into `base.svg` and `base.png`, whatever extension `base` has, and says where they are.
+pub fn write(
+    base: impl AsRef<Path>,
+    rows: &[ResultRow],
+    options: &Options,
+) -> Result<(PathBuf, PathBuf), PlotError> {
+    let (svg_path, png_path) = paths(base);
+    let svg = svg(rows, options)?;
+    let png = png(&svg)?;
+    files::write_atomic(&svg_path, svg.as_bytes())?;
+    files::write_atomic(&png_path, &png)?;
+    Ok((svg_path, png_path))
+}
+
+/// Where [`write`] puts the two files.
+pub fn paths(base: impl AsRef<Path>) -> (PathBuf, PathBuf) {
+    let base = base.as_ref();
+    let stem = match base.extension().and_then(|e| e.to_str()) {
+        Some("svg" | "png" | "csv") => base.with_extension(""),
+        _ => base.to_owned(),
+    };
+    let with = |extension: &str| {
+        let mut name = stem.clone().into_os_string();
+        name.push(extension);
+        PathBuf::from(name)
+    };
+    (with(".svg"), with(".png"))
+}

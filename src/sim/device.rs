@@ -1,0 +1,33 @@
+//! What stands where the engine has an executor.
+
+use lora_sched::{Nanos, SlotId, StepPlan, SwapPlan};
+
+/// Something that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Done {
+    /// The step in flight. First, so that at one instant a step ends before a swap does.
+    Step,
+    /// The copy into a slot.
+    Swap(SlotId),
+}
+
+/// Durations of submitted work on the virtual clock.
+pub trait Device {
+    /// Time from the event that made planning possible to the plan, for the plan that comes next.
+    fn gap(&self) -> Nanos;
+
+    /// A step starts.
+    fn submit_step(&mut self, now: Nanos, plan: &StepPlan);
+
+    /// A swap starts.
+    fn submit_swap(&mut self, now: Nanos, swap: &SwapPlan);
+
+    /// What ends next, and when: never before the last call's `now`. It may change with every submission.
+    fn next(&self) -> Option<(Nanos, Done)>;
+
+    /// What [`Device::next`] told has come about.
+    fn complete(&mut self, now: Nanos, done: Done);
+
+    /// How long the step that has just ended waited for layers of the adapter in each slot.
+    fn stalled(&self) -> &[(SlotId, Nanos)];
+}

@@ -1,0 +1,267 @@
+//! A device whose durations come from a calibrated profile.
+//!
+//! A step and a copy that run side by side slow each other: both are kept as remaining work and a
+//! rate, and the rates change only when one of them starts or ends.
+
+use lora_sched::{Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
+
+use super::device::{Device, Done};
+use crate::profile::{CostModel, StepShape};
+
+/// See the module's text.
+#[derive(Clone, Debug)]
+pub struct ModelDevice {
+    cost: CostModel,
+    ranks: Vec<u32>,
+    /// Copies under way share the engine layer by layer (`layered`) rather than one after another.
+    shared: bool,
+    now: Nanos,
+    step: Option<Step>,
+    copies: Vec<Copy>,
+    stalled: Vec<(SlotId, Nanos)>,
+    seen: Vec<bool>,
+}
+
+#[derive(Clone, Debug)]
+struct Step {
+    started: Nanos,
+    /// Work without any slow-down, and what is left of it (waits for first layers included).
+    work: f64,
+    left: f64,
+    /// Time with a copy beside it, which the slow-down explains.
+    loading: Vec<SlotId>,
+    last_landed: Option<SlotId>,
+}
+
+#[derive(Clone, Debug)]
+struct Copy {
+    slot: SlotId,
+    kind: SwapKind,
+    work: f64,
+    left: f64,
+}
+
+impl ModelDevice {
+    /// A device with these costs; `ranks[a]` is adapter `a`'s rank.
+    pub fn new(cost: CostModel, ranks: Vec<u32>, mode: SwapMode) -> Self {
+        Self {
+            cost,
+            ranks,
+            shared: mode == SwapMode::Layered,
+            now: 0,
+            step: None,
+            copies: Vec::new(),
+            stalled: Vec::new(),
+            seen: Vec::new(),
+        }
+    }
+
+    fn step_rate(&self) -> f64 {
+        if self.copies.is_empty() { 1.0 } else { 1.0 / (1.0 + self.cost.step_slowdown) }
+    }
+
+    /// Rate of the copies that are being served, and how many share it.
+    fn copy_rate(&self) -> (f64, usize) {
+        let rate = if self.step.is_some() { 1.0 / self.cost.busy_swap_factor() } else { 1.0 };
+        let served = self.served().count().max(1);
+        (rate / served as f64, served)
+    }
+
+    /// Demand goes before prefetch; of one kind, all share (`layered`) or the first is served.
+    fn served(&self) -> impl Iterator<Item = usize> + '_ {
+        let kind = self.copies.iter().map(|c| c.kind).find(|&k| k == SwapKind::Demand);
+        let kind = kind.unwrap_or(SwapKind::Prefetch);
+        let of_kind = self.copies.iter().enumerate().filter(move |(_, c)| c.kind == kind).map(|(i, _)| i);
+        of_kind.take(if self.shared { usize::MAX } else { 1 })
+    }
+
+    fn advance(&mut self, now: Nanos) {
+        let passed = now.saturating_sub(self.now) as f64;
+        self.now = now;
+        if passed == 0.0 {
+            return;
+        }
+        let step_rate = self.step_rate();
+        let (copy_rate, _) = self.copy_rate();
+        if let Some(step) = &mut self.step {
+            step.left -= passed * step_rate;
+        }
+        if !self.copies.is_empty() {
+            let served: Vec<usize> = self.served().collect();
+            for i in served {
+                self.copies[i].left -= passed * copy_rate;
+            }
+        }
+    }
+
+    fn after(&self, left: f64, rate: f64) -> Nanos {
+        self.now + (left.max(0.0) / rate).ceil() as Nanos
+    }
+}
+
+impl Device for ModelDevice {
+    fn gap(&self) -> Nanos {
+        self.cost.loop_ns
+    }
+
+    fn submit_step(&mut self, now: Nanos, plan: &StepPlan) {
+        self.advance(now);
+        let ranks = &self.ranks;
+        let rank = |adapter: u32| ranks.get(adapter as usize).copied().unwrap_or(0);
+        let shape = StepShape::of(plan, rank, &mut self.seen);
+        let work = self.cost.step_ns(&shape) as f64;
+        let mut step = Step { started: now, work, left: work, loading: Vec::new(), last_landed: None };
+        // Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
+        let (rate, _) = self.copy_rate();
+        let mut head = 0.0f64;
+        for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
+            let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
+            head = head.max(first_layer.max(0.0) / rate);
+            step.loading.push(copy.slot);
+        }
+        step.left += head;
+        self.stalled.clear();
+        self.step = Some(step);
+    }
+
+    fn submit_swap(&mut self, now: Nanos, swap: &SwapPlan) {
+        self.advance(now);
+        let work = self.cost.swap_ns(swap.bytes) as f64;
+        self.copies.push(Copy { slot: swap.slot, kind: swap.kind, work, left: work });
+    }
+
+    fn next(&self) -> Option<(Nanos, Done)> {
+        // The last layer waits for the last layer: a step ends after the copies that it reads.
+        let step = self.step.as_ref().filter(|s| s.loading.is_empty());
+        let step = step.map(|s| (self.after(s.left, self.step_rate()), Done::Step));
+        let (rate, _) = self.copy_rate();
+        let copy = self
+            .served()
+            .map(|i| (self.after(self.copies[i].left, rate), Done::Swap(self.copies[i].slot)))
+            .min();
+        step.into_iter().chain(copy).min()
+    }
+
+    fn complete(&mut self, now: Nanos, done: Done) {
+        self.advance(now);
+        match done {
+            Done::Step => {
+                if let Some(step) = self.step.take()
+                    && let Some(slot) = step.last_landed
+                {
+                    let took = now - step.started;
+                    let stall = (took as f64 - step.work * (1.0 + self.cost.step_slowdown)).max(0.0);
+                    self.stalled.push((slot, stall as Nanos));
+                }
+            }
+            Done::Swap(slot) => {
+                self.copies.retain(|c| c.slot != slot);
+                if let Some(step) = &mut self.step
+                    && let Some(at) = step.loading.iter().position(|&s| s == slot)
+                {
+                    step.loading.swap_remove(at);
+                    step.last_landed = Some(slot);
+                    step.left = step.left.max(step.work / self.cost.layers as f64);
+                }
+            }
+        }
+    }
+
+    fn stalled(&self) -> &[(SlotId, Nanos)] {
+        &self.stalled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lora_sched::{AdapterId, Config, Scheduler};
+
+    use super::*;
+    use crate::profile::tests::round;
+    use crate::sim::{Input, Outcome, SimRequest, run};
+
+    const MS: Nanos = 1_000_000;
+
+    fn request(id: u64, at: Nanos, adapter: u32, output: u32) -> Input {
+        Input::Arrive(SimRequest {
+            id,
+            received: at,
+            queued: at,
+            adapter: Some(adapter),
+            prompt_tokens: 100,
+            output_tokens: output,
+        })
+    }
+
+    fn simulate(config: Config, inputs: Vec<Input>) -> Vec<Outcome> {
+        let cost = CostModel::new(&round()).unwrap();
+        let mut device = ModelDevice::new(cost, vec![8; config.adapters.len()], config.swap_mode);
+        let mut outcomes = Vec::new();
+        let mut scheduler = Scheduler::new(config).unwrap();
+        run(&mut scheduler, &mut device, inputs, &mut outcomes).unwrap();
+        scheduler.audit().unwrap();
+        outcomes
+    }
+
+    fn config(mode: SwapMode) -> Config {
+        Config { swap_mode: mode, ..Config::with_adapters(4, 2, 8, 1_000_000) }
+    }
+
+    /// 100 tokens are 3 ms, a token 1.02 ms, a swap 1 ms.
+    #[test]
+    fn one_request_takes_what_its_steps_and_swap_take() {
+        let first = |mode, adapter| simulate(config(mode), vec![request(0, 0, adapter, 2)])[0];
+        let resident = first(SwapMode::Blocking, 0);
+        assert_eq!((resident.first, resident.last), (3 * MS, 4 * MS + 20_000));
+        let blocking = first(SwapMode::Blocking, 3);
+        assert_eq!((blocking.first, blocking.parts.swap), (4 * MS, MS));
+        let overlap = first(SwapMode::Overlap, 3);
+        assert_eq!((overlap.first, overlap.parts.swap), (4 * MS, MS));
+        // Four layers: only the first is waited for.
+        let layered = first(SwapMode::Layered, 3);
+        assert_eq!((layered.first, layered.parts.swap), (3 * MS + MS / 4, MS / 4));
+    }
+
+    #[test]
+    fn a_swap_beside_a_step_is_hidden_in_overlap_mode() {
+        let inputs = vec![request(0, 0, 0, 1), request(1, MS, 3, 1)];
+        let outcomes = simulate(config(SwapMode::Overlap), inputs);
+        assert_eq!(outcomes[1].first, 6 * MS);
+        assert_eq!(outcomes[1].parts.swap, 0);
+        assert_eq!(outcomes[1].parts.queue, 2 * MS);
+    }
+
+    #[test]
+    fn a_step_beside_a_swap_is_slower_for_as_long() {
+        let mut profile = round();
+        profile.swap.step_slowdown = 0.5;
+        let mut device =
+            ModelDevice::new(CostModel::new(&profile.signed()).unwrap(), vec![8], SwapMode::Overlap);
+        let plan = StepPlan {
+            seqs: vec![lora_sched::SeqStep {
+                id: lora_sched::RequestId(0),
+                place: lora_sched::PlaceId(0),
+                adapter: None,
+                start: 0,
+                len: 100,
+                decode: false,
+                samples: true,
+                new_blocks: 0..0,
+            }],
+            ..StepPlan::default()
+        };
+        device.submit_step(0, &plan);
+        let swap = SwapPlan {
+            adapter: AdapterId(0),
+            slot: SlotId(0),
+            evicted: None,
+            bytes: 1_000_000,
+            kind: SwapKind::Demand,
+        };
+        device.submit_swap(MS, &swap);
+        assert_eq!(device.next(), Some((2 * MS, Done::Swap(SlotId(0)))));
+        device.complete(2 * MS, Done::Swap(SlotId(0)));
+        // A third of the millisecond beside the copy was lost.
+        assert_eq!(device.next(), Some((3 * MS + 333_334, Done::Step)));
+    }
+}

@@ -1,0 +1,124 @@
+//! From what a user typed to a tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use super::{Tokenizer, TokenizerError};
+use crate::workload::data_folder::{LLAMA2_TOKENIZER_NAMES, llama2_tokenizer_file};
+
+/// What models call the end of a sequence, where no configuration says.
+pub const EOS_NAMES: &[&str] = &["</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"];
+
+impl Tokenizer {
+    /// The tokenizer that a user named: a `tokenizer.json`, a folder that holds one, or a name that
+    /// `fetch-data` provides for. No name is the embedded byte-level one.
+    pub fn resolve(name: Option<&str>) -> Result<Self, TokenizerError> {
+        let Some(name) = name else { return Ok(Self::byte_level()) };
+        if let Some(path) = existing(name)? {
+            return Self::from_file(&path);
+        }
+        if !LLAMA2_TOKENIZER_NAMES.contains(&name) {
+            return Err(TokenizerError::Unknown { name: name.to_owned() });
+        }
+        let path = llama2_tokenizer_file();
+        if !path.is_file() {
+            return Err(TokenizerError::NotFetched { name: name.to_owned(), path });
+        }
+        Self::from_file(&path)
+    }
+
+    /// As [`Self::resolve`], except that a hub name or a model folder without a tokenizer here gives
+    /// the byte-level one. The text says which it is, to be shown at start. A path that is missing,
+    /// or a file that is no tokenizer, is an error all the same.
+    pub fn resolve_or_byte_level(name: Option<&str>) -> Result<(Self, String), TokenizerError> {
+        let Some(name) = name else {
+            return Ok((Self::byte_level(), "tokenizer: byte-level (embedded)".to_owned()));
+        };
+        let why = match Self::resolve(Some(name)) {
+            Ok(tokenizer) => {
+                let said = format!("tokenizer: {}", tokenizer.source());
+                return Ok((tokenizer, said));
+            }
+            Err(TokenizerError::NotFetched { .. }) => {
+                format!("'{name}' is not in the data folder; `lora-hbm fetch-data` gets it")
+            }
+            Err(TokenizerError::NoTokenizerJson { folder }) => {
+                format!("{} has no tokenizer.json", folder.display())
+            }
+            Err(TokenizerError::Unknown { .. }) if is_hub_name(name) => {
+                format!("there is no tokenizer for '{name}' on this machine")
+            }
+            Err(e) => return Err(e),
+        };
+        Ok((Self::byte_level(), format!("tokenizer: byte-level (embedded), since {why}")))
+    }
+}
+
+/// The `tokenizer.json` that `name` means as a path, if there is anything at that path.
+fn existing(name: &str) -> Result<Option<PathBuf>, TokenizerError> {
+    let path = Path::new(name);
+    if path.is_dir() {
+        let file = path.join("tokenizer.json");
+        return if file.is_file() {
+            Ok(Some(file))
+        } else {
+            Err(TokenizerError::NoTokenizerJson { folder: path.to_owned() })
+        };
+    }
+    Ok(path.exists().then(|| path.to_owned()))
+}
+
+/// Whether `name` reads as a model's name (`tiny`, `facebook/opt-125m`) rather than as a path.
+fn is_hub_name(name: &str) -> bool {
+    !name.starts_with(['.', '/', '~']) && !name.ends_with(".json") && name.matches('/').count() <= 1
+}
+
+/// The end of sequence that `tokenizer_config.json` beside the tokenizer names, if there is one.
+pub fn eos_beside(tokenizer: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(tokenizer.with_file_name("tokenizer_config.json")).ok()?;
+    let config: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let eos = config.get("eos_token")?;
+    eos.as_str().or_else(|| eos.get("content")?.as_str()).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workload::tokenizer::TokenizerSource;
+
+    #[test]
+    fn no_name_is_byte_level() {
+        assert_eq!(*Tokenizer::resolve(None).unwrap().source(), TokenizerSource::ByteLevel);
+    }
+
+    #[test]
+    fn an_unknown_name_is_an_error_that_says_what_to_do() {
+        let error = Tokenizer::resolve(Some("nobody/nothing")).unwrap_err().to_string();
+        assert!(error.contains("nobody/nothing") && error.contains("fetch-data"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_tokenizer_is_an_error_for_clients_and_servers() {
+        let folder = tempfile::tempdir().unwrap();
+        for text in ["not JSON at all", "{}", r#"{"model": 1}"#] {
+            let file = folder.path().join("tokenizer.json");
+            std::fs::write(&file, text).unwrap();
+            for name in [file.to_str(), folder.path().to_str()] {
+                let error = Tokenizer::resolve(name).unwrap_err().to_string();
+                assert!(error.contains("tokenizer.json that can be used"), "{error}");
+                assert!(Tokenizer::resolve_or_byte_level(name).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn servers_fall_back_for_names_and_model_folders_and_say_so() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(Tokenizer::resolve(folder.path().to_str()).is_err());
+        for name in ["facebook/opt-125m", "tiny", folder.path().to_str().unwrap()] {
+            let (tokenizer, said) = Tokenizer::resolve_or_byte_level(Some(name)).unwrap();
+            assert_eq!(*tokenizer.source(), TokenizerSource::ByteLevel);
+            assert!(said.contains("byte-level") && said.contains(name), "{said}");
+        }
+        assert!(Tokenizer::resolve_or_byte_level(Some("./missing/tokenizer.json")).is_err());
+    }
+}

@@ -1,0 +1,172 @@
+//! `plot` and `merge`, driven as users drive them.
+
+use std::path::Path;
+
+use assert_cmd::Command;
+use lora_hbm::report::results::{ResultRow, RunContext, Source, append_rows, read_rows};
+use predicates::str::contains;
+
+const BUDGETS: [u32; 7] = [2, 4, 8, 16, 32, 64, 128];
+
+fn row(source: Source, gpu_loras: u32, policy: &str, repeat: u32, ttft: f64) -> ResultRow {
+    let context = RunContext {
+        run_timestamp: Some("2026-01-15 10:30:00".to_owned()),
+        model: Some("tiny".to_owned()),
+        policy: Some(policy.to_owned()),
+        seed: Some(42),
+        repeat: Some(repeat),
+        swap_count: Some(u64::from(128 - gpu_loras)),
+        cell: Some(format!("{gpu_loras:015x}{}", policy.len())),
+        ..RunContext::new(source, 128, gpu_loras, "short")
+    };
+    let mut row = ResultRow::from_records(&[], &context);
+    (row.ttft_median, row.ttft_p99) = (Some(ttft), Some(5.0 * ttft));
+    row
+}
+
+/// Three measured repeats and a simulated run of each budget.
+fn curve(policy: &str) -> Vec<ResultRow> {
+    let mut rows = Vec::new();
+    for budget in BUDGETS {
+        let ttft = 0.02 + 1.0 / f64::from(budget);
+        rows.extend(
+            (0..3).map(|i| row(Source::Measured, budget, policy, i, ttft * (1.0 + 0.1 * f64::from(i)))),
+        );
+        rows.push(row(Source::Simulated, budget, policy, 0, ttft));
+    }
+    rows
+}
+
+fn lora_hbm(folder: &Path) -> Command {
+    let mut command = Command::cargo_bin("lora-hbm").unwrap();
+    command.current_dir(folder);
+    command
+}
+
+/// Width and height in a PNG's header.
+fn png_size(bytes: &[u8]) -> (u32, u32) {
+    assert_eq!(&bytes[..8], b"\x89PNG\r\n\x1a\n");
+    let word = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+    (word(16), word(20))
+}
+
+fn attribute(svg: &str, name: &str) -> u32 {
+    let start = svg.find(&format!(" {name}=\"")).unwrap() + name.len() + 3;
+    svg[start..].split('"').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn draws_every_budget_and_series_into_both_files() {
+    let dir = tempfile::tempdir().unwrap();
+    append_rows(dir.path().join("results.csv"), &curve("skip")).unwrap();
+    lora_hbm(dir.path()).args(["plot", "results.csv", "--title", "A & B"]).assert().success();
+    let svg = std::fs::read_to_string(dir.path().join("results.svg")).unwrap();
+    let texts: Vec<&str> = svg.lines().map(str::trim).filter(|l| !l.starts_with('<')).collect();
+    for budget in BUDGETS {
+        assert!(texts.contains(&budget.to_string().as_str()), "no tick {budget}");
+    }
+    for text in [
+        "median, measured",
+        "median, simulated",
+        "p99, measured",
+        "p99, simulated",
+        "bars: 95 % interval of the mean of 3 runs",
+        "swaps in a run",
+        "tiny · 128 adapters · short prompts · policy skip",
+        "results.csv · 2026-01-15",
+    ] {
+        assert!(texts.contains(&text), "no {text:?} in {texts:?}");
+    }
+    assert!(svg.contains("<title>A &amp; B</title>") && svg.contains("Inter, Helvetica"));
+    let png = std::fs::read(dir.path().join("results.png")).unwrap();
+    assert_eq!(png_size(&png), (2 * attribute(&svg, "width"), 2 * attribute(&svg, "height")));
+}
+
+#[test]
+fn the_same_rows_give_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    append_rows(dir.path().join("results.csv"), &curve("skip")).unwrap();
+    let draw = |out: &str| {
+        lora_hbm(dir.path()).args(["plot", "results.csv", "-o", out]).assert().success();
+        ["svg", "png"].map(|e| std::fs::read(dir.path().join(out).with_extension(e)).unwrap())
+    };
+    assert_eq!(draw("a.svg"), draw("b.png"));
+}
+
+#[test]
+fn settings_that_vary_make_panels_and_too_many_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("results.csv");
+    append_rows(&path, &[curve("skip"), curve("fcfs")].concat()).unwrap();
+    lora_hbm(dir.path()).args(["plot", "results.csv"]).assert().success();
+    let svg = std::fs::read_to_string(dir.path().join("results.svg")).unwrap();
+    assert!(svg.contains("\npolicy skip\n") && svg.contains("\npolicy fcfs\n"), "{svg}");
+
+    lora_hbm(dir.path())
+        .args(["plot", "results.csv", "--by", "model"])
+        .assert()
+        .code(2)
+        .stderr(contains("differ in policy (fcfs, skip)"));
+    lora_hbm(dir.path())
+        .args(["plot", "results.csv", "--by", "mood"])
+        .assert()
+        .code(2)
+        .stderr(contains("'mood'"));
+
+    let mut many = curve("skip");
+    (0..7).for_each(|i| many.push(row(Source::Measured, 2, &format!("p{i}"), 0, 1.0)));
+    append_rows(&path, &many).unwrap();
+    lora_hbm(dir.path())
+        .args(["plot", "results.csv"])
+        .assert()
+        .code(2)
+        .stderr(contains("9 panels by policy"));
+}
+
+#[test]
+fn a_missing_foreign_or_unwritable_file_fails_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    lora_hbm(dir.path()).args(["plot", "no.csv"]).assert().code(1).stderr(contains("cannot read no.csv"));
+    std::fs::write(dir.path().join("other.csv"), "a,b\n1,2\n").unwrap();
+    lora_hbm(dir.path())
+        .args(["plot", "other.csv"])
+        .assert()
+        .code(1)
+        .stderr(contains("column 1 is 'a', expected 'run_timestamp'"));
+    append_rows(dir.path().join("results.csv"), &curve("skip")).unwrap();
+    lora_hbm(dir.path())
+        .args(["plot", "results.csv", "-o", "other.csv/figure"])
+        .assert()
+        .code(1)
+        .stderr(contains("cannot write other.csv/figure.svg"));
+}
+
+#[test]
+fn merging_keeps_each_run_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = curve("skip");
+    append_rows(dir.path().join("a.csv"), &rows[..20]).unwrap();
+    append_rows(dir.path().join("b.csv"), &rows[15..]).unwrap();
+    lora_hbm(dir.path())
+        .args(["merge", "a.csv", "b.csv", "-o", "all.csv"])
+        .assert()
+        .success()
+        .stdout(contains("28 rows of 2 files in all.csv; 5 duplicates dropped"));
+    assert_eq!(read_rows(dir.path().join("all.csv")).unwrap(), rows);
+    // A file that is not among the inputs is not overwritten.
+    lora_hbm(dir.path()).args(["merge", "a.csv", "-o", "b.csv"]).assert().code(2).stderr(contains("exists"));
+    assert_eq!(read_rows(dir.path().join("b.csv")).unwrap().len(), 13);
+}
+
+#[test]
+fn a_run_measured_twice_with_other_numbers_keeps_the_first() {
+    let dir = tempfile::tempdir().unwrap();
+    append_rows(dir.path().join("a.csv"), &[row(Source::Measured, 2, "skip", 0, 1.0)]).unwrap();
+    append_rows(dir.path().join("b.csv"), &[row(Source::Measured, 2, "skip", 0, 2.0)]).unwrap();
+    lora_hbm(dir.path())
+        .args(["merge", "a.csv", "b.csv", "-o", "all.csv"])
+        .assert()
+        .success()
+        .stderr(contains("1 of the dropped rows had other numbers"));
+    assert_eq!(read_rows(dir.path().join("all.csv")).unwrap()[0].ttft_median, Some(1.0));
+}
