@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use lora_hbm::engine::adapters::HostPool;
 use lora_hbm::engine::batch::BatchLimits;
 use lora_hbm::engine::cpu::{CpuExecutor, CpuOptions};
-use lora_hbm::engine::executor::{Completion, Executor, Sampling, StepFeed};
+use lora_hbm::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed};
 use lora_hbm::engine::model::{DummyWeights, resolve};
 use lora_sched::{AdapterId, PlaceId, RequestId, SeqStep, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
@@ -147,13 +147,25 @@ impl Rig {
         (plan, feed)
     }
 
-    /// Runs a step and gives the token that each share sampled.
-    pub fn step(&mut self, shares: &[Share<'_>]) -> Vec<u32> {
+    /// Submits a step and does not wait.
+    pub fn submit(&mut self, shares: &[Share<'_>]) -> u64 {
         let (plan, feed) = self.plan(shares);
         self.executor.submit_step(&plan, &feed).unwrap();
+        plan.step
+    }
+
+    /// Runs a step and gives what it ended with.
+    pub fn try_step(&mut self, shares: &[Share<'_>]) -> Result<Completion, ExecutorError> {
+        self.submit(shares);
+        self.executor.wait()
+    }
+
+    /// Runs a step and gives the token that each share sampled.
+    pub fn step(&mut self, shares: &[Share<'_>]) -> Vec<u32> {
+        let submitted = self.submit(shares);
         match self.executor.wait().unwrap() {
             Completion::Step { step, started, ended } => {
-                assert_eq!(step, plan.step);
+                assert_eq!(step, submitted);
                 assert!(started <= ended);
             }
             other => panic!("{other:?}"),
