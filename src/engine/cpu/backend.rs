@@ -12,10 +12,10 @@ use super::matmul::{Mat, MatMut, multiply, multiply_transposed};
 use super::memory::{committed, parallelism};
 use super::packed::Packed;
 use super::sample::SeqSampler;
-use super::slots::{Load, Slots};
-use crate::engine::adapters::AdapterLayout;
+use super::slots::Slots;
+use super::step::Step;
 use crate::engine::backend::{Backend, BackendShape, HostMatrix, LoraTarget, Norm};
-use crate::engine::batch::{Batch, BatchLimits, LAST_TOKEN};
+use crate::engine::batch::Batch;
 use crate::engine::executor::{Sampling, TokenId};
 use crate::engine::model::{Family, ModelSpec};
 
@@ -51,14 +51,6 @@ pub enum CpuError {
 /// The weight of a linear layer, packed for reading.
 pub struct CpuMatrix(Packed);
 
-/// A segment of the running step with its adapter's offset table.
-struct ActiveSegment {
-    slot: SlotId,
-    layout: Arc<AdapterLayout>,
-    start: usize,
-    rows: usize,
-}
-
 /// The CPU with its KV cache, slots and scratch memory.
 pub struct CpuBackend {
     shape: BackendShape,
@@ -82,42 +74,6 @@ pub struct CpuBackend {
     last_tokens: Vec<TokenId>,
     sampled: Vec<TokenId>,
     step: Step,
-}
-
-/// The running step's metadata, as the operations need it.
-struct Step {
-    tokens: Vec<TokenId>,
-    positions: Vec<u32>,
-    kv_rows: Vec<u32>,
-    starts: Vec<u32>,
-    contexts: Vec<u32>,
-    /// Blocks of all sequences, one after the other.
-    blocks: Vec<u32>,
-    /// `[seqs + 1]` where each sequence's begin.
-    block_starts: Vec<u32>,
-    sample_rows: Vec<u32>,
-    sample_places: Vec<u32>,
-    segments: Vec<ActiveSegment>,
-    loads: Vec<Load>,
-}
-
-impl Step {
-    fn new(limits: &BatchLimits) -> Self {
-        let (rows, seqs) = (limits.max_num_batched_tokens, limits.max_num_seqs);
-        Self {
-            tokens: Vec::with_capacity(rows),
-            positions: Vec::with_capacity(rows),
-            kv_rows: Vec::with_capacity(rows),
-            starts: Vec::with_capacity(seqs + 1),
-            contexts: Vec::with_capacity(seqs),
-            blocks: Vec::with_capacity(seqs * limits.max_model_len.div_ceil(limits.block_size)),
-            block_starts: Vec::with_capacity(seqs + 1),
-            sample_rows: Vec::with_capacity(seqs),
-            sample_places: Vec::with_capacity(seqs),
-            segments: Vec::with_capacity(seqs),
-            loads: Vec::with_capacity(seqs),
-        }
-    }
 }
 
 impl CpuBackend {
@@ -191,57 +147,7 @@ impl Backend for CpuBackend {
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<(), CpuError> {
-        let step = &mut self.step;
-        for (to, from) in [
-            (&mut step.positions, &batch.positions),
-            (&mut step.kv_rows, &batch.kv_rows),
-            (&mut step.starts, &batch.starts),
-            (&mut step.contexts, &batch.contexts),
-            (&mut step.sample_rows, &batch.sample_rows),
-            (&mut step.sample_places, &batch.sample_places),
-        ] {
-            to.clear();
-            to.extend_from_slice(from);
-        }
-        step.tokens.clear();
-        step.blocks.clear();
-        step.block_starts.clear();
-        step.block_starts.push(0);
-        for seq in 0..batch.seqs() {
-            step.blocks.extend_from_slice(batch.seq_blocks(seq));
-            step.block_starts.push(step.blocks.len() as u32);
-            let last = self.last_tokens[batch.places[seq] as usize];
-            let ids = &batch.tokens[batch.seq_rows(seq)];
-            step.tokens.extend(ids.iter().map(|id| if *id == LAST_TOKEN { last } else { *id }));
-        }
-        let vocab = self.shape.spec.vocab_size;
-        if let Some(&token) = step.tokens.iter().find(|t| **t as usize >= vocab) {
-            return Err(CpuError::UnknownToken { token, vocab });
-        }
-        step.segments.clear();
-        for segment in &batch.segments {
-            let held = self.slots.held(segment.slot);
-            match held {
-                Some((adapter, layout)) if adapter == segment.adapter => {
-                    step.segments.push(ActiveSegment {
-                        slot: segment.slot,
-                        layout,
-                        start: segment.start as usize,
-                        rows: segment.rows as usize,
-                    });
-                }
-                held => {
-                    return Err(CpuError::WrongAdapter {
-                        slot: segment.slot,
-                        wanted: segment.adapter,
-                        held: held.map(|(adapter, _)| adapter),
-                    });
-                }
-            }
-        }
-        step.loads.clear();
-        step.loads.extend(batch.loading.iter().map(|slot| Load::new(*slot)));
-        Ok(())
+        self.step.take(batch, &self.last_tokens, self.shape.spec.vocab_size, &self.slots)
     }
 
     fn embed(

@@ -2,6 +2,7 @@
 
 mod attention;
 mod backend;
+mod compute;
 mod copier;
 mod executor;
 mod kernel;
@@ -10,9 +11,11 @@ mod math;
 mod matmul;
 mod memory;
 mod packed;
+mod reports;
 mod sample;
 mod simd;
 mod slots;
+mod step;
 
 pub use backend::{CpuBackend, CpuError};
 pub use executor::{CpuExecutor, CpuOptions, CpuStartError};
