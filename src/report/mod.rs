@@ -5,6 +5,8 @@ pub mod digest;
 pub mod files;
 pub mod machine;
 pub mod manifest;
+#[cfg(feature = "plot")]
+pub mod plot;
 pub mod record;
 pub mod requests;
 pub mod results;

@@ -9,3 +9,5 @@ mod step_loop;
 mod support;
 #[cfg(feature = "plot")]
 mod plot;
+#[cfg(feature = "engine")]
+mod rig;
