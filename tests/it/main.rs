@@ -3,11 +3,11 @@
 mod experiment;
 #[cfg(feature = "engine")]
 mod parity;
-#[cfg(feature = "engine")]
-mod rig;
-mod step_loop;
-mod support;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "engine")]
 mod rig;
+#[cfg(feature = "server")]
+mod step_loop;
+#[cfg(feature = "server")]
+mod support;
