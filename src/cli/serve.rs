@@ -1,12 +1,543 @@
 //! `lora-hbm serve`.
 
-use super::failure::Failure;
-use super::settings::Context;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
 use clap::Args;
+use serde::{Deserialize, Serialize};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 
-#[derive(Args, Debug)]
-pub struct ServeArgs {}
+use super::failure::Failure;
+use super::lenient;
+use super::settings::Context;
+use crate::engine::Engine;
+use crate::engine::model::DummyWeights;
+use crate::engine::server::{Ended, Server, ServerInfo, ServerOptions};
+use crate::engine::setup::{EngineSettings, Loaded, SetupError};
+use crate::report::decision_log::DecisionLog;
 
-pub fn run(_: &ServeArgs, _: &Context) -> Result<(), Failure> {
-    Err(Failure::failed("not here yet"))
+/// Flags; every one is optional, see `settings`.
+#[derive(Args, Debug, Serialize)]
+pub struct ServeArgs {
+    /// Base model: a folder with config.json, or tiny, facebook/opt-125m, meta-llama/Llama-2-7b-hf,
+    /// NousResearch/Llama-2-7b-hf [default: facebook/opt-125m]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    /// LoRA adapters there are (required)
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_loras: Option<usize>,
+    /// LoRA adapters with a slot in device memory (required)
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_loras: Option<usize>,
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host: Option<String>,
+    /// Port to listen on [default: 8000]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port: Option<u16>,
+    /// Tokenizer: file, folder or name [default: the model's, else byte-level]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokenizer: Option<String>,
+    /// Draw weights from the seed: auto (where the model has none), true, false [default: auto]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "auto|true|false")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    use_dummy_weights: Option<String>,
+    /// Data type: auto, half, bfloat16, float (the CPU computes in float) [default: auto]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dtype: Option<String>,
+    /// Share of free memory that may be used [default: 0.90]
+    #[arg(long, value_name = "FRACTION")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_memory_utilization: Option<f64>,
+    /// Running sequences, at most [default: 16]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_num_seqs: Option<usize>,
+    /// Tokens in a step, at most [default: 4096]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_num_batched_tokens: Option<usize>,
+    /// Tokens in a KV block: 8, 16 or 32 [default: 16]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block_size: Option<usize>,
+    /// Accepted for the reference's sake; preempted sequences are recomputed, not swapped [default: 4]
+    #[arg(long, value_name = "GIB")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    swap_space: Option<u64>,
+    /// Who is admitted when only a slot is missing: skip, fcfs, affinity [default: skip]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    policy: Option<String>,
+    /// Largest LoRA rank [default: 8]
+    #[arg(long, value_name = "RANK")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_r: Option<usize>,
+    /// Seed of dummy weights, generated adapters and sampling [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+    /// Accepted for the reference's sake; no code of a model is ever run
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trust_remote_code: Option<bool>,
+    /// Accepted for the reference's sake; nothing is downloaded
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    download_dir: Option<PathBuf>,
+    /// Only 1 (also -pp)
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pipeline_parallel_size: Option<usize>,
+    /// Only 1 (also -tp)
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tensor_parallel_size: Option<usize>,
+    /// Device: auto, cpu, cuda [default: auto]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
+    /// Which adapter gives up its slot: lru, lfu, fewest-pending, cost, fifo [default: lru]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    evict: Option<String>,
+    /// How a swap and the step that needs it are ordered: layered, overlap, blocking [default: layered]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    swap_mode: Option<String>,
+    /// Waiting requests whose adapters are copied ahead of demand [default: 0]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefetch: Option<usize>,
+    /// Host memory of adapters: pinned or pageable (the same on the CPU) [default: pinned]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host_memory: Option<String>,
+    /// Adapters kept in host memory: all [default: all]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host_loras: Option<String>,
+    /// Folder of PEFT adapter folders, taken in order of name [default: adapters are generated]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapters: Option<PathBuf>,
+    /// Ranks that generated adapters cycle through, comma-separated [default: --max-r]
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ranks: Option<Vec<usize>>,
+    /// Tokens of prompt and output, at most [default: the model's positions]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_model_len: Option<usize>,
+    /// Compute a prompt in one step, never in chunks
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_enable_chunked_prefill: Option<bool>,
+    /// Nothing passes a request that has waited for a slot longer than this [default: 2]
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_skip_age: Option<f64>,
+    /// Waiting requests, at most; more get 503 [default: 4096]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_queue: Option<usize>,
+    /// KV cache on the CPU, in GiB or with a unit (512MiB) [default: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_memory: Option<String>,
+    /// Threads of a step's arithmetic [default: 0: one less than the machine has]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threads: Option<usize>,
+    /// Key that clients must send as a bearer token (better in LORA_HBM_API_KEY)
+    #[arg(long, value_name = "KEY")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    api_key: Option<String>,
+    /// How long running requests get to end after SIGTERM [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shutdown_timeout: Option<f64>,
+    /// Write every event and decision of the scheduler to this file (JSONL)
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decision_log: Option<PathBuf>,
+    /// Serve without a device: steps wait for what this profile says they take
+    #[arg(long, value_name = "PROFILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    emulate: Option<PathBuf>,
+}
+
+/// Resolved settings, as in a settings file's `[serve]` table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ServeSettings {
+    model: String,
+    total_loras: Option<usize>,
+    gpu_loras: Option<usize>,
+    host: String,
+    port: u16,
+    #[serde(deserialize_with = "lenient::text")]
+    tokenizer: Option<String>,
+    #[serde(deserialize_with = "lenient::text")]
+    use_dummy_weights: Option<String>,
+    dtype: String,
+    gpu_memory_utilization: f64,
+    max_num_seqs: usize,
+    max_num_batched_tokens: usize,
+    block_size: usize,
+    swap_space: u64,
+    policy: String,
+    max_r: usize,
+    seed: u64,
+    trust_remote_code: bool,
+    download_dir: Option<PathBuf>,
+    pipeline_parallel_size: usize,
+    tensor_parallel_size: usize,
+    device: String,
+    evict: String,
+    swap_mode: String,
+    prefetch: usize,
+    host_memory: String,
+    #[serde(deserialize_with = "lenient::text")]
+    host_loras: Option<String>,
+    adapters: Option<PathBuf>,
+    #[serde(deserialize_with = "lenient::list")]
+    ranks: Vec<usize>,
+    max_model_len: Option<usize>,
+    no_enable_chunked_prefill: bool,
+    max_skip_age: f64,
+    max_queue: usize,
+    #[serde(deserialize_with = "lenient::text")]
+    kv_memory: Option<String>,
+    threads: usize,
+    #[serde(deserialize_with = "lenient::text")]
+    api_key: Option<String>,
+    shutdown_timeout: f64,
+    decision_log: Option<PathBuf>,
+    emulate: Option<PathBuf>,
+}
+
+impl Default for ServeSettings {
+    fn default() -> Self {
+        let engine = EngineSettings::default();
+        Self {
+            model: engine.model,
+            total_loras: None,
+            gpu_loras: None,
+            host: "127.0.0.1".into(),
+            port: 8000,
+            tokenizer: None,
+            use_dummy_weights: None,
+            dtype: "auto".into(),
+            gpu_memory_utilization: engine.memory_utilization,
+            max_num_seqs: engine.max_num_seqs,
+            max_num_batched_tokens: engine.max_num_batched_tokens,
+            block_size: engine.block_size,
+            swap_space: 4,
+            policy: engine.policy.to_string(),
+            max_r: engine.max_r,
+            seed: engine.seed,
+            trust_remote_code: false,
+            download_dir: None,
+            pipeline_parallel_size: 1,
+            tensor_parallel_size: 1,
+            device: "auto".into(),
+            evict: engine.evict.to_string(),
+            swap_mode: engine.swap_mode.to_string(),
+            prefetch: engine.prefetch,
+            host_memory: "pinned".into(),
+            host_loras: None,
+            adapters: None,
+            ranks: engine.ranks,
+            max_model_len: engine.max_model_len,
+            no_enable_chunked_prefill: !engine.chunked_prefill,
+            max_skip_age: engine.max_skip_age as f64 * 1e-9,
+            max_queue: engine.max_queue,
+            kv_memory: None,
+            threads: engine.threads,
+            api_key: None,
+            shutdown_timeout: 30.0,
+            decision_log: None,
+            emulate: None,
+        }
+    }
+}
+
+impl ServeSettings {
+    /// The engine's part, checked as far as flags go.
+    fn engine(&self) -> Result<EngineSettings, Failure> {
+        let required = |value: Option<usize>, flag| {
+            value.ok_or_else(|| Failure::usage(format!("{flag} is required: say how many adapters")))
+        };
+        for (flag, size) in [
+            ("--pipeline-parallel-size", self.pipeline_parallel_size),
+            ("--tensor-parallel-size", self.tensor_parallel_size),
+        ] {
+            if size != 1 {
+                return Err(Failure::usage(format!("{flag} {size} is not supported: only 1 is")));
+            }
+        }
+        if self.emulate.is_some() {
+            return Err(Failure::usage("--emulate is not in this version: leave it out"));
+        }
+        match self.device.as_str() {
+            "auto" | "cpu" => {}
+            "cuda" => {
+                return Err(Failure::usage(
+                    "--device cuda: this program is built without CUDA: use --device cpu",
+                ));
+            }
+            other => return Err(Failure::usage(format!("unknown device '{other}': use auto, cpu or cuda"))),
+        }
+        match self.dtype.as_str() {
+            "auto" | "float" | "float32" => {}
+            half @ ("half" | "float16" | "bfloat16") => {
+                return Err(Failure::usage(format!(
+                    "--dtype {half}: the CPU executor computes in float only: use auto or float"
+                )));
+            }
+            other => {
+                return Err(Failure::usage(format!(
+                    "unknown dtype '{other}': use auto, half, bfloat16 or float"
+                )));
+            }
+        }
+        if !["pinned", "pageable"].contains(&self.host_memory.as_str()) {
+            return Err(Failure::usage(format!(
+                "unknown host memory '{}': use pinned or pageable",
+                self.host_memory
+            )));
+        }
+        if let Some(count) = self.host_loras.as_deref().filter(|&c| c != "all") {
+            return Err(Failure::usage(format!(
+                "--host-loras {count} is not in this version: every adapter is kept in host memory (all)"
+            )));
+        }
+        let policy = if self.policy == "credit" {
+            tracing::warn!("policy 'credit' is the reference's: taken as 'skip'");
+            "skip"
+        } else {
+            &self.policy
+        };
+        Ok(EngineSettings {
+            model: self.model.clone(),
+            tokenizer: self.tokenizer.clone(),
+            dummy_weights: match self.use_dummy_weights.as_deref() {
+                None | Some("auto") => DummyWeights::Auto,
+                Some("true") => DummyWeights::Always,
+                Some("false") => DummyWeights::Never,
+                Some(other) => {
+                    return Err(Failure::usage(format!(
+                        "--use-dummy-weights '{other}': use auto, true or false"
+                    )));
+                }
+            },
+            total_loras: required(self.total_loras, "--total-loras")?,
+            gpu_loras: required(self.gpu_loras, "--gpu-loras")?,
+            max_r: self.max_r,
+            ranks: self.ranks.clone(),
+            adapters: self.adapters.clone(),
+            seed: self.seed,
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_model_len: self.max_model_len,
+            block_size: self.block_size,
+            kv_memory: match &self.kv_memory {
+                Some(text) => bytes(text)?,
+                None => EngineSettings::default().kv_memory,
+            },
+            memory_utilization: self.gpu_memory_utilization,
+            chunked_prefill: !self.no_enable_chunked_prefill,
+            policy: policy.parse().map_err(Failure::usage)?,
+            evict: self.evict.parse().map_err(Failure::usage)?,
+            swap_mode: self.swap_mode.parse().map_err(Failure::usage)?,
+            prefetch: self.prefetch,
+            max_skip_age: (seconds("--max-skip-age", self.max_skip_age)?.as_nanos())
+                .try_into()
+                .unwrap_or(u64::MAX),
+            max_queue: self.max_queue,
+            threads: self.threads,
+        })
+    }
+}
+
+fn seconds(flag: &str, value: f64) -> Result<Duration, Failure> {
+    Duration::try_from_secs_f64(value)
+        .map_err(|_| Failure::usage(format!("{flag} {value}: give seconds, at least 0")))
+}
+
+/// `512MiB`, `2GB`, or a number of GiB.
+fn bytes(text: &str) -> Result<u64, Failure> {
+    let wrong = || Failure::usage(format!("'{text}' is no amount of memory: write 2GiB, 512MiB or 2 (GiB)"));
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor: u64 = match unit.to_ascii_lowercase().as_str() {
+        "" | "gib" => 1 << 30,
+        "mib" => 1 << 20,
+        "kib" => 1 << 10,
+        "gb" => 1_000_000_000,
+        "mb" => 1_000_000,
+        "kb" => 1_000,
+        "b" => 1,
+        _ => return Err(wrong()),
+    };
+    match number.trim().parse::<f64>() {
+        Ok(n) if n.is_finite() && n > 0.0 => Ok((n * factor as f64) as u64),
+        _ => Err(wrong()),
+    }
+}
+
+pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
+    let mut settings: ServeSettings = ctx.resolve("serve", args)?;
+    if args.api_key.is_none() {
+        // Settings from the environment are read as what they look like; a key is always text.
+        settings.api_key = std::env::var("LORA_HBM_API_KEY").ok().or(settings.api_key);
+    }
+    let engine = settings.engine()?;
+    let options = ServerOptions {
+        host: settings.host.clone(),
+        port: settings.port,
+        api_key: settings.api_key.clone(),
+        shutdown_timeout: seconds("--shutdown-timeout", settings.shutdown_timeout)?,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(serve(options, engine, settings.decision_log.clone()));
+    // Tokenising that is under way is nobody's any more.
+    runtime.shutdown_background();
+    ended
+}
+
+/// Binds, loads, serves, drains.
+async fn serve(
+    options: ServerOptions,
+    settings: EngineSettings,
+    decision_log: Option<PathBuf>,
+) -> Result<(), Failure> {
+    let server = Server::bind(options).await.map_err(|e| Failure::Failed(e.into()))?;
+    let address = server.address();
+    let handle = server.handle();
+    let (stop, stops) = mpsc::channel(2);
+    let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let (loading, mut loaded) = mpsc::channel(1);
+    // Not a task: a model that is half loaded must not hold up the end of the program.
+    std::thread::Builder::new().name("load".into()).spawn(move || {
+        // Nobody listens any more when a signal came first.
+        let _ = loading.blocking_send(load(settings, decision_log.as_deref()));
+    })?;
+    let serving = server.run(stops);
+    tokio::pin!(serving);
+    let mut engine: Option<Arc<Engine>> = None;
+    let ended = loop {
+        let [terminate, interrupt] = &mut signals;
+        tokio::select! {
+            ended = &mut serving => break ended,
+            Some(outcome) = loaded.recv() => {
+                let (loaded, info) = outcome?;
+                let loaded = Arc::new(loaded);
+                handle.ready(loaded.clone(), info);
+                engine = Some(loaded);
+                tracing::info!("serving on http://{address}");
+            }
+            _ = terminate.recv() => { let _ = stop.try_send(()); }
+            _ = interrupt.recv() => { let _ = stop.try_send(()); }
+        }
+    };
+    match ended {
+        Ended::Cut(requests) => Err(Failure::failed(format!("{requests} requests were cut off"))),
+        Ended::Drained => {
+            if let Some(engine) = engine {
+                // Joins threads and writes the decision log out.
+                engine.shutdown();
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Loads the model and starts the engine, saying what it is made of.
+fn load(
+    settings: EngineSettings,
+    decision_log: Option<&std::path::Path>,
+) -> Result<(Engine, ServerInfo), Failure> {
+    let failure = |e: SetupError| if e.is_usage() { Failure::usage(e) } else { Failure::Failed(e.into()) };
+    let loaded = Loaded::load(settings).map_err(failure)?;
+    let (s, spec) = (loaded.settings(), loaded.spec());
+    let gpu_loras = s.gpu_loras;
+    let scheduler = loaded.scheduler_config(gpu_loras);
+    tracing::info!(
+        "model {}: {:.1} M parameters, {} layers; {}",
+        spec.name,
+        spec.parameters() as f64 * 1e-6,
+        spec.layers,
+        loaded.weights_said
+    );
+    tracing::info!("tokenizer: {}", loaded.tokenizer_said);
+    tracing::info!(
+        "{} adapters of rank up to {}, {gpu_loras} slots; policy {}, eviction {}, swaps {}",
+        s.total_loras,
+        s.max_r,
+        s.policy,
+        s.evict,
+        s.swap_mode
+    );
+    tracing::info!("memory:\n{}", loaded.memory_table(gpu_loras));
+    let log = match decision_log {
+        Some(path) => {
+            let log = DecisionLog::to_file(path, &loaded.log_header(gpu_loras));
+            Some(log.map_err(|e| Failure::Failed(e.into()))?)
+        }
+        None => None,
+    };
+    let info = ServerInfo {
+        model: spec.name.clone(),
+        total_loras: s.total_loras,
+        gpu_loras,
+        dtype: "float32".into(),
+        max_num_seqs: s.max_num_seqs,
+        max_model_len: scheduler.max_model_len,
+        device: "cpu".into(),
+        policy: s.policy.to_string(),
+        evict: s.evict.to_string(),
+        swap_mode: s.swap_mode.to_string(),
+        adapter_names: loaded.adapter_names(),
+    };
+    let engine = loaded.start(gpu_loras, log).map_err(failure)?;
+    tracing::info!("adapters 0 to {} are in their slots; warm", gpu_loras - 1);
+    Ok((engine, info))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_of_memory_are_read_with_and_without_a_unit() {
+        assert_eq!(bytes("2").unwrap(), 2 << 30);
+        assert_eq!(bytes("0.5GiB").unwrap(), 1 << 29);
+        assert_eq!(bytes("512 MiB").unwrap(), 512 << 20);
+        assert_eq!(bytes("3mb").unwrap(), 3_000_000);
+        for wrong in ["", "GiB", "-1", "2 parsecs", "nan"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_references_policy_is_an_alias() {
+        let settings = ServeSettings {
+            total_loras: Some(4),
+            gpu_loras: Some(2),
+            policy: "credit".into(),
+            ..ServeSettings::default()
+        };
+        assert_eq!(settings.engine().unwrap().policy, lora_sched::Policy::Skip);
+    }
 }

@@ -189,7 +189,7 @@ pub enum LogLine {
         step: u64,
         /// When it was planned.
         formed: Nanos,
-        /// When the executor had it.
+        /// When it was given to the executor.
         submitted: Nanos,
         /// When the device began.
         started: Nanos,
@@ -220,7 +220,7 @@ pub enum LogLine {
         prefetch: bool,
         /// Time of the event or plan that decided it.
         decided: Nanos,
-        /// When the executor had it.
+        /// When it was given to the executor.
         submitted: Nanos,
         /// When the first byte moved.
         started: Nanos,

@@ -9,3 +9,7 @@ mod parity;
 mod plot;
 #[cfg(feature = "engine")]
 mod rig;
+#[cfg(feature = "server")]
+mod step_loop;
+#[cfg(feature = "server")]
+mod support;

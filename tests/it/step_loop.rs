@@ -1,0 +1,235 @@
+//! The step loop over an emulated device: what is generated, in what order, and what is given back.
+
+use std::sync::atomic::Ordering;
+
+use lora_hbm::engine::{Finish, GenerateParams, GenerateRequest, SubmitError, SwapCounts};
+use lora_hbm::report::decision_log::{DecisionLog, LogHeader, LogLine};
+use lora_sched::{Config, EventError, RequestId, SwapMode};
+
+use crate::support::{MS, config, engine, idle, letter, request, until};
+
+/// The text that the emulated model says to a request.
+fn said(id: RequestId, prompt: usize, tokens: usize) -> String {
+    (0..tokens).map(|i| char::from((letter(id, (prompt + i) as u32) - 3) as u8)).collect()
+}
+
+#[test]
+fn every_request_gets_its_own_tokens_to_its_length() {
+    for swap_mode in [SwapMode::Blocking, SwapMode::Overlap, SwapMode::Layered] {
+        let (engine, _) = engine(Config { swap_mode, ..config() }, 1, 1, None);
+        let handles: Vec<_> = (0..12)
+            .map(|i| {
+                let adapter = (i % 5 != 4).then_some(i as u32 % 5);
+                (i, engine.submit(request(10 + 37 * i, adapter, 1 + i as u32)).unwrap())
+            })
+            .collect();
+        for (i, handle) in handles {
+            let id = handle.id();
+            let out = handle.wait().unwrap();
+            assert_eq!(out.text, said(id, 10 + 37 * i, 1 + i), "{swap_mode}");
+            assert_eq!((out.finish, out.tokens.len()), (Finish::Length, 1 + i));
+            let first = out.first.unwrap();
+            assert_eq!(first.parts.total(), first.at - out.received, "parts sum to the TTFT");
+        }
+        until(&engine, "idle", idle);
+        assert!(engine.stats().swaps >= 2, "adapters 2 and 3 were copied in");
+        assert_eq!(engine.open_requests(), 0);
+    }
+}
+
+#[test]
+fn a_preempted_request_goes_on_where_it_was() {
+    // Four sequences of up to 128 tokens and blocks for little more than one.
+    let config = Config { max_model_len: 160, kv_blocks: 12, ..config() };
+    let (engine, _) = engine(config, 0, 0, None);
+    let handles: Vec<_> = (0..4).map(|i| engine.submit(request(20, Some(i % 2), 100)).unwrap()).collect();
+    for handle in handles {
+        let id = handle.id();
+        assert_eq!(handle.wait().unwrap().text, said(id, 20, 100));
+    }
+    assert!(engine.stats().preempted > 0);
+    until(&engine, "idle", idle);
+}
+
+#[test]
+fn stop_tokens_and_stop_strings_end_the_output_before_them() {
+    let (engine, _) = engine(config(), 0, 0, None);
+    let with = |params: GenerateParams| GenerateRequest { params, ..request(10, None, 0) };
+    let whole = said(RequestId(0), 10, 12);
+
+    let stop = vec![whole[4..7].to_owned(), whole[5..6].to_owned()];
+    let params = GenerateParams { max_tokens: 12, stop, ..GenerateParams::default() };
+    let out = engine.submit(with(params)).unwrap().wait().unwrap();
+    // The second string is complete one token before the first.
+    assert_eq!((out.text.as_str(), out.finish), (&whole[..5], Finish::Stop));
+    assert!(out.first.is_some());
+
+    let whole = said(RequestId(1), 10, 12);
+    let at = |i: u32| letter(RequestId(1), 10 + i);
+    let stop_token_ids = vec![at(1), at(3)];
+    let params =
+        GenerateParams { max_tokens: 12, min_tokens: 3, stop_token_ids, ..GenerateParams::default() };
+    let out = engine.submit(with(params)).unwrap().wait().unwrap();
+    assert_eq!((out.text.as_str(), out.finish, out.tokens.len()), (&whole[..3], Finish::Stop, 4));
+
+    let whole = said(RequestId(2), 10, 12);
+    let stop = vec![whole[..1].to_owned()];
+    let params = GenerateParams { max_tokens: 12, stop, ..GenerateParams::default() };
+    let out = engine.submit(with(params)).unwrap().wait().unwrap();
+    assert_eq!((out.text.as_str(), out.finish), ("", Finish::Stop));
+    assert!(out.first.is_some(), "a stop string in the first token still leaves a TTFT");
+
+    // A beginning of a stop string that never completes comes out in the end.
+    let whole = said(RequestId(3), 10, 12);
+    let stop = vec![format!("{}!", &whole[11..])];
+    let params = GenerateParams { max_tokens: 12, stop, ..GenerateParams::default() };
+    let out = engine.submit(with(params)).unwrap().wait().unwrap();
+    assert_eq!((out.text, out.finish), (whole, Finish::Length));
+    until(&engine, "idle", idle);
+}
+
+#[test]
+fn impossible_requests_are_refused_before_they_queue() {
+    let (engine, _) = engine(config(), 0, 0, None);
+    let refused = |r| match engine.submit(r) {
+        Err(e) => e,
+        Ok(_) => panic!("taken"),
+    };
+    let error = refused(request(500, None, 13));
+    assert_eq!(error, SubmitError::Refused(EventError::TooLong { tokens: 513, max_model_len: 512 }));
+    assert!(matches!(refused(request(1, Some(4), 1)), SubmitError::Refused(EventError::UnknownAdapter(_))));
+    let bad = GenerateRequest { prompt: vec![259], ..request(1, None, 1) };
+    assert_eq!(refused(bad), SubmitError::NoSuchToken { id: 259, vocab: 259 });
+    assert!(engine.submit(request(500, None, 12)).unwrap().wait().is_ok());
+}
+
+#[test]
+fn a_full_queue_refuses_and_counts() {
+    let (engine, times) = engine(Config { max_queue: 2, max_num_seqs: 1, ..config() }, 200, 0, None);
+    let running = engine.submit(request(10, None, 2)).unwrap();
+    until(&engine, "running", |s| s.running == 1);
+    let waiting: Vec<_> = (0..2).map(|_| engine.submit(request(10, None, 2)).unwrap()).collect();
+    let error = engine.submit(request(10, None, 2)).unwrap().wait().unwrap_err();
+    assert!(error.is_overload(), "{error}");
+    assert_eq!(engine.stats().refused, 1);
+    times.step.store(0, Ordering::Relaxed);
+    for handle in std::iter::once(running).chain(waiting) {
+        assert_eq!(handle.wait().unwrap().tokens.len(), 2);
+    }
+}
+
+#[test]
+fn a_dropped_handle_gives_everything_back_in_every_phase() {
+    // Queued: one place, taken by another request.
+    let (engine, times) = engine(Config { max_num_seqs: 1, ..config() }, 100, 0, None);
+    let running = engine.submit(request(10, Some(0), 50)).unwrap();
+    until(&engine, "running", |s| s.running == 1);
+    let queued = engine.submit(request(10, Some(1), 50)).unwrap();
+    until(&engine, "queued", |s| s.waiting == 1);
+    drop(queued);
+    until(&engine, "gone from the queue", |s| s.waiting == 0);
+    assert_eq!(engine.stats().running, 1, "the other one goes on");
+    // Prefilling or decoding: its step has begun and is waited for.
+    drop(running);
+    until(&engine, "idle", idle);
+    assert_eq!(engine.stats().cancelled, 2);
+    times.step.store(0, Ordering::Relaxed);
+    assert!(engine.submit(request(10, Some(0), 2)).unwrap().wait().is_ok());
+}
+
+#[test]
+fn a_request_that_goes_while_its_adapter_comes_leaves_no_pin() {
+    for swap_mode in [SwapMode::Blocking, SwapMode::Overlap, SwapMode::Layered] {
+        let (engine, times) = engine(Config { swap_mode, ..config() }, 1, 150, None);
+        let swapping = engine.submit(request(10, Some(3), 5)).unwrap();
+        until(&engine, "swapping", |_| engine.swap_stats().runtime.swap_count == 1);
+        drop(swapping);
+        until(&engine, "idle", idle);
+        // Both slots can be had again: no pin is left.
+        times.swap.store(MS, Ordering::Relaxed);
+        let two: Vec<_> = [1, 2].map(|a| engine.submit(request(10, Some(a), 2)).unwrap()).into();
+        for handle in two {
+            assert_eq!(handle.wait().unwrap().tokens.len(), 2, "{swap_mode}");
+        }
+        until(&engine, "idle", idle);
+    }
+}
+
+#[test]
+fn swap_statistics_follow_the_references_rules() {
+    let (engine, _) = engine(config(), 1, 1, None);
+    let of = |swap_calls, swap_count| SwapCounts { swap_calls, swap_count };
+    assert_eq!(engine.swap_stats().init, of(1, 2));
+    for adapter in [0, 1, 0] {
+        engine.submit(request(10, Some(adapter), 1)).unwrap().wait().unwrap();
+    }
+    assert_eq!(engine.swap_stats().runtime, of(0, 0), "residents are not copied");
+    engine.submit(request(10, Some(2), 1)).unwrap().wait().unwrap();
+    engine.submit(request(10, Some(3), 1)).unwrap().wait().unwrap();
+    assert_eq!(engine.swap_stats().runtime, of(2, 2));
+    engine.reset_swap_stats();
+    assert_eq!(engine.swap_stats().runtime, of(0, 0));
+    assert_eq!(engine.swap_stats().init, of(1, 2));
+}
+
+#[test]
+fn a_stopped_engine_aborts_what_runs_and_takes_nothing() {
+    let (engine, _) = engine(config(), 50, 0, None);
+    let running = engine.submit(request(10, None, 400)).unwrap();
+    until(&engine, "running", |s| s.running == 1);
+    engine.shutdown();
+    assert_eq!(running.wait().unwrap().finish, Finish::Abort);
+    assert!(engine.submit(request(10, None, 1)).is_err());
+    assert_eq!(engine.open_requests(), 0);
+}
+
+#[test]
+fn the_decision_log_has_every_request_step_and_swap_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log.jsonl");
+    let log = DecisionLog::to_file(&path, &LogHeader::new("emulated", 1, &config())).unwrap();
+    let (engine, _) = engine(config(), 1, 1, Some(log));
+    let handles: Vec<_> = (0..8).map(|i| engine.submit(request(30, Some(i % 4), 3)).unwrap()).collect();
+    for handle in handles {
+        handle.wait().unwrap();
+    }
+    until(&engine, "idle", idle);
+    let (steps, swaps) = (engine.stats().steps as usize, engine.stats().swaps as usize);
+    drop(engine);
+
+    let (header, lines) = lora_hbm::report::decision_log::read(&path).unwrap();
+    assert_eq!(Config::try_from(&header.config).unwrap(), config());
+    let count = |f: fn(&LogLine) -> bool| lines.iter().filter(|l| f(l)).count();
+    assert_eq!(count(|l| matches!(l, LogLine::Arrive { refused: None, .. })), 8);
+    assert_eq!(count(|l| matches!(l, LogLine::First { .. })), 8);
+    assert_eq!(count(|l| matches!(l, LogLine::Ended { .. })), 8);
+    assert_eq!(count(|l| matches!(l, LogLine::Step { .. })), steps);
+    assert_eq!(count(|l| matches!(l, LogLine::StepDone { .. })), steps);
+    assert_eq!(count(|l| matches!(l, LogLine::Swap { .. })), swaps);
+    assert!(swaps >= 2);
+    let mut last = 0;
+    for line in &lines {
+        match line {
+            LogLine::Arrive { t, received, .. } => assert!(received <= t),
+            LogLine::Step { formed, submitted, started, ended, done, .. } => {
+                let times = [formed, submitted, started, ended, done];
+                assert!(times.is_sorted(), "{line:?}");
+                assert!(*ended - *started >= MS);
+            }
+            LogLine::Swap { decided, submitted, started, ended, done, .. } => {
+                assert!([decided, submitted, started, ended, done].is_sorted(), "{line:?}");
+            }
+            _ => {}
+        }
+        let t = match line {
+            LogLine::Arrive { t, .. }
+            | LogLine::Cancel { t, .. }
+            | LogLine::StepDone { t, .. }
+            | LogLine::SwapDone { t, .. }
+            | LogLine::Idle { t } => *t,
+            _ => continue,
+        };
+        assert!(t > last, "no two events at one time: {line:?}");
+        last = t;
+    }
+}
