@@ -3,6 +3,12 @@
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
+#[cfg(feature = "server")]
+mod load_commands;
+#[cfg(feature = "server")]
+mod load_run;
+#[cfg(feature = "engine")]
+mod load_support;
 #[cfg(feature = "engine")]
 mod parity;
 #[cfg(feature = "plot")]
@@ -13,3 +19,5 @@ mod rig;
 mod step_loop;
 #[cfg(feature = "server")]
 mod support;
+#[cfg(feature = "engine")]
+mod workload;
