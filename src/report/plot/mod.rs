@@ -10,6 +10,7 @@ pub mod data;
 mod font;
 mod legend;
 mod render;
+mod words;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
