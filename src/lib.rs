@@ -4,7 +4,7 @@
 //! of them resident, and a simulator that runs the same scheduler on a virtual clock with the
 //! engine's measured costs. `ARCHITECTURE.md` has the picture of the house.
 
-#[cfg(feature = "engine")]
+#[cfg(feature = "server")]
 pub mod calibrate;
 pub mod cli;
 #[cfg(feature = "engine")]

@@ -8,12 +8,24 @@ pub mod failure;
 pub mod settings;
 pub mod ui;
 
+#[cfg(feature = "server")]
+mod client;
 mod completions;
+#[cfg(feature = "engine")]
+mod fetch_data;
+#[cfg(feature = "server")]
+mod measure;
+#[cfg(feature = "server")]
+mod probe;
 mod merge;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "server")]
 mod serve;
+#[cfg(feature = "server")]
+mod smoke_test;
+mod trace;
+pub mod workload;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -38,6 +50,20 @@ enum Command {
     /// Serve a base model with LoRA adapters over HTTP
     #[cfg(feature = "server")]
     Serve(serve::ServeArgs),
+    /// Check that a server answers, swaps and counts as it should
+    #[cfg(feature = "server")]
+    SmokeTest(smoke_test::SmokeTestArgs),
+    /// Find an arrival rate that a server bears
+    #[cfg(feature = "server")]
+    Probe(probe::ProbeArgs),
+    /// Measure TTFT and latency of one configuration
+    #[cfg(feature = "server")]
+    Measure(measure::MeasureArgs),
+    /// Make, take in and look at traces
+    Trace(trace::TraceArgs),
+    /// Get ShareGPT's text and the Llama-2 tokenizer into the data folder
+    #[cfg(feature = "engine")]
+    FetchData(fetch_data::FetchDataArgs),
     /// Draw median and p99 TTFT over gpu_loras from results CSVs
     #[cfg(feature = "plot")]
     Plot(plot::PlotArgs),
@@ -52,6 +78,15 @@ impl Command {
         match self {
             #[cfg(feature = "server")]
             Self::Serve(args) => serve::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::SmokeTest(args) => smoke_test::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Probe(args) => probe::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Measure(args) => measure::run(args, ctx),
+            Self::Trace(args) => trace::run(args, ctx),
+            #[cfg(feature = "engine")]
+            Self::FetchData(args) => fetch_data::run(args, ctx),
             #[cfg(feature = "plot")]
             Self::Plot(args) => plot::run(args, ctx),
             Self::Merge(args) => merge::run(args, ctx),

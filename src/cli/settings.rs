@@ -79,8 +79,9 @@ impl Context {
         for (name, _) in std::env::vars_os() {
             let Some(key) = name.to_str().and_then(|n| n.strip_prefix(ENV_PREFIX)) else { continue };
             let id = key.to_lowercase();
-            let known =
-                command.get_subcommands().any(|c| c.get_arguments().any(|a| a.get_id() == id.as_str()));
+            let known = subcommands_below(&command)
+                .iter()
+                .any(|c| c.get_arguments().any(|a| a.get_id() == id.as_str()));
             if !known && !NOT_FLAGS.contains(&id.as_str()) {
                 return Err(Failure::Usage(anyhow!(
                     "unknown setting {ENV_PREFIX}{key} in the environment: names are those of the flags"
@@ -96,22 +97,26 @@ impl Context {
     }
 
     /// The settings of `subcommand`: `S::default()`, then the file's table, then the environment,
-    /// then the flags that were given. `S` should deny unknown fields and `flags` skip absent ones.
+    /// then the flags that were given. `flags` must skip absent ones. A key that no flag of the
+    /// subcommand, or of one below it, is named after is refused, so that a subcommand may resolve
+    /// its settings into several structs.
     pub fn resolve<S, A>(&self, subcommand: &str, flags: &A) -> Result<S, Failure>
     where
         S: Default + Serialize + DeserializeOwned,
         A: Serialize,
     {
+        let command = super::Cli::command();
         let mut figment = Figment::from(Serialized::defaults(S::default()));
         if let Some(table) = self.file.as_ref().and_then(|f| f.get(subcommand)) {
+            self.check_keys(&command, subcommand, table)?;
             let text = toml::to_string(table).map_err(Failure::failed)?.replace('\u{0}', "");
             // Keys may be written as the flags are, with dashes.
             let text = dashes_to_underscores(&text)?;
             figment = figment.merge(Toml::string(&text));
         }
-        let command = super::Cli::command();
         if let Some(sub) = command.find_subcommand(subcommand) {
-            for arg in sub.get_arguments() {
+            let below = sub.get_subcommands().flat_map(clap::Command::get_arguments);
+            for arg in sub.get_arguments().chain(below) {
                 let id = arg.get_id().as_str();
                 if let Ok(value) = std::env::var(format!("{ENV_PREFIX}{}", id.to_uppercase())) {
                     figment = figment.merge((id, parse_scalar(&value)));
@@ -127,11 +132,38 @@ impl Context {
             Failure::Usage(anyhow!("{e}{from}"))
         })
     }
+
+    fn check_keys(
+        &self,
+        command: &clap::Command,
+        subcommand: &str,
+        table: &toml::Value,
+    ) -> Result<(), Failure> {
+        let (Some(table), Some(sub)) = (table.as_table(), command.find_subcommand(subcommand)) else {
+            return Err(Failure::Usage(anyhow!("{}: {subcommand} is not a table", self.file_name)));
+        };
+        let has = |c: &clap::Command, id: &str| c.get_arguments().any(|a| a.get_id() == id);
+        for key in table.keys() {
+            let id = key.replace('-', "_");
+            if !has(sub, &id) && !sub.get_subcommands().any(|below| has(below, &id)) {
+                return Err(Failure::Usage(anyhow!(
+                    "{}: unknown key '{key}' in [{subcommand}]: keys are named after the flags of `{subcommand}`",
+                    self.file_name
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 const ENV_PREFIX: &str = "LORA_HBM_";
 /// Variables that are settings of the program as a whole.
 const NOT_FLAGS: &[&str] = &["log", "data"];
+
+/// The subcommands and those below them (`trace generate`).
+fn subcommands_below(command: &clap::Command) -> Vec<&clap::Command> {
+    command.get_subcommands().flat_map(|c| std::iter::once(c).chain(c.get_subcommands())).collect()
+}
 
 fn dashes_to_underscores(toml: &str) -> Result<String, Failure> {
     let table: toml::Table = toml.parse().map_err(Failure::failed)?;

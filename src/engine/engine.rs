@@ -29,6 +29,9 @@ pub struct EngineConfig {
     pub eos: Vec<TokenId>,
     /// Seed of requests that bring none.
     pub seed: u64,
+    /// Run steps of common shapes before the first request, so that it does not pay for what is done
+    /// once (page faults, caches, lazily loaded code).
+    pub warm_up: bool,
     /// Where decisions are logged.
     pub log: Option<DecisionLog>,
 }
@@ -83,6 +86,7 @@ struct Shared {
     clock: Clock,
     scheduler: Config,
     vocab_size: usize,
+    eos: Vec<TokenId>,
     seed: u64,
     open: Arc<AtomicU64>,
     draining: AtomicBool,
@@ -105,10 +109,13 @@ impl Engine {
         mut executor: Box<dyn Executor>,
         tokenizer: Tokenizer,
     ) -> Result<Self, StartError> {
-        let EngineConfig { scheduler: config, vocab_size, eos, seed, log } = config;
+        let EngineConfig { scheduler: config, vocab_size, eos, seed, warm_up, log } = config;
         let scheduler = Scheduler::new(config.clone())?;
         let preload: Vec<_> = (0..config.gpu_loras as u32).map(lora_sched::AdapterId).collect();
         executor.preload(&preload)?;
+        if warm_up {
+            super::warm_up::run(executor.as_mut(), &config, vocab_size)?;
+        }
         let gauges = Arc::new(Gauges::default());
         gauges.preloaded(config.gpu_loras);
 
@@ -121,6 +128,7 @@ impl Engine {
             clock,
             scheduler: config,
             vocab_size,
+            eos: eos.clone(),
             seed,
             open: Arc::new(AtomicU64::new(0)),
             draining: AtomicBool::new(false),
@@ -180,7 +188,7 @@ impl Engine {
         let out = OutState::new(sender, decode, params.stop, params.min_tokens, open);
         let mut banned: Vec<TokenId> = Vec::new();
         if params.min_tokens > 0 {
-            banned.extend(shared.tokenizer.eos());
+            banned.extend(&shared.eos);
             banned.extend(&params.stop_token_ids);
         }
         let sampling = Sampling {

@@ -26,6 +26,7 @@ mod fields;
 mod parse;
 mod settings;
 mod shard;
+mod simulate;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,7 @@ use crate::report::results::{ResultRow, RunKey, Source};
 pub use cell::Cell;
 pub use settings::{EngineSettings, WorkloadSettings};
 pub use shard::{Shard, UnknownShard};
+pub use simulate::{BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
 
 /// An experiment that cannot be read or makes no sense.
 #[derive(Debug, thiserror::Error)]

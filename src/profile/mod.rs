@@ -373,20 +373,22 @@ impl Profile {
     }
 
     /// KV blocks left beside `gpu_loras` slots for adapters of up to `max_rank`, with blocks of
-    /// `block_size` tokens; at least one request of `max_model_len` must fit.
+    /// `block_size` tokens; at least one request of `max_model_len` must fit. `kv_memory` replaces
+    /// what the profile's engine had for its KV cache, where that has a memory of its own.
     pub fn kv_blocks(
         &self,
         gpu_loras: usize,
         max_rank: u32,
         block_size: usize,
         max_model_len: usize,
+        kv_memory: Option<u64>,
     ) -> Result<usize, ProfileError> {
         let e = &self.engine;
         let block_bytes = e.kv_block_bytes / u64::from(e.block_size) * block_size as u64;
         let slots = gpu_loras as u64 * self.adapter_bytes(max_rank)?;
         let (available, taken) = match (e.memory_bytes, e.kv_memory_bytes) {
             (Some(memory), _) => (memory, e.weights_bytes + e.workspace_bytes + slots),
-            (None, kv) => (kv.unwrap_or(0), 0),
+            (None, own) => (kv_memory.or(own).unwrap_or(0), 0),
         };
         let blocks = (available.saturating_sub(taken) / block_bytes) as usize;
         let needed = max_model_len.div_ceil(block_size);
@@ -493,8 +495,8 @@ pub(crate) mod tests {
         let mut profile = round();
         profile.engine.memory_bytes = Some((1 << 25) + 10_000_000 + 300 * (1 << 14));
         profile.engine.kv_memory_bytes = None;
-        assert_eq!(profile.kv_blocks(10, 8, 16, 4352).unwrap(), 300);
-        let error = profile.kv_blocks(11, 8, 16, 4352).unwrap_err();
+        assert_eq!(profile.kv_blocks(10, 8, 16, 4352, None).unwrap(), 300);
+        let error = profile.kv_blocks(11, 8, 16, 4352, None).unwrap_err();
         assert!(error.to_string().contains("lower --gpu-loras"), "{error}");
     }
 }

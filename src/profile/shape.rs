@@ -1,9 +1,10 @@
 //! What a step's cost depends on.
 
 use lora_sched::StepPlan;
+use serde::{Deserialize, Serialize};
 
 /// A step's composition in integers, so that sums come out the same in any order.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepShape {
     /// Tokens in the step: rows of its matrix products.
     pub tokens: u64,

@@ -6,7 +6,11 @@
 mod clock;
 mod device;
 mod model_device;
+mod recorded;
+mod replay;
 
 pub use clock::{Input, Observer, Outcome, SimRequest, Totals, run};
 pub use device::{Device, Done};
 pub use model_device::ModelDevice;
+pub use recorded::{RecordError, Recorded, RecordedStep, RecordedSwap};
+pub use replay::{ReplayError, ReplayReport, replay};

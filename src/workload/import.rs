@@ -37,7 +37,7 @@ pub enum ImportError {
     /// None of the formats.
     #[error(
         "{} is none of the known trace formats: Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens) or Mooncake's \
-         JSONL (timestamp in ms, input_length, output_length)", path.display()
+         JSONL (timestamp in ms, input_length, output_length), or this program's own JSONL", path.display()
     )]
     Unknown {
         /// The file.
@@ -67,6 +67,17 @@ pub enum Format {
     Azure,
     /// Mooncake's traces: JSONL.
     Mooncake,
+}
+
+/// Reads a trace of any known format, this program's own included; also tells how many requests
+/// were left out because they are empty.
+pub fn read_any(path: &Path) -> anyhow::Result<(Trace, u64)> {
+    let first = Lines::open(path)?.next_line()?.map(|l| l.1).unwrap_or_default();
+    if first.starts_with('{') && first.contains("\"schema\"") {
+        return Ok((Trace::read(path)?, 0));
+    }
+    let imported = import(path, sniff(path)?)?;
+    Ok((imported.trace, imported.skipped_empty))
 }
 
 /// Tells a file's format by its first line.

@@ -3,10 +3,14 @@
 pub mod arrivals;
 pub mod atomic;
 pub mod data_folder;
+#[cfg(feature = "engine")]
+pub mod fetch;
 pub mod import;
 pub mod lengths;
 pub mod pool;
 pub mod popularity;
+#[cfg(feature = "engine")]
+pub mod prompts;
 pub mod regime;
 pub mod sharegpt;
 pub mod spec;

@@ -1,5 +1,9 @@
-//! Integration tests, one binary: a file per behaviour.
+//! Integration tests: one binary, a file per behaviour.
 
 mod experiment;
+#[cfg(feature = "engine")]
+mod parity;
+#[cfg(feature = "engine")]
+mod rig;
 #[cfg(feature = "plot")]
 mod plot;

@@ -1,0 +1,322 @@
+//! `lora-hbm measure`: TTFT and latency of one configuration.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::client::{self, ClientArgs, ClientSettings};
+use super::failure::Failure;
+use super::settings::{Context, OutputFormat};
+use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
+use crate::loadgen::bench::bench_keys;
+use crate::loadgen::summary::print_summary;
+use crate::loadgen::{Health, LoadOutcome, SwapStats, prepare, saturated};
+use crate::report::manifest::{Dataset, Manifest, path_beside};
+use crate::report::record::Status;
+use crate::report::requests::append_requests;
+use crate::report::results::{self, ResultRow, RunContext, append_rows, rank_column};
+use crate::report::{digest, files};
+use crate::workload::spec::Amount;
+use crate::workload::trace::Trace;
+
+/// Arrivals a second where nothing says.
+const DEFAULT_RATE: f64 = 2.0;
+/// Requests where nothing says.
+const DEFAULT_REQUESTS: u64 = 200;
+
+#[derive(Args, Debug, Serialize)]
+pub struct MeasureArgs {
+    #[command(flatten)]
+    #[serde(skip)]
+    workload: WorkloadArgs,
+    #[command(flatten)]
+    #[serde(skip)]
+    client: ClientArgs,
+    /// Adapters that the server has
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_loras: Option<u32>,
+    /// Adapters that it keeps in device memory
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_loras: Option<u32>,
+    /// Requests to send [default: 200, or the whole trace]; goes before --duration-seconds
+    #[arg(short = 'n', long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    num_requests: Option<u64>,
+    /// Seconds of arrivals, instead of a number of requests
+    #[arg(short = 'd', long, value_name = "SECONDS", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duration_seconds: Option<f64>,
+    /// Show the server's swap statistics after the run
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    show_swap_stats: Option<bool>,
+    /// JSONL file that every request is appended to
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests_out: Option<PathBuf>,
+}
+
+/// The settings that are `measure`'s own.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Settings {
+    total_loras: Option<u32>,
+    gpu_loras: Option<u32>,
+    num_requests: Option<u64>,
+    duration_seconds: Option<f64>,
+    show_swap_stats: bool,
+    requests_out: Option<PathBuf>,
+}
+
+/// Everything, checked.
+struct Measure {
+    workload: WorkloadSettings,
+    client: ClientSettings,
+    settings: Settings,
+    total_loras: u32,
+    gpu_loras: u32,
+    amount: Option<Amount>,
+}
+
+/// What the run gave.
+struct Measured {
+    source: Source,
+    trace: Trace,
+    health: Option<Health>,
+    outcome: LoadOutcome,
+    swaps: Option<SwapStats>,
+}
+
+pub fn run(args: &MeasureArgs, ctx: &Context) -> Result<(), Failure> {
+    let measure = Measure::resolve(args, ctx)?;
+    let out = measure.client.out.as_deref();
+    measure.client.check(&[out, measure.settings.requests_out.as_deref()])?;
+    if let Some(path) = out.filter(|p| is_csv(p) && p.metadata().is_ok_and(|m| m.len() > 0)) {
+        // No rows: only a look at the header, before the run rather than after it.
+        append_rows(path, &[]).map_err(|e| Failure::Failed(e.into()))?;
+    }
+    let mut manifest = measure.manifest()?;
+    let measured = client::runtime()?.block_on(measure.run(ctx))?;
+    manifest.seeds = vec![measured.trace.header.seed];
+
+    if let Some(path) = &measure.settings.requests_out {
+        append_requests(path, &measured.outcome.records).map_err(|e| Failure::Failed(e.into()))?;
+    }
+    let mut row = measure.row(&measured);
+    if let Some(out) = out {
+        manifest.end(measured.outcome.cut_short.is_none());
+        let path = manifest_path(out, &manifest.started);
+        manifest.write(&path).map_err(|e| Failure::Failed(e.into()))?;
+        row.manifest = path.file_name().map(|n| n.to_string_lossy().into_owned());
+        if is_csv(out) {
+            append_rows(out, std::slice::from_ref(&row)).map_err(|e| Failure::Failed(e.into()))?;
+        } else {
+            let line = format!("{}\n", measure.json(&row, &measured));
+            files::append(out, line.as_bytes()).map_err(|e| Failure::Failed(e.into()))?;
+        }
+    }
+    measure.print(&row, &measured, ctx);
+    verdict(&measured.outcome)
+}
+
+impl Measure {
+    fn resolve(args: &MeasureArgs, ctx: &Context) -> Result<Self, Failure> {
+        let workload: WorkloadSettings = ctx.resolve("measure", &args.workload)?;
+        let client: ClientSettings = ctx.resolve("measure", &args.client)?;
+        let settings: Settings = ctx.resolve("measure", args)?;
+        workload.check()?;
+        let (total_loras, gpu_loras) = budget(settings.total_loras, settings.gpu_loras)?;
+        let amount = amount(settings.num_requests, settings.duration_seconds)?;
+        Ok(Self { workload, client, settings, total_loras, gpu_loras, amount })
+    }
+
+    async fn run(&self, ctx: &Context) -> Result<Measured, Failure> {
+        let server = self.client.server()?;
+        let health = self.client.health(&server, self.total_loras, Some(self.gpu_loras)).await?;
+        let (tokenizer, said) = client::tokenizer(self.workload.tokenizer.as_deref(), health.as_ref())?;
+        tracing::info!("{said}");
+        let (source, said) = self.workload.source(&tokenizer)?;
+        tracing::info!("{said}");
+        let trace = self.workload.trace(&source, &self.how(health.as_ref()))?;
+        let requests = prepare(&trace, &tokenizer).map_err(|e| Failure::Failed(e.into()))?;
+        if !ctx.quiet && ctx.format == OutputFormat::Table {
+            self.announce(&trace, &source);
+        }
+        if let Err(e) = server.reset_swap_stats().await {
+            tracing::warn!("swap statistics could not be reset, so they are left out: {e}");
+        }
+        let before = server.swap_stats().await.ok();
+        let outcome = self.client.run(&server, &requests).await;
+        let swaps = match (before, server.swap_stats().await) {
+            // Counted from before the run, in case that the reset did not take.
+            (Some(before), Ok(mut after)) => {
+                after.runtime.swap_calls = after.runtime.swap_calls.saturating_sub(before.runtime.swap_calls);
+                after.runtime.swap_count = after.runtime.swap_count.saturating_sub(before.runtime.swap_count);
+                Some(after)
+            }
+            _ => None,
+        };
+        Ok(Measured { source, trace, health, outcome, swaps })
+    }
+
+    fn how(&self, health: Option<&Health>) -> Run {
+        Run {
+            total_loras: self.total_loras,
+            rate: None,
+            default_rate: DEFAULT_RATE,
+            amount: self.amount,
+            default_amount: Amount::Requests(DEFAULT_REQUESTS),
+            ranks: health.map(ranks).unwrap_or_default(),
+        }
+    }
+
+    fn announce(&self, trace: &Trace, source: &Source) {
+        let line = "=".repeat(60);
+        let tokens: f64 = trace.requests.iter().map(|r| f64::from(r.prompt_tokens)).sum();
+        println!("\n{line}\nTTFT/Latency Measurement\n{line}");
+        println!("  Endpoint: {}", self.client.endpoint);
+        println!("  Total LoRAs: {}", self.total_loras);
+        println!("  GPU LoRAs: {}", self.gpu_loras);
+        println!("  Prompt regime: {}", self.workload.regime_column(source));
+        println!("  Arrivals: {}", trace.header.source);
+        println!("  Mode: {} requests over {:.1} s", trace.requests.len(), trace.duration_s());
+        println!("  Avg prompt tokens: {:.1}", tokens / trace.requests.len() as f64);
+        println!("  Timeout: {}s\n{line}\n", self.client.timeout);
+    }
+
+    fn row(&self, measured: &Measured) -> ResultRow {
+        let Measured { source, trace, health, outcome, swaps } = measured;
+        let config = health.as_ref().map(|h| h.config.clone()).unwrap_or_default();
+        let regime = self.workload.regime_column(source);
+        let own_times = matches!(source, Source::Trace { .. }) && self.workload.arrival_rate.is_none();
+        let replays = own_times && self.workload.arrivals_column(source) == "trace";
+        let by_time = matches!(self.amount, Some(Amount::DurationS(_)));
+        let tokens = trace.requests.first().map(|r| r.output_tokens);
+        let run = RunContext {
+            arrival_rate: (!replays).then_some(self.workload.arrival_rate.unwrap_or(DEFAULT_RATE)),
+            num_requests: (!by_time).then_some(trace.requests.len() as u64),
+            duration_seconds: Some(outcome.wall_s),
+            model: config.model.clone(),
+            rank: health.as_ref().and_then(|h| rank_column(&ranks(h))),
+            policy: config.policy,
+            evict: config.evict,
+            swap_mode: config.swap_mode,
+            popularity: Some(trace.header.popularity.clone()),
+            seed: Some(trace.header.seed),
+            max_num_seqs: config.max_num_seqs,
+            max_tokens: tokens.filter(|t| trace.requests.iter().all(|r| r.output_tokens == *t)),
+            arrivals: Some(self.workload.arrivals_column(source)),
+            swap_count: swaps.map(|s| s.runtime.swap_count),
+            saturated: saturated(&outcome.records),
+            ..RunContext::new(results::Source::Measured, self.total_loras, self.gpu_loras, &regime)
+        };
+        ResultRow::from_records(&outcome.records, &run)
+    }
+
+    fn manifest(&self) -> Result<Manifest, Failure> {
+        let config = json!({"workload": self.workload, "client": self.client, "measure": self.settings});
+        let mut manifest = Manifest::begin("measure", &config, &[self.workload.seed])
+            .map_err(|e| Failure::Failed(e.into()))?;
+        if let Some(path) = self.workload.dataset.as_ref().or(self.workload.trace.as_ref()) {
+            let sha256 = digest::sha256_file(path).map_err(|e| Failure::Failed(e.into()))?;
+            manifest.dataset = Some(Dataset { name: path.display().to_string(), sha256 });
+        }
+        Ok(manifest)
+    }
+
+    /// The row with the keys of `vllm bench serve` beside its own.
+    fn json(&self, row: &ResultRow, measured: &Measured) -> Value {
+        let mut json = json!(row);
+        if let Value::Object(map) = &mut json {
+            map.insert("type".to_owned(), "measurement".into());
+            map.insert("client_lag".to_owned(), json!(measured.outcome.lag));
+            map.insert("swap_stats".to_owned(), json!(measured.swaps));
+            map.insert("cut_short".to_owned(), json!(measured.outcome.cut_short));
+            map.extend(bench_keys(&measured.outcome));
+        }
+        json
+    }
+
+    fn print(&self, row: &ResultRow, measured: &Measured, ctx: &Context) {
+        if ctx.format == OutputFormat::Json {
+            println!("{}", self.json(row, measured));
+            return;
+        }
+        let title = format!("RESULTS: total_loras={}, gpu_loras={}", self.total_loras, self.gpu_loras);
+        print_summary(&title, row, &measured.outcome.lag);
+        println!("{}\n", "=".repeat(60));
+        if self.settings.show_swap_stats {
+            match &measured.swaps {
+                Some(swaps) => {
+                    println!("LoRA Swap Statistics:");
+                    println!("  Init:    {}", json!(swaps.init));
+                    println!("  Runtime: {}", json!(swaps.runtime));
+                }
+                None => println!("LoRA Swap Statistics: the server did not give them"),
+            }
+        }
+        if let Some(out) = &self.client.out {
+            println!("Results appended to: {}", out.display());
+        }
+    }
+}
+
+/// Both numbers must be there and make sense together.
+pub fn budget(total_loras: Option<u32>, gpu_loras: Option<u32>) -> Result<(u32, u32), Failure> {
+    let needed = |name: &str, value: Option<u32>| {
+        let value = value.ok_or_else(|| Failure::usage(format!("{name} is required")))?;
+        if value == 0 {
+            Err(Failure::usage(format!("{name} is 0: it must be at least 1")))
+        } else {
+            Ok(value)
+        }
+    };
+    let (total, gpu) = (needed("--total-loras", total_loras)?, needed("--gpu-loras", gpu_loras)?);
+    if gpu > total {
+        return Err(Failure::usage(format!(
+            "--gpu-loras ({gpu}) is greater than --total-loras ({total}): lower it"
+        )));
+    }
+    Ok((total, gpu))
+}
+
+/// Ranks that the server's adapters cycle through, as far as it says.
+pub fn ranks(health: &Health) -> Vec<u32> {
+    match (&health.config.ranks, health.config.max_r) {
+        (Some(ranks), _) if !ranks.is_empty() => ranks.clone(),
+        (_, Some(rank)) => vec![rank],
+        _ => Vec::new(),
+    }
+}
+
+fn is_csv(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"))
+}
+
+/// A results file collects many runs, so each run's manifest has its time in its name.
+fn manifest_path(out: &Path, started: &str) -> PathBuf {
+    let stamp: String = started.chars().filter(char::is_ascii_digit).take(14).collect();
+    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
+    (0..)
+        .map(|n| if n == 0 { format!("{stem}.{stamp}.csv") } else { format!("{stem}.{stamp}-{n}.csv") })
+        .map(|name| path_beside(out.with_file_name(name)))
+        .find(|path| !path.exists())
+        .unwrap_or_else(|| path_beside(out))
+}
+
+/// Whether the run is one to rely on.
+pub fn verdict(outcome: &LoadOutcome) -> Result<(), Failure> {
+    let ok = outcome.records.iter().filter(|r| r.status == Status::Ok).count();
+    let total = outcome.records.len();
+    if let Some(why) = &outcome.cut_short {
+        return Err(Failure::failed(format!("{why}: {ok} of {total} requests ended well")));
+    }
+    if ok == 0 {
+        let first = outcome.records.iter().find_map(|r| r.error.as_deref()).unwrap_or("no reason given");
+        return Err(Failure::failed(format!("none of {total} requests ended well; the first: {first}")));
+    }
+    Ok(())
+}

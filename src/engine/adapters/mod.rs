@@ -1,0 +1,10 @@
+//! Adapters in host memory: each one slab, in the layout of a slot.
+
+mod generate;
+mod layout;
+mod peft;
+mod pool;
+
+pub use layout::{AdapterLayout, Part};
+pub use peft::{PeftError, adapter_folders, read_peft};
+pub use pool::{HostAdapter, HostPool, PoolError};

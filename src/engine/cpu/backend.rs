@@ -1,0 +1,514 @@
+//! The backend trait on the CPU.
+
+use std::sync::Arc;
+
+use gemm::Parallelism;
+use lora_sched::{AdapterId, Nanos, SlotId};
+
+use super::attention::{Rows, Scratch, attend};
+use super::kv::{KvLayer, KvShape};
+use super::math;
+use super::matmul::{Mat, MatMut, multiply, multiply_transposed};
+use super::memory::{committed, parallelism};
+use super::sample::SeqSampler;
+use super::slots::{Load, Slots};
+use crate::engine::adapters::AdapterLayout;
+use crate::engine::backend::{Backend, BackendShape, HostMatrix, LoraTarget, Norm};
+use crate::engine::batch::{Batch, BatchLimits, LAST_TOKEN};
+use crate::engine::executor::{Sampling, TokenId};
+use crate::engine::model::Family;
+
+/// A plan that the CPU backend cannot carry out: a bug of the driver.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuError {
+    /// The slot holds another adapter than the plan says.
+    #[error("the plan wants adapter {wanted} in slot {slot}, which holds {}", held.map_or("none".into(), |h| format!("adapter {h}")))]
+    WrongAdapter {
+        /// The slot.
+        slot: SlotId,
+        /// The plan's adapter.
+        wanted: AdapterId,
+        /// What is there.
+        held: Option<AdapterId>,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token id {token} is outside the vocabulary of {vocab}")]
+    UnknownToken {
+        /// The id.
+        token: TokenId,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// A sequence samples that was never begun.
+    #[error("place {place} samples, and no sequence has begun there")]
+    NotBegun {
+        /// The place.
+        place: u32,
+    },
+}
+
+/// A weight `[inputs, outputs]`: rows of inputs, so that products over few tokens read it as it lies.
+pub struct CpuMatrix {
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    inputs: usize,
+    outputs: usize,
+}
+
+/// A segment of the running step with its adapter's offset table.
+struct ActiveSegment {
+    slot: SlotId,
+    layout: Arc<AdapterLayout>,
+    start: usize,
+    rows: usize,
+}
+
+/// The CPU with its KV cache, slots and scratch memory.
+pub struct CpuBackend {
+    shape: BackendShape,
+    kv_shape: KvShape,
+    kv: Vec<KvLayer>,
+    slots: Arc<Slots>,
+    threads: Parallelism,
+    /// `[max_model_len, head_dim / 2]` each.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    attention: Scratch,
+    /// `[rows, max_rank]`: a segment's product with `Aᵀ`.
+    shrunk: Vec<f32>,
+    allowed: Option<Vec<bool>>,
+    samplers: Vec<Option<SeqSampler>>,
+    candidates: Vec<(f32, TokenId)>,
+    /// `[places]` last sampled tokens.
+    last_tokens: Vec<TokenId>,
+    sampled: Vec<TokenId>,
+    step: Step,
+}
+
+/// The running step's metadata, as the operations need it.
+struct Step {
+    tokens: Vec<TokenId>,
+    positions: Vec<u32>,
+    kv_rows: Vec<u32>,
+    starts: Vec<u32>,
+    contexts: Vec<u32>,
+    /// Blocks of all sequences, one after the other.
+    blocks: Vec<u32>,
+    /// `[seqs + 1]` where each sequence's begin.
+    block_starts: Vec<u32>,
+    sample_rows: Vec<u32>,
+    sample_places: Vec<u32>,
+    segments: Vec<ActiveSegment>,
+    loads: Vec<Load>,
+}
+
+impl Step {
+    fn new(limits: &BatchLimits) -> Self {
+        let (rows, seqs) = (limits.max_num_batched_tokens, limits.max_num_seqs);
+        Self {
+            tokens: Vec::with_capacity(rows),
+            positions: Vec::with_capacity(rows),
+            kv_rows: Vec::with_capacity(rows),
+            starts: Vec::with_capacity(seqs + 1),
+            contexts: Vec::with_capacity(seqs),
+            blocks: Vec::with_capacity(seqs * limits.max_model_len.div_ceil(limits.block_size)),
+            block_starts: Vec::with_capacity(seqs + 1),
+            sample_rows: Vec::with_capacity(seqs),
+            sample_places: Vec::with_capacity(seqs),
+            segments: Vec::with_capacity(seqs),
+            loads: Vec::with_capacity(seqs),
+        }
+    }
+}
+
+impl CpuBackend {
+    /// Makes the cache and the scratch memory. `max_rank` is the slots'.
+    pub(super) fn new(
+        shape: BackendShape,
+        slots: Arc<Slots>,
+        max_rank: usize,
+        threads: usize,
+        allowed: Option<Vec<bool>>,
+    ) -> Self {
+        let (spec, limits) = (&shape.spec, &shape.limits);
+        let kv_shape = KvShape {
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            block_size: limits.block_size,
+            blocks: limits.kv_blocks,
+        };
+        let (cos, sin) = match spec.family {
+            Family::Llama => math::rope_tables(limits.max_model_len, spec.head_dim, spec.rope_theta),
+            Family::Opt => (Vec::new(), Vec::new()),
+        };
+        Self {
+            kv: (0..spec.layers).map(|_| KvLayer::new(&kv_shape)).collect(),
+            attention: Scratch::new(&kv_shape, limits.max_model_len),
+            shrunk: committed(limits.max_num_batched_tokens * max_rank),
+            samplers: (0..limits.max_num_seqs).map(|_| None).collect(),
+            candidates: Vec::with_capacity(spec.vocab_size),
+            last_tokens: vec![0; limits.max_num_seqs],
+            sampled: Vec::with_capacity(limits.max_num_seqs),
+            step: Step::new(limits),
+            threads: parallelism(threads),
+            kv_shape,
+            slots,
+            cos,
+            sin,
+            allowed,
+            shape,
+        }
+    }
+
+    /// A sequence begins at a place.
+    pub(super) fn begin_sequence(&mut self, place: u32, sampling: Sampling) {
+        self.samplers[place as usize] = Some(SeqSampler::new(sampling));
+    }
+
+    /// How long the step has waited for the adapter in each slot that was loading.
+    pub(super) fn stalled(&self) -> impl Iterator<Item = (SlotId, Nanos)> {
+        self.step.loads.iter().map(|load| (load.slot, load.stalled))
+    }
+}
+
+impl Backend for CpuBackend {
+    type Buffer = Vec<f32>;
+    type Matrix = CpuMatrix;
+    type Error = CpuError;
+
+    fn buffer(&mut self, elements: usize) -> Result<Vec<f32>, CpuError> {
+        Ok(committed(elements))
+    }
+
+    fn upload(&mut self, values: Vec<f32>) -> Result<Vec<f32>, CpuError> {
+        Ok(values)
+    }
+
+    fn upload_matrix(&mut self, matrix: HostMatrix) -> Result<CpuMatrix, CpuError> {
+        let HostMatrix { weight, bias, outputs, inputs } = matrix;
+        Ok(CpuMatrix { weight: transposed(&weight, outputs, inputs), bias, inputs, outputs })
+    }
+
+    fn begin(&mut self, batch: &Batch) -> Result<(), CpuError> {
+        let step = &mut self.step;
+        for (to, from) in [
+            (&mut step.positions, &batch.positions),
+            (&mut step.kv_rows, &batch.kv_rows),
+            (&mut step.starts, &batch.starts),
+            (&mut step.contexts, &batch.contexts),
+            (&mut step.sample_rows, &batch.sample_rows),
+            (&mut step.sample_places, &batch.sample_places),
+        ] {
+            to.clear();
+            to.extend_from_slice(from);
+        }
+        step.tokens.clear();
+        step.blocks.clear();
+        step.block_starts.clear();
+        step.block_starts.push(0);
+        for seq in 0..batch.seqs() {
+            step.blocks.extend_from_slice(batch.seq_blocks(seq));
+            step.block_starts.push(step.blocks.len() as u32);
+            let last = self.last_tokens[batch.places[seq] as usize];
+            let ids = &batch.tokens[batch.seq_rows(seq)];
+            step.tokens.extend(ids.iter().map(|id| if *id == LAST_TOKEN { last } else { *id }));
+        }
+        let vocab = self.shape.spec.vocab_size;
+        if let Some(&token) = step.tokens.iter().find(|t| **t as usize >= vocab) {
+            return Err(CpuError::UnknownToken { token, vocab });
+        }
+        step.segments.clear();
+        for segment in &batch.segments {
+            let held = self.slots.held(segment.slot);
+            match held {
+                Some((adapter, layout)) if adapter == segment.adapter => {
+                    step.segments.push(ActiveSegment {
+                        slot: segment.slot,
+                        layout,
+                        start: segment.start as usize,
+                        rows: segment.rows as usize,
+                    });
+                }
+                held => {
+                    return Err(CpuError::WrongAdapter {
+                        slot: segment.slot,
+                        wanted: segment.adapter,
+                        held: held.map(|(adapter, _)| adapter),
+                    });
+                }
+            }
+        }
+        step.loads.clear();
+        step.loads.extend(batch.loading.iter().map(|slot| Load::new(*slot)));
+        Ok(())
+    }
+
+    fn embed(
+        &mut self,
+        n: usize,
+        width: usize,
+        table: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        for (token, out) in self.step.tokens[..n].iter().zip(out.chunks_exact_mut(width)) {
+            out.copy_from_slice(row(table, *token as usize, width));
+        }
+        Ok(())
+    }
+
+    fn add_positions(
+        &mut self,
+        n: usize,
+        width: usize,
+        offset: usize,
+        table: &Vec<f32>,
+        x: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        for (position, x) in self.step.positions[..n].iter().zip(x.chunks_exact_mut(width)) {
+            math::add(x, row(table, *position as usize + offset, width));
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, n: usize, width: usize, y: &Vec<f32>, x: &mut Vec<f32>) -> Result<(), CpuError> {
+        math::add(&mut x[..n * width], &y[..n * width]);
+        Ok(())
+    }
+
+    fn rms_norm(
+        &mut self,
+        n: usize,
+        norm: &Norm<Vec<f32>>,
+        x: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        let rows = x.chunks_exact(norm.width).zip(out.chunks_exact_mut(norm.width));
+        for (x, out) in rows.take(n) {
+            math::rms_norm_row(x, &norm.weight, norm.eps, out);
+        }
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        n: usize,
+        norm: &Norm<Vec<f32>>,
+        y: &Vec<f32>,
+        x: &mut Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        let width = norm.width;
+        let rows = x.chunks_exact_mut(width).zip(y.chunks_exact(width)).zip(out.chunks_exact_mut(width));
+        for ((x, y), out) in rows.take(n) {
+            math::add(x, y);
+            math::rms_norm_row(x, &norm.weight, norm.eps, out);
+        }
+        Ok(())
+    }
+
+    fn layer_norm(
+        &mut self,
+        n: usize,
+        norm: &Norm<Vec<f32>>,
+        x: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        let bias = norm.bias.as_deref().unwrap_or(&[]);
+        assert_eq!(bias.len(), norm.width, "a LayerNorm has a bias");
+        let rows = x.chunks_exact(norm.width).zip(out.chunks_exact_mut(norm.width));
+        for (x, out) in rows.take(n) {
+            math::layer_norm_row(x, &norm.weight, bias, norm.eps, out);
+        }
+        Ok(())
+    }
+
+    fn linear(
+        &mut self,
+        n: usize,
+        matrix: &CpuMatrix,
+        x: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        let out = &mut out[..n * matrix.outputs];
+        if let Some(bias) = &matrix.bias {
+            out.chunks_exact_mut(matrix.outputs).for_each(|row| row.copy_from_slice(bias));
+        }
+        multiply(
+            MatMut::dense(out, n, matrix.outputs),
+            matrix.bias.is_some(),
+            1.0,
+            Mat::dense(x, n, matrix.inputs),
+            Mat::dense(&matrix.weight, matrix.inputs, matrix.outputs),
+            self.threads,
+        );
+        Ok(())
+    }
+
+    fn await_adapters(&mut self, layer: usize) -> Result<(), CpuError> {
+        self.slots.await_layer(layer, &mut self.step.loads);
+        Ok(())
+    }
+
+    fn lora(
+        &mut self,
+        layer: usize,
+        targets: &[LoraTarget],
+        x: &Vec<f32>,
+        width: usize,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        for segment in &self.step.segments {
+            let (layout, rows) = (&segment.layout, segment.rows);
+            let memory = self.slots.layer(segment.slot, layer);
+            let base = layout.layer(layer).start;
+            for target in targets {
+                let Some(part) = layout.part(layer, target.module) else { continue };
+                let (a, b) = layout.matrices(part, base, &memory);
+                let rank = layout.rank();
+                let shrunk = &mut self.shrunk[..rows * rank];
+                multiply_transposed(
+                    MatMut::dense(shrunk, rows, rank),
+                    layout.scale(),
+                    Mat::dense(&x[segment.start * part.inputs..], rows, part.inputs),
+                    Mat::dense(a, rank, part.inputs),
+                    self.threads,
+                );
+                multiply(
+                    MatMut {
+                        data: &mut out[segment.start * width + target.column..],
+                        rows,
+                        cols: part.outputs,
+                        stride: width,
+                    },
+                    true,
+                    1.0,
+                    Mat::dense(shrunk, rows, rank),
+                    Mat::dense(b, rank, part.outputs),
+                    self.threads,
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn rope(&mut self, n: usize, qkv: &mut Vec<f32>) -> Result<(), CpuError> {
+        let spec = &self.shape.spec;
+        let half = spec.head_dim / 2;
+        for (position, row) in self.step.positions[..n].iter().zip(qkv.chunks_exact_mut(spec.qkv_dim())) {
+            let at = *position as usize * half;
+            let (cos, sin) = (&self.cos[at..at + half], &self.sin[at..at + half]);
+            for head in row[..spec.q_dim() + spec.kv_dim()].chunks_exact_mut(spec.head_dim) {
+                math::rotate(head, cos, sin);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_kv(&mut self, layer: usize, n: usize, qkv: &Vec<f32>) -> Result<(), CpuError> {
+        let spec = &self.shape.spec;
+        let (q, kv) = (spec.q_dim(), spec.kv_dim());
+        for (at, row) in self.step.kv_rows[..n].iter().zip(qkv.chunks_exact(spec.qkv_dim())) {
+            let (keys, values) = row[q..].split_at(kv);
+            self.kv[layer].write(&self.kv_shape, *at as usize, keys, values);
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        _n: usize,
+        qkv: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        let spec = &self.shape.spec;
+        let (width, stride) = (spec.q_dim(), spec.qkv_dim());
+        let step = &self.step;
+        for (seq, context) in step.contexts.iter().enumerate() {
+            let first = step.starts[seq] as usize;
+            let len = step.starts[seq + 1] as usize - first;
+            let blocks = step.block_starts[seq] as usize..step.block_starts[seq + 1] as usize;
+            let rows = Rows {
+                queries: &qkv[first * stride..],
+                qkv_stride: stride,
+                out: &mut out[first * width..(first + len) * width],
+                len,
+                heads: spec.heads,
+                context: *context as usize,
+                blocks: &step.blocks[blocks],
+            };
+            attend(&self.kv[layer], &self.kv_shape, rows, &mut self.attention, self.threads);
+        }
+        Ok(())
+    }
+
+    fn silu_mul(
+        &mut self,
+        n: usize,
+        width: usize,
+        gate_up: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        let rows = gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width));
+        for (gate_up, out) in rows.take(n) {
+            let (gate, up) = gate_up.split_at(width);
+            math::silu_mul(gate, up, out);
+        }
+        Ok(())
+    }
+
+    fn relu(&mut self, n: usize, width: usize, x: &mut Vec<f32>) -> Result<(), CpuError> {
+        math::relu(&mut x[..n * width]);
+        Ok(())
+    }
+
+    fn gather_samples(&mut self, width: usize, x: &Vec<f32>, out: &mut Vec<f32>) -> Result<(), CpuError> {
+        for (from, out) in self.step.sample_rows.iter().zip(out.chunks_exact_mut(width)) {
+            out.copy_from_slice(row(x, *from as usize, width));
+        }
+        Ok(())
+    }
+
+    fn sample(&mut self, logits: &mut Vec<f32>) -> Result<(), CpuError> {
+        self.sampled.clear();
+        let rows = logits.chunks_exact_mut(self.shape.spec.vocab_size);
+        for (&place, logits) in self.step.sample_places.iter().zip(rows) {
+            let sampler = self.samplers[place as usize].as_mut().ok_or(CpuError::NotBegun { place })?;
+            let token = sampler.sample(logits, self.allowed.as_deref(), &mut self.candidates);
+            self.last_tokens[place as usize] = token;
+            self.sampled.push(token);
+        }
+        Ok(())
+    }
+
+    fn sampled(&mut self) -> Result<&[TokenId], CpuError> {
+        Ok(&self.sampled)
+    }
+
+    fn download(&mut self, buffer: &Vec<f32>, out: &mut [f32]) -> Result<(), CpuError> {
+        out.copy_from_slice(&buffer[..out.len()]);
+        Ok(())
+    }
+}
+
+/// Row `i` of a dense matrix.
+fn row(matrix: &[f32], i: usize, width: usize) -> &[f32] {
+    &matrix[i * width..(i + 1) * width]
+}
+
+/// `[rows, cols]` as `[cols, rows]`, in tiles that fit the first-level cache.
+fn transposed(matrix: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    const TILE: usize = 32;
+    assert_eq!(matrix.len(), rows * cols, "a matrix has rows times columns elements");
+    let mut out = vec![0.0; matrix.len()];
+    for r0 in (0..rows).step_by(TILE) {
+        for c0 in (0..cols).step_by(TILE) {
+            for r in r0..rows.min(r0 + TILE) {
+                for c in c0..cols.min(c0 + TILE) {
+                    out[c * rows + r] = matrix[r * cols + c];
+                }
+            }
+        }
+    }
+    out
+}

@@ -1,0 +1,86 @@
+//! The OPT family: learned positions, LayerNorm before each part, ReLU, biases.
+
+use super::decoder::{Linear, Loader, Workspace};
+use super::spec::OPT_POSITION_OFFSET;
+use super::weights::WeightError;
+use crate::engine::backend::{Backend, Norm};
+
+/// Weights of an OPT model.
+pub(super) struct Opt<B: Backend> {
+    hidden: usize,
+    intermediate: usize,
+    embed: B::Buffer,
+    positions: B::Buffer,
+    layers: Vec<Layer<B>>,
+    norm: Norm<B::Buffer>,
+    head: B::Matrix,
+}
+
+struct Layer<B: Backend> {
+    attention_norm: Norm<B::Buffer>,
+    qkv: Linear<B>,
+    out: Linear<B>,
+    final_norm: Norm<B::Buffer>,
+    up: Linear<B>,
+    down: Linear<B>,
+}
+
+impl<B: Backend> Opt<B> {
+    pub fn load(loader: &mut Loader<'_, B>) -> Result<Self, WeightError> {
+        let spec = loader.spec;
+        // Checkpoints saved from the bare decoder lack the outer prefix.
+        let with_prefix = loader.weights.has("model.decoder.embed_tokens.weight");
+        let root = if with_prefix { "model.decoder" } else { "decoder" };
+        let layers = (0..spec.layers)
+            .map(|i| {
+                let prefix = format!("{root}.layers.{i}");
+                Ok(Layer {
+                    attention_norm: loader.layer_norm(&format!("{prefix}.self_attn_layer_norm"))?,
+                    qkv: loader.linear(&prefix, &[0, 1, 2], spec.attention_bias)?,
+                    out: loader.linear(&prefix, &[3], spec.attention_bias)?,
+                    final_norm: loader.layer_norm(&format!("{prefix}.final_layer_norm"))?,
+                    up: loader.linear(&prefix, &[4], spec.mlp_bias)?,
+                    down: loader.linear(&prefix, &[5], spec.mlp_bias)?,
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        let embed = format!("{root}.embed_tokens.weight");
+        Ok(Self {
+            hidden: spec.hidden,
+            intermediate: spec.intermediate,
+            embed: loader.table(&embed, spec.vocab_size)?,
+            positions: loader
+                .table(&format!("{root}.embed_positions.weight"), spec.max_positions + OPT_POSITION_OFFSET)?,
+            layers,
+            norm: loader.layer_norm(&format!("{root}.final_layer_norm"))?,
+            head: loader.head("lm_head.weight", &embed)?,
+        })
+    }
+
+    /// One step over `n` rows, `samples` of which get logits.
+    pub fn forward(&self, b: &mut B, w: &mut Workspace<B>, n: usize, samples: usize) -> Result<(), B::Error> {
+        let h = self.hidden;
+        b.embed(n, h, &self.embed, &mut w.residual)?;
+        b.add_positions(n, h, OPT_POSITION_OFFSET, &self.positions, &mut w.residual)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            b.await_adapters(i)?;
+            b.layer_norm(n, &layer.attention_norm, &w.residual, &mut w.normed)?;
+            layer.qkv.forward(b, i, n, &w.normed, &mut w.qkv)?;
+            b.write_kv(i, n, &w.qkv)?;
+            b.attention(i, n, &w.qkv, &mut w.attended)?;
+            layer.out.forward(b, i, n, &w.attended, &mut w.delta)?;
+            b.add(n, h, &w.delta, &mut w.residual)?;
+            b.layer_norm(n, &layer.final_norm, &w.residual, &mut w.normed)?;
+            layer.up.forward(b, i, n, &w.normed, &mut w.up)?;
+            b.relu(n, self.intermediate, &mut w.up)?;
+            layer.down.forward(b, i, n, &w.up, &mut w.delta)?;
+            b.add(n, h, &w.delta, &mut w.residual)?;
+        }
+        if samples > 0 {
+            b.gather_samples(h, &w.residual, &mut w.last)?;
+            b.layer_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
+            b.linear(samples, &self.head, &w.last_normed, &mut w.logits)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,58 @@
+//! State and statistics: `/health`, `/swap_stats`, `/reset_swap_stats`, `/version`, `/ping`, `/v1/models`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State as Shared;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::state::{Phase, State};
+use crate::engine::SwapCounts;
+
+pub(super) async fn health(Shared(state): Shared<Arc<State>>) -> Response {
+    let config = state.loaded().ok().map(|(_, info)| json!(info));
+    let status = match state.phase() {
+        Phase::Ready => return Json(json!({"status": "ok", "config": config})).into_response(),
+        Phase::Loading => "loading",
+        Phase::Draining => "draining",
+        Phase::Failed => "failed",
+    };
+    let error = state.loaded().ok().and_then(|(engine, _)| engine.failure());
+    let body = Json(json!({"status": status, "config": config, "error": error}));
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], body).into_response()
+}
+
+pub(super) async fn swap_stats(Shared(state): Shared<Arc<State>>) -> Result<Json<Value>, ApiError> {
+    let stats = state.loaded()?.0.swap_stats();
+    let counts = |c: SwapCounts| json!({"swap_calls": c.swap_calls, "swap_count": c.swap_count});
+    Ok(Json(json!({"init": counts(stats.init), "runtime": counts(stats.runtime)})))
+}
+
+pub(super) async fn reset_swap_stats(Shared(state): Shared<Arc<State>>) -> Result<Json<Value>, ApiError> {
+    state.loaded()?.0.reset_swap_stats();
+    Ok(Json(json!({"status": "ok", "message": "Runtime swap stats reset"})))
+}
+
+pub(super) async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+pub(super) async fn ping() -> StatusCode {
+    StatusCode::OK
+}
+
+pub(super) async fn models(Shared(state): Shared<Arc<State>>) -> Result<Json<Value>, ApiError> {
+    let (_, info) = state.loaded()?;
+    let model = |id: &str, parent: Option<&str>| {
+        json!({
+            "id": id, "object": "model", "created": state.created, "owned_by": "lora-hbm",
+            "root": id, "parent": parent, "max_model_len": info.max_model_len,
+        })
+    };
+    let adapters = info.adapter_names.iter().map(|name| model(name, Some(&info.model)));
+    let data: Vec<Value> = std::iter::once(model(&info.model, None)).chain(adapters).collect();
+    Ok(Json(json!({"object": "list", "data": data})))
+}

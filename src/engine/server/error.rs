@@ -1,0 +1,120 @@
+//! Every failure's status and body.
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use lora_sched::EventError;
+use serde_json::json;
+
+use crate::engine::SubmitError;
+
+/// A failed request: answered as `{"error":{"message","type","param","code"}}`.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    param: Option<&'static str>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, message: message.into(), param: None }
+    }
+
+    /// 400: a value that cannot be.
+    pub(super) fn bad(param: &'static str, message: impl Into<String>) -> Self {
+        Self { param: Some(param), ..Self::new(StatusCode::BAD_REQUEST, "BadRequestError", message) }
+    }
+
+    /// 400: a body that is not what it should be.
+    pub(super) fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "BadRequestError", message)
+    }
+
+    /// 401.
+    pub(super) fn unauthorized() -> Self {
+        let message = "a valid API key is needed: send 'Authorization: Bearer KEY'";
+        Self::new(StatusCode::UNAUTHORIZED, "AuthenticationError", message)
+    }
+
+    /// 404: no such thing, named by `param` where there is one.
+    pub(super) fn not_found(param: Option<&'static str>, message: impl Into<String>) -> Self {
+        Self { param, ..Self::new(StatusCode::NOT_FOUND, "NotFoundError", message) }
+    }
+
+    /// 405.
+    pub(super) fn method_not_allowed(method: &str, path: &str) -> Self {
+        let message = format!("{path} does not take {method}");
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowedError", message)
+    }
+
+    /// 408: a client that does not go on sending.
+    pub(super) fn too_slow(seconds: u64) -> Self {
+        let message = format!("the request's body did not arrive: nothing came for {seconds} s");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeoutError", message)
+    }
+
+    /// 413.
+    pub(super) fn too_large(limit: usize) -> Self {
+        let message = format!("the request's body is over the limit of {limit} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestTooLargeError", message)
+    }
+
+    /// 415.
+    pub(super) fn media_type(found: &str) -> Self {
+        let message = format!("content type '{found}' is not understood: send 'application/json'");
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaTypeError", message)
+    }
+
+    /// 500.
+    pub(super) fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message)
+    }
+
+    /// 503: not now.
+    pub(super) fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError", message)
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        let message = error.to_string();
+        match error {
+            _ if error.is_overload() => Self::unavailable(message),
+            SubmitError::Refused(EventError::UnknownAdapter(_)) => Self::not_found(Some("model_id"), message),
+            SubmitError::Refused(EventError::TooLong { tokens, max_model_len }) => Self::bad(
+                "prompt",
+                format!(
+                    "prompt and max_tokens together are {tokens} tokens and the model takes {max_model_len}: \
+                     shorten the prompt or lower max_tokens"
+                ),
+            ),
+            SubmitError::Refused(_) | SubmitError::NoSuchToken { .. } => Self::bad("prompt", message),
+            SubmitError::Draining | SubmitError::Stopped(_) => Self::internal(message),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = json!({"error": {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.status.as_u16(),
+        }});
+        let mut response = (self.status, axum::Json(body)).into_response();
+        let headers = response.headers_mut();
+        match self.status {
+            StatusCode::SERVICE_UNAVAILABLE => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            StatusCode::UNAUTHORIZED => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            _ => {}
+        }
+        response
+    }
+}

@@ -1,0 +1,184 @@
+//! What the server's handlers share.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use super::error::ApiError;
+use crate::engine::Engine;
+use crate::engine::setup::Loaded;
+
+/// What `/health` and `/v1/models` say about the engine.
+#[derive(Clone, Debug, Serialize)]
+pub struct ServerInfo {
+    /// The base model's name.
+    pub model: String,
+    /// Adapters.
+    pub total_loras: usize,
+    /// Slots.
+    pub gpu_loras: usize,
+    /// Type of weights.
+    pub dtype: String,
+    /// Running sequences, at most.
+    pub max_num_seqs: usize,
+    /// Tokens of a request, at most.
+    pub max_model_len: usize,
+    /// The device.
+    pub device: String,
+    /// Admission policy.
+    pub policy: String,
+    /// Eviction rule.
+    pub evict: String,
+    /// Swap mode.
+    pub swap_mode: String,
+    /// Names of the adapters, in order of their numbers.
+    #[serde(skip)]
+    pub adapter_names: Vec<String>,
+}
+
+impl ServerInfo {
+    /// Of an engine with `gpu_loras` slots.
+    pub fn of(loaded: &Loaded, gpu_loras: usize) -> Self {
+        let settings = loaded.settings();
+        let config = loaded.scheduler_config(gpu_loras);
+        Self {
+            model: loaded.spec().name.clone(),
+            total_loras: loaded.pool().len(),
+            gpu_loras,
+            dtype: "float32".to_owned(),
+            max_num_seqs: config.max_num_seqs,
+            max_model_len: config.max_model_len,
+            device: "cpu".to_owned(),
+            policy: settings.policy.to_string(),
+            evict: settings.evict.to_string(),
+            swap_mode: settings.swap_mode.to_string(),
+            adapter_names: (0..loaded.pool().len() as u32)
+                .filter_map(|id| loaded.pool().get(lora_sched::AdapterId(id)))
+                .map(|adapter| adapter.name.clone())
+                .collect(),
+        }
+    }
+}
+
+/// Where a server is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Loading,
+    Ready,
+    Draining,
+    Failed,
+}
+
+/// Shared by every connection.
+#[derive(Debug)]
+pub(super) struct State {
+    info: OnceLock<ServerInfo>,
+    engine: OnceLock<Arc<Engine>>,
+    draining: AtomicBool,
+    in_flight: AtomicUsize,
+    key: Option<[u8; 32]>,
+    /// When the server started, seconds since 1970.
+    pub(super) created: u64,
+}
+
+impl State {
+    pub(super) fn new(api_key: Option<&str>) -> Self {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        Self {
+            info: OnceLock::new(),
+            engine: OnceLock::new(),
+            draining: AtomicBool::new(false),
+            in_flight: AtomicUsize::new(0),
+            key: api_key.map(|k| Sha256::digest(k).into()),
+            created,
+        }
+    }
+
+    /// The engine is there and warm. A second engine is not taken.
+    pub(super) fn ready(&self, engine: Arc<Engine>, info: ServerInfo) {
+        let _ = self.info.set(info);
+        let _ = self.engine.set(engine);
+    }
+
+    pub(super) fn start_draining(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        match self.engine.get() {
+            _ if self.draining.load(Ordering::SeqCst) => Phase::Draining,
+            None => Phase::Loading,
+            Some(engine) if engine.failure().is_some() => Phase::Failed,
+            Some(_) => Phase::Ready,
+        }
+    }
+
+    /// The engine and what is said about it, whatever the phase, once there is one.
+    pub(super) fn loaded(&self) -> Result<(&Arc<Engine>, &ServerInfo), ApiError> {
+        match (self.engine.get(), self.info.get()) {
+            (Some(engine), Some(info)) => Ok((engine, info)),
+            _ => Err(ApiError::unavailable("the model is being loaded")),
+        }
+    }
+
+    /// The engine, if it takes requests.
+    pub(super) fn serving(&self) -> Result<(&Arc<Engine>, &ServerInfo), ApiError> {
+        let loaded = self.loaded()?;
+        match self.phase() {
+            Phase::Draining => Err(ApiError::unavailable("the server is shutting down")),
+            Phase::Failed => Err(ApiError::internal(format!(
+                "the engine has stopped: {}",
+                loaded.0.failure().unwrap_or_default()
+            ))),
+            Phase::Loading | Phase::Ready => Ok(loaded),
+        }
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// Whether the header lets its sender in. The time taken says nothing about the key: digests are
+    /// compared, to their ends.
+    pub(super) fn lets_in(&self, authorization: Option<&[u8]>) -> bool {
+        let Some(key) = self.key else { return true };
+        let given = authorization.and_then(|a| a.strip_prefix(b"Bearer ")).unwrap_or_default();
+        let digest: [u8; 32] = Sha256::digest(given).into();
+        digest.iter().zip(key).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+    }
+}
+
+/// A request that is being answered; lives as long as the response's body.
+#[derive(Debug)]
+pub(super) struct InFlight(Arc<State>);
+
+impl InFlight {
+    pub(super) fn new(state: &Arc<State>) -> Self {
+        state.in_flight.fetch_add(1, Ordering::SeqCst);
+        Self(state.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_key_lets_in() {
+        let state = State::new(Some("secret"));
+        assert!(state.lets_in(Some(b"Bearer secret")));
+        for wrong in [None, Some(&b"Bearer secre"[..]), Some(b"secret"), Some(b"Bearer secret ")] {
+            assert!(!state.lets_in(wrong));
+        }
+        assert!(State::new(None).lets_in(None));
+    }
+}

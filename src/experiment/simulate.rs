@@ -1,0 +1,301 @@
+//! Running a cell on the simulator.
+
+use lora_sched::{AdapterSpec, Config, ConfigError, EventError, Nanos, Scheduler};
+
+use super::{Cell, EngineSettings};
+use crate::profile::{CostModel, Profile, ProfileError};
+use crate::report::record::{PartsS, RequestRecord, Status};
+use crate::sim::{Input, ModelDevice, Outcome, SimRequest, Totals, run};
+use crate::workload::trace::Trace;
+
+/// Requests in the burst whose draining gives the saturation rate.
+pub const BURST: u64 = 200;
+
+/// A cell that cannot be simulated.
+#[derive(Debug, thiserror::Error)]
+pub enum SimulateError {
+    /// The profile does not cover it.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    /// Impossible settings.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A size that is not one.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// The trace asks for an adapter that there is not, or similar.
+    #[error("the simulator broke down: {0}")]
+    Event(#[from] EventError),
+    /// Requests that the engine would refuse.
+    #[error(
+        "{refused} of {all} requests are longer than max_model_len ({max_model_len} tokens): raise it, or use another regime"
+    )]
+    Refused {
+        /// How many.
+        refused: u64,
+        /// Of how many.
+        all: usize,
+        /// The limit.
+        max_model_len: usize,
+    },
+}
+
+/// What came of a simulated run.
+#[derive(Clone, Debug)]
+pub struct Simulated {
+    /// One a request, in order of the trace.
+    pub records: Vec<RequestRecord>,
+    /// Sums.
+    pub totals: Totals,
+}
+
+/// A profile made ready to simulate with.
+#[derive(Clone, Debug)]
+pub struct Simulator {
+    profile: Profile,
+    cost: CostModel,
+}
+
+impl Simulator {
+    /// A simulator of the profile's machine.
+    pub fn new(profile: Profile) -> Result<Self, ProfileError> {
+        let cost = CostModel::new(&profile)?;
+        Ok(Self { profile, cost })
+    }
+
+    /// The profile.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// The scheduler's configuration for these settings on the profile's machine.
+    pub fn config(&self, engine: &EngineSettings) -> Result<Config, SimulateError> {
+        self.profile.expect_model(&engine.model)?;
+        let ranks = engine.ranks();
+        let adapters = (0..engine.total_loras as usize).map(|i| {
+            let rank = ranks[i % ranks.len()];
+            Ok(AdapterSpec::new(rank, self.profile.adapter_bytes(rank)?))
+        });
+        let max_model_len = engine.max_model_len.unwrap_or(self.profile.engine.max_model_len) as usize;
+        let kv_memory = engine.kv_memory.as_deref().map(parse_size).transpose()?;
+        let kv_blocks = self.profile.kv_blocks(
+            engine.gpu_loras as usize,
+            ranks.iter().copied().max().unwrap_or(engine.max_r),
+            engine.block_size as usize,
+            max_model_len,
+            kv_memory,
+        )?;
+        let config = Config {
+            adapters: adapters.collect::<Result<_, ProfileError>>()?,
+            gpu_loras: engine.gpu_loras as usize,
+            max_num_seqs: engine.max_num_seqs as usize,
+            max_num_batched_tokens: engine.max_num_batched_tokens as usize,
+            max_model_len,
+            block_size: engine.block_size as usize,
+            kv_blocks,
+            chunked_prefill: true,
+            policy: engine.policy,
+            evict: engine.evict,
+            swap_mode: engine.swap_mode,
+            prefetch: engine.prefetch as usize,
+            max_skip_age: (engine.max_skip_age * 1e9) as Nanos,
+            max_queue: usize::MAX,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Replays a trace on a cell's engine.
+    pub fn run(&self, engine: &EngineSettings, trace: &Trace) -> Result<Simulated, SimulateError> {
+        self.run_arrivals(engine, trace, |r| (r.arrival_s * 1e9).round() as Nanos)
+    }
+
+    /// The highest rate that the engine sustains on requests like the trace's: the first [`BURST`] of
+    /// them at once, over the time that they take. Requests a second.
+    pub fn saturation_rate(&self, engine: &EngineSettings, trace: &Trace) -> Result<f64, SimulateError> {
+        let mut burst = trace.clone();
+        burst.requests.truncate(BURST as usize);
+        let simulated = self.run_arrivals(engine, &burst, |_| 0)?;
+        Ok(simulated.totals.requests as f64 / (simulated.totals.end.max(1) as f64 * 1e-9))
+    }
+
+    fn run_arrivals(
+        &self,
+        engine: &EngineSettings,
+        trace: &Trace,
+        arrival: impl Fn(&crate::workload::trace::TraceRequest) -> Nanos,
+    ) -> Result<Simulated, SimulateError> {
+        let config = self.config(engine)?;
+        let mut ranks: Vec<u32> = config.adapters.iter().map(|a| a.rank).collect();
+        ranks.shrink_to_fit();
+        let mut inputs: Vec<Input> = trace
+            .requests
+            .iter()
+            .map(|r| {
+                let received = arrival(r);
+                Input::Arrive(SimRequest {
+                    id: r.id,
+                    received,
+                    queued: received + self.cost.front_ns(r.prompt_tokens),
+                    adapter: r.adapter,
+                    prompt_tokens: r.prompt_tokens,
+                    output_tokens: r.output_tokens,
+                })
+            })
+            .collect();
+        // A short prompt can pass a long one on its way through the front end.
+        inputs.sort_by_key(Input::at);
+        let max_model_len = config.max_model_len;
+        let mut device = ModelDevice::new(self.cost.clone(), ranks.clone(), config.swap_mode);
+        let mut scheduler = Scheduler::new(config)?;
+        let mut outcomes: Vec<Outcome> = Vec::with_capacity(inputs.len());
+        let totals = run(&mut scheduler, &mut device, inputs, &mut outcomes)?;
+        if totals.refused > 0 {
+            let all = trace.requests.len();
+            return Err(SimulateError::Refused { refused: totals.refused, all, max_model_len });
+        }
+        outcomes.sort_by_key(|o| o.request.id);
+        let deliver = self.cost.deliver_ns;
+        let records = outcomes.iter().map(|o| record(o, &ranks, deliver)).collect();
+        Ok(Simulated { records, totals })
+    }
+}
+
+fn record(outcome: &Outcome, ranks: &[u32], deliver: Nanos) -> RequestRecord {
+    let s = |ns: Nanos| ns as f64 * 1e-9;
+    let Outcome { request, first, last, parts, .. } = outcome;
+    let arrival = s(request.received);
+    RequestRecord {
+        id: request.id,
+        adapter: request.adapter,
+        rank: request.adapter.and_then(|a| ranks.get(a as usize).copied()),
+        prompt_tokens: request.prompt_tokens,
+        output_tokens: request.output_tokens,
+        scheduled_s: arrival,
+        sent_s: arrival,
+        first_s: Some(s(first + deliver)),
+        last_s: Some(s(last + deliver)),
+        ttft_s: Some(s(first + deliver - request.received)),
+        latency_s: Some(s(last + deliver - request.received)),
+        status: Status::Ok,
+        parts: Some(PartsS {
+            front: s(parts.front),
+            queue: s(parts.queue),
+            kv: s(parts.kv),
+            slot: s(parts.slot),
+            swap: s(parts.swap),
+            prefill: s(parts.prefill),
+            deliver: s(deliver),
+        }),
+        error: None,
+    }
+}
+
+/// A size that is not one.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a size: use bytes, or a number with KiB, MiB or GiB")]
+pub struct SizeError(String);
+
+/// Bytes from `1073741824`, `512MiB` or `1.5GiB`.
+pub fn parse_size(text: &str) -> Result<u64, SizeError> {
+    let error = || SizeError(text.to_owned());
+    let text = text.trim();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1048576.0,
+        "g" | "gib" => 1073741824.0,
+        _ => return Err(error()),
+    };
+    let number: f64 = digits.trim().parse().map_err(|_| error())?;
+    if !(number > 0.0 && number.is_finite()) {
+        return Err(error());
+    }
+    Ok((number * unit) as u64)
+}
+
+/// Whether a rate is beyond what an engine sustains, by a saturation rate of its own budget.
+pub fn is_saturated(rate: f64, saturation_rate: f64) -> bool {
+    rate > 0.95 * saturation_rate
+}
+
+impl Cell {
+    /// The same cell with every adapter resident: what load is measured against.
+    pub fn at_full_budget(&self) -> EngineSettings {
+        EngineSettings { gpu_loras: self.engine.total_loras, ..self.engine.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::tests::round;
+    use crate::workload::arrivals::Arrivals;
+    use crate::workload::pool::PromptPool;
+    use crate::workload::popularity::Popularity;
+    use crate::workload::regime::Regime;
+    use crate::workload::spec::{Amount, WorkloadSpec, generate_trace};
+
+    fn engine(gpu_loras: u32) -> EngineSettings {
+        EngineSettings { model: "tiny".to_owned(), gpu_loras, ..EngineSettings::default() }
+    }
+
+    fn trace(rate: f64) -> Trace {
+        let spec = WorkloadSpec {
+            regime: Regime::Short,
+            arrivals: Arrivals::Poisson,
+            rate,
+            popularity: Popularity::Uniform,
+            total_loras: 128,
+            amount: Amount::Requests(400),
+            max_tokens: 16,
+            seed: 1,
+            ranks: vec![8],
+        };
+        generate_trace(&spec, &PromptPool::embedded(Regime::Short)).unwrap()
+    }
+
+    fn median(simulated: &Simulated) -> f64 {
+        let ttft: Vec<f64> = simulated.records.iter().filter_map(|r| r.ttft_s).collect();
+        crate::report::stats::median(&crate::report::stats::sorted(&ttft)).unwrap()
+    }
+
+    #[test]
+    fn a_small_budget_makes_requests_wait_for_slots() {
+        let simulator = Simulator::new(round()).unwrap();
+        let rate = 0.6 * simulator.saturation_rate(&engine(128), &trace(1.0)).unwrap();
+        let trace = trace(rate);
+        let small = simulator.run(&engine(2), &trace).unwrap();
+        let full = simulator.run(&engine(128), &trace).unwrap();
+        assert_eq!((small.records.len(), full.totals.swaps), (400, 0));
+        assert!(median(&small) > 2.0 * median(&full));
+        let slot: f64 = small.records.iter().filter_map(|r| r.parts).map(|p| p.slot).sum();
+        assert!(slot > 0.0);
+        for r in &small.records {
+            let sum = r.parts.unwrap().total();
+            assert!((sum - r.ttft_s.unwrap()).abs() < 1e-9, "{r:?}");
+        }
+    }
+
+    #[test]
+    fn other_models_ranks_and_lengths_are_refused() {
+        let simulator = Simulator::new(round()).unwrap();
+        let refused = |engine: EngineSettings| simulator.run(&engine, &trace(1.0)).unwrap_err().to_string();
+        assert!(
+            refused(EngineSettings { model: "facebook/opt-125m".into(), ..engine(2) }).contains("opt-125m")
+        );
+        assert!(refused(EngineSettings { max_r: 64, ..engine(2) }).contains("--ranks 64"));
+        assert!(refused(EngineSettings { max_model_len: Some(300), ..engine(2) }).contains("max_model_len"));
+        assert!(refused(EngineSettings { kv_memory: Some("1MiB".into()), ..engine(2) }).contains("GB"));
+        assert!(refused(EngineSettings { kv_memory: Some("lots".into()), ..engine(2) }).contains("'lots'"));
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        assert_eq!(parse_size("512 MiB"), Ok(512 << 20));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert!(parse_size("-1").is_err() && parse_size("1TB").is_err());
+    }
+}

@@ -1,0 +1,235 @@
+//! Is the simulator the same machine as the engine?
+//!
+//! A replay takes arrivals as the engine's scheduler saw them, the measured duration of each step
+//! and swap, and the measured host gap before each step, and runs them on the simulator's own clock
+//! in its own event order. Then every decision must be the engine's, and every TTFT too. Nothing is
+//! excused and nothing resynchronised: events have times of their own in the log, so an arrival at a
+//! step's end falls on the same side in both.
+
+use std::collections::HashMap;
+
+use lora_sched::{Config, ConfigError, EventError, Nanos, Scheduler, SlotId, StepPlan, SwapKind, SwapPlan};
+
+use super::clock::{Observer, Outcome, run};
+use super::device::{Device, Done};
+use super::recorded::{Recorded, RecordedStep, RecordedSwap};
+use crate::report::decision_log::LoggedSeq;
+
+/// A TTFT may differ by this share …
+const TTFT_SHARE: f64 = 0.01;
+/// … or by this much.
+const TTFT_SLACK: Nanos = 50_000;
+
+/// What a replay found.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct ReplayReport {
+    /// Steps of the engine.
+    pub steps: usize,
+    /// Steps that the simulator decided alike.
+    pub steps_alike: usize,
+    /// Swaps of the engine.
+    pub swaps: usize,
+    /// Swaps that the simulator decided alike.
+    pub swaps_alike: usize,
+    /// First tokens of the engine.
+    pub first_tokens: usize,
+    /// First tokens within 1 % or 50 µs.
+    pub first_tokens_alike: usize,
+    /// The largest difference of a TTFT, seconds.
+    pub worst_ttft_difference_s: f64,
+    /// The first decision that differs, in words.
+    pub first_difference: Option<String>,
+}
+
+impl ReplayReport {
+    /// Whether the simulator is the same machine.
+    pub fn holds(&self) -> bool {
+        self.first_difference.is_none()
+            && self.steps == self.steps_alike
+            && self.swaps == self.swaps_alike
+            && self.first_tokens == self.first_tokens_alike
+    }
+}
+
+/// A replay that could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// The configuration to replay with is impossible.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The simulator broke down.
+    #[error("the replay broke down: {0}")]
+    Event(#[from] EventError),
+}
+
+/// Replays a recording with `config`: the recording's own, or another as a negative control.
+pub fn replay(recorded: &Recorded, config: Config) -> Result<ReplayReport, ReplayError> {
+    let mut scheduler = Scheduler::new(config)?;
+    let mut device = RecordedDevice::new(recorded);
+    let mut decided = Decided::default();
+    run(&mut scheduler, &mut device, recorded.inputs.iter().copied(), &mut decided)?;
+    Ok(decided.compare(recorded))
+}
+
+/// Durations from a recording: of the n-th step, and of the n-th swap of an adapter. Where the
+/// simulator does what the engine did not, the medians serve.
+struct RecordedDevice<'a> {
+    steps: &'a [RecordedStep],
+    swaps: HashMap<u32, std::collections::VecDeque<Nanos>>,
+    usual_step: Nanos,
+    usual_swap: Nanos,
+    planned: usize,
+    step: Option<Nanos>,
+    copies: Vec<(Nanos, SlotId)>,
+    stalled: Vec<(SlotId, Nanos)>,
+}
+
+fn median(values: impl Iterator<Item = Nanos>) -> Nanos {
+    let mut values: Vec<_> = values.collect();
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or(1)
+}
+
+impl<'a> RecordedDevice<'a> {
+    fn new(recorded: &'a Recorded) -> Self {
+        let mut swaps: HashMap<_, std::collections::VecDeque<_>> = HashMap::new();
+        for swap in &recorded.swaps {
+            swaps.entry(swap.adapter).or_default().push_back(swap.took);
+        }
+        Self {
+            steps: &recorded.steps,
+            swaps,
+            usual_step: median(recorded.steps.iter().map(|s| s.took)),
+            usual_swap: median(recorded.swaps.iter().map(|s| s.took)),
+            planned: 0,
+            step: None,
+            copies: Vec::new(),
+            stalled: Vec::new(),
+        }
+    }
+}
+
+impl Device for RecordedDevice<'_> {
+    fn gap(&self) -> Nanos {
+        self.steps.get(self.planned).map_or(0, |s| s.gap)
+    }
+
+    fn submit_step(&mut self, now: Nanos, _: &StepPlan) {
+        let step = self.steps.get(self.planned);
+        self.step = Some(now + step.map_or(self.usual_step, |s| s.took));
+        self.stalled.clear();
+        let stalled = step.map_or(&[][..], |s| &s.stalled[..]);
+        self.stalled.extend(stalled.iter().map(|&(slot, ns)| (SlotId(slot), ns)));
+        self.planned += 1;
+    }
+
+    fn submit_swap(&mut self, now: Nanos, swap: &SwapPlan) {
+        let took = self.swaps.get_mut(&swap.adapter.0).and_then(|q| q.pop_front()).unwrap_or(self.usual_swap);
+        self.copies.push((now + took, swap.slot));
+    }
+
+    fn next(&self) -> Option<(Nanos, Done)> {
+        let copy = self.copies.iter().min().map(|&(at, slot)| (at, Done::Swap(slot)));
+        self.step.map(|at| (at, Done::Step)).into_iter().chain(copy).min()
+    }
+
+    fn complete(&mut self, _: Nanos, done: Done) {
+        match done {
+            Done::Step => self.step = None,
+            Done::Swap(slot) => self.copies.retain(|c| c.1 != slot),
+        }
+    }
+
+    fn stalled(&self) -> &[(SlotId, Nanos)] {
+        &self.stalled
+    }
+}
+
+/// What the simulator decided.
+#[derive(Default)]
+struct Decided {
+    steps: Vec<(Vec<LoggedSeq>, Vec<u32>)>,
+    swaps: Vec<RecordedSwap>,
+    ttft: HashMap<u64, Nanos>,
+}
+
+impl Observer for Decided {
+    fn outcome(&mut self, outcome: &Outcome) {
+        self.ttft.insert(outcome.arrival, outcome.first - outcome.request.received);
+    }
+
+    fn step(&mut self, plan: &StepPlan) {
+        let seqs = plan.seqs.iter().map(LoggedSeq::from).collect();
+        self.steps.push((seqs, plan.loading.iter().map(|s| s.0).collect()));
+    }
+
+    fn swap(&mut self, _: Nanos, swap: &SwapPlan) {
+        self.swaps.push(RecordedSwap {
+            adapter: swap.adapter.0,
+            slot: swap.slot.0,
+            evicted: swap.evicted.map(|a| a.0),
+            prefetch: swap.kind == SwapKind::Prefetch,
+            took: 0,
+        });
+    }
+}
+
+impl Decided {
+    fn compare(&self, recorded: &Recorded) -> ReplayReport {
+        let mut report = ReplayReport {
+            steps: recorded.steps.len(),
+            swaps: recorded.swaps.len(),
+            first_tokens: recorded.ttft.len(),
+            ..ReplayReport::default()
+        };
+        for (i, theirs) in recorded.steps.iter().enumerate() {
+            match self.steps.get(i) {
+                Some((seqs, loading)) if *seqs == theirs.seqs && *loading == theirs.loading => {
+                    report.steps_alike += 1;
+                }
+                ours => note(&mut report, || {
+                    let ours = ours.map_or("none".to_owned(), |o| describe(&o.0));
+                    format!("step {i}: the engine ran {}, the simulator {ours}", describe(&theirs.seqs))
+                }),
+            }
+        }
+        for (i, theirs) in recorded.swaps.iter().enumerate() {
+            match self.swaps.get(i) {
+                Some(ours) if RecordedSwap { took: theirs.took, ..*ours } == *theirs => {
+                    report.swaps_alike += 1;
+                }
+                ours => note(&mut report, || {
+                    format!("swap {i}: the engine did {theirs:?}, the simulator {ours:?}")
+                }),
+            }
+        }
+        for (arrival, &theirs) in &recorded.ttft {
+            // A request cancelled after its first token has no outcome in the simulator.
+            let Some(&ours) = self.ttft.get(arrival) else {
+                report.first_tokens -= 1;
+                continue;
+            };
+            let difference = ours.abs_diff(theirs);
+            report.worst_ttft_difference_s = report.worst_ttft_difference_s.max(difference as f64 / 1e9);
+            if difference <= TTFT_SLACK.max((theirs as f64 * TTFT_SHARE) as Nanos) {
+                report.first_tokens_alike += 1;
+            }
+        }
+        let (ours, theirs) = (self.steps.len(), recorded.steps.len());
+        if ours > theirs {
+            note(&mut report, || format!("the engine ran {theirs} steps, the simulator {ours}"));
+        }
+        report
+    }
+}
+
+fn note(report: &mut ReplayReport, what: impl FnOnce() -> String) {
+    if report.first_difference.is_none() {
+        report.first_difference = Some(what());
+    }
+}
+
+fn describe(seqs: &[LoggedSeq]) -> String {
+    let each = seqs.iter().map(|s| format!("{}[{}+{}]", s.0, s.3, s.4));
+    each.collect::<Vec<_>>().join(" ")
+}

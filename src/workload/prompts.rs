@@ -1,0 +1,189 @@
+//! Prompt texts: ShareGPT's, counted with a tokenizer, and made-up ones of an exact length.
+
+use std::path::Path;
+
+use rand::RngExt as _;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use super::pool::{PoolPrompt, PromptPool};
+use super::regime::Regime;
+use super::sharegpt::{ShareGptError, ShareGptReader, ShareGptReport};
+use super::streams::stream;
+use super::tokenizer::{Tokenizer, TokenizerError, TokenizerSource};
+
+/// Prompts that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PromptError {
+    /// The dataset.
+    #[error(transparent)]
+    Dataset(#[from] ShareGptError),
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A length that no text made here has.
+    #[error(
+        "could not make a prompt of {tokens} tokens with the tokenizer {tokenizer}: its word counts never come out even"
+    )]
+    NoSuchLength {
+        /// The length asked for.
+        tokens: u32,
+        /// The tokenizer.
+        tokenizer: String,
+    },
+}
+
+/// How many conversations are tokenised at once, in parallel.
+const BATCH: usize = 512;
+
+/// Every first human turn of a ShareGPT file with its length in `tokenizer`'s tokens, BOS included, as
+/// far as `keep` wants it. `progress` is told the bytes read.
+pub fn read_sharegpt(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    keep: impl Fn(u32) -> bool + Sync,
+    mut progress: impl FnMut(u64),
+) -> Result<(Vec<PoolPrompt>, ShareGptReport), PromptError> {
+    let mut reader = ShareGptReader::open(path)?;
+    let mut kept = Vec::new();
+    let mut batch: Vec<String> = Vec::with_capacity(BATCH);
+    loop {
+        batch.clear();
+        while batch.len() < BATCH {
+            match reader.next() {
+                Some(turn) => batch.extend(turn?),
+                None => break,
+            }
+        }
+        if batch.is_empty() {
+            return Ok((kept, reader.report()));
+        }
+        let counted: Vec<Option<PoolPrompt>> = batch
+            .par_drain(..)
+            .map(|text| {
+                let tokens = tokenizer.encode(&text)?.len() as u32;
+                Ok(keep(tokens).then_some(PoolPrompt { tokens, text: Some(text) }))
+            })
+            .collect::<Result<_, TokenizerError>>()?;
+        kept.extend(counted.into_iter().flatten());
+        progress(reader.position());
+    }
+}
+
+/// The prompts of one regime in a ShareGPT file.
+pub fn sharegpt_pool(
+    path: &Path,
+    regime: Regime,
+    tokenizer: &Tokenizer,
+    progress: impl FnMut(u64),
+) -> Result<(PromptPool, ShareGptReport), PromptError> {
+    let range = regime.tokens();
+    let (prompts, report) = read_sharegpt(path, tokenizer, |tokens| range.contains(&tokens), progress)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let source = format!("{name}, first human turns, counted with {}", tokenizer.source());
+    Ok((PromptPool { source, prompts }, report))
+}
+
+/// Common words; most are a token of their own in most vocabularies.
+const WORDS: &[&str] = &[
+    "the", "of", "and", "to", "in", "is", "it", "that", "was", "for", "on", "are", "with", "as", "his",
+    "they", "be", "at", "one", "have", "this", "from", "or", "had", "by", "not", "but", "what", "all",
+    "were", "we", "when", "your", "can", "said", "there", "use", "an", "each", "which", "she", "do", "how",
+    "their", "if", "will", "up", "other", "about", "out", "many", "then", "them", "these", "so", "some",
+    "her", "would", "make", "like", "him", "into", "time", "has", "look", "two", "more", "go", "see", "no",
+    "way", "could", "people", "my", "than", "first", "water", "been", "call", "who", "its", "now", "find",
+    "long", "down", "day", "did", "get", "come", "made", "may", "part",
+];
+
+/// A text of exactly `tokens` tokens, BOS included, made of words in an order that depends on `seed` and
+/// `number`: no two requests share a prompt that a prefix cache could reuse.
+pub fn synthesise(tokenizer: &Tokenizer, tokens: u32, seed: u64, number: u64) -> Result<String, PromptError> {
+    let mut rng = stream(seed, &format!("prompt {number}"));
+    let begin = u32::from(tokenizer.bos().is_some());
+    if tokens <= begin {
+        return Ok(String::new());
+    }
+    if *tokenizer.source() == TokenizerSource::ByteLevel {
+        return Ok(exact_bytes(&mut rng, (tokens - begin) as usize));
+    }
+    // A text that misses by some tokens gains or loses as many words; words that are one token
+    // each make the second round exact, and a few draws more settle the others.
+    let mut words: Vec<&str> = (0..tokens - begin).map(|_| word(&mut rng)).collect();
+    for _ in 0..MOST_ROUNDS {
+        let text = words.join(" ");
+        let found = tokenizer.encode(&text)?.len();
+        let wanted = tokens as usize;
+        if found == wanted {
+            return Ok(text);
+        }
+        if found > wanted {
+            let surplus = (found - wanted).min(words.len().saturating_sub(1));
+            words.truncate(words.len() - surplus.max(1));
+            if words.is_empty() {
+                words.push(word(&mut rng));
+            }
+        } else {
+            words.extend((0..wanted - found).map(|_| word(&mut rng)));
+        }
+    }
+    Err(PromptError::NoSuchLength { tokens, tokenizer: tokenizer.source().to_string() })
+}
+
+const MOST_ROUNDS: usize = 64;
+
+fn word(rng: &mut ChaCha8Rng) -> &'static str {
+    WORDS[rng.random_range(0..WORDS.len())]
+}
+
+/// Words and spaces, `bytes` bytes of ASCII.
+fn exact_bytes(rng: &mut ChaCha8Rng, bytes: usize) -> String {
+    let mut text = String::with_capacity(bytes + 8);
+    while text.len() < bytes {
+        text += word(rng);
+        text.push(' ');
+    }
+    text.truncate(bytes);
+    // No white space at the end, which a server might strip.
+    if text.ends_with(' ') {
+        text.pop();
+        text.push('.');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn byte_level_prompts_have_their_length_and_differ() {
+        let t = Tokenizer::byte_level();
+        for tokens in [1, 2, 3, 256, 1024, 4096] {
+            let text = synthesise(&t, tokens, 1, 0).unwrap();
+            assert_eq!(t.encode(&text).unwrap().len(), tokens as usize);
+            assert!(text.bytes().all(|b| (0x20..0x7f).contains(&b)) && text.trim_end() == text);
+            assert_eq!(text, synthesise(&t, tokens, 1, 0).unwrap());
+        }
+        assert_ne!(synthesise(&t, 64, 1, 0).unwrap()[..16], synthesise(&t, 64, 1, 1).unwrap()[..16]);
+        assert_ne!(synthesise(&t, 64, 1, 0).unwrap(), synthesise(&t, 64, 2, 0).unwrap());
+    }
+
+    #[test]
+    fn regimes_are_cut_out_by_token_count() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("d.json");
+        // Byte-level: a text of n bytes is n + 1 tokens.
+        let record =
+            |n: usize| serde_json::json!({"conversations": [{"from": "human", "value": "x".repeat(n)}]});
+        let records: Vec<_> = [254, 255, 1023, 1024, 2047, 4095, 4096].map(record).into();
+        std::fs::write(&path, serde_json::to_string(&records).unwrap()).unwrap();
+        let lengths = |regime| {
+            let (pool, report) = sharegpt_pool(&path, regime, &Tokenizer::byte_level(), |_| {}).unwrap();
+            assert_eq!((report.records, report.with_human_turn), (7, 7));
+            assert!(pool.prompts.iter().all(|p| p.text.as_ref().unwrap().len() + 1 == p.tokens as usize));
+            pool.prompts.iter().map(|p| p.tokens).collect::<Vec<_>>()
+        };
+        assert_eq!(lengths(Regime::Short), [256, 1024]);
+        assert_eq!(lengths(Regime::Long), [2048, 4096]);
+    }
+}

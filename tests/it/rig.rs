@@ -1,0 +1,216 @@
+//! A CPU executor over a fixture, and a driver that plans by hand.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use lora_hbm::engine::adapters::HostPool;
+use lora_hbm::engine::batch::BatchLimits;
+use lora_hbm::engine::cpu::{CpuExecutor, CpuOptions};
+use lora_hbm::engine::executor::{Completion, Executor, Sampling, StepFeed};
+use lora_hbm::engine::model::{DummyWeights, resolve};
+use lora_sched::{AdapterId, PlaceId, RequestId, SeqStep, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
+
+/// Adapters of the fixtures in id order (the pool's order is the folders').
+pub const ADAPTERS: [&str; 4] = ["a-r4", "b-r8", "c-r16", "d-r2"];
+
+/// The base model and every adapter.
+pub const EVERYONE: [Option<usize>; 5] = [None, Some(0), Some(1), Some(2), Some(3)];
+
+const BLOCK: usize = 8;
+
+/// A fixture's reference values.
+pub struct Reference(HashMap<String, Tensor>);
+
+impl Reference {
+    pub fn open(family: &str) -> Self {
+        let path = fixture(family).join("reference.safetensors");
+        Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
+    }
+
+    fn tensor(&self, what: &str, who: Option<usize>) -> &Tensor {
+        let who = who.map_or("base", |a| ADAPTERS[a]);
+        &self.0[&format!("{what}.{who}")]
+    }
+
+    pub fn ids(&self, what: &str, who: Option<usize>) -> Vec<u32> {
+        self.tensor(what, who).to_dtype(DType::U32).unwrap().to_vec1().unwrap()
+    }
+
+    pub fn values(&self, what: &str, who: Option<usize>) -> Vec<f32> {
+        self.tensor(what, who).to_vec1().unwrap()
+    }
+
+    /// `[len][vocab]`.
+    pub fn logits(&self, who: Option<usize>) -> Vec<Vec<f32>> {
+        self.tensor("logits", who).to_vec2().unwrap()
+    }
+}
+
+fn fixture(family: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family)
+}
+
+/// One sequence's share of a step.
+pub struct Share<'a> {
+    pub place: u32,
+    /// Adapter, by index; its slot is what the rig last loaded it into.
+    pub who: Option<usize>,
+    pub start: usize,
+    /// The tokens, or none for a decode.
+    pub tokens: Option<&'a [u32]>,
+}
+
+/// An executor with block tables and slots kept by hand.
+pub struct Rig {
+    pub executor: CpuExecutor,
+    free: Vec<u32>,
+    held: HashMap<u32, Vec<u32>>,
+    /// Slot of each adapter.
+    pub slots: HashMap<usize, u32>,
+    step: u64,
+}
+
+impl Rig {
+    /// `gpu_loras` slots, the first adapters preloaded.
+    pub fn new(family: &str, gpu_loras: usize, threads: usize) -> Self {
+        let folder = fixture(family);
+        let name = folder.join("model");
+        let model = resolve(name.to_str().unwrap(), DummyWeights::Never, 0).unwrap();
+        let pool = HostPool::load(&model.spec, 16, &folder.join("adapters"), None).unwrap();
+        let kv_blocks = 80;
+        let mut executor = CpuExecutor::new(CpuOptions {
+            limits: BatchLimits {
+                max_num_seqs: 6,
+                max_num_batched_tokens: 256,
+                max_model_len: 96,
+                block_size: BLOCK,
+                kv_blocks,
+            },
+            spec: model.spec,
+            weights: model.weights,
+            adapters: Arc::new(pool),
+            gpu_loras,
+            swap_mode: SwapMode::Layered,
+            threads,
+            allowed_tokens: None,
+            keep_logits: true,
+        })
+        .unwrap();
+        let ids: Vec<_> = (0..gpu_loras as u32).map(AdapterId).collect();
+        executor.preload(&ids).unwrap();
+        // A stride that is prime to the number of blocks shuffles them.
+        let free = (0..kv_blocks as u32).map(|i| (i * 37 + 11) % kv_blocks as u32).collect();
+        let slots = (0..gpu_loras).map(|i| (i, i as u32)).collect();
+        Self { executor, free, held: HashMap::new(), slots, step: 0 }
+    }
+
+    fn plan(&mut self, shares: &[Share<'_>]) -> (StepPlan, StepFeed) {
+        let mut plan = StepPlan { step: self.step, ..StepPlan::default() };
+        let mut feed = StepFeed::default();
+        self.step += 1;
+        for share in shares {
+            let held = self.held.entry(share.place).or_default();
+            if share.start == 0 {
+                self.free.append(held);
+                feed.begins.push((PlaceId(share.place), Sampling::default()));
+            }
+            let len = share.tokens.map_or(1, <[u32]>::len);
+            let first = plan.blocks.len() as u32;
+            while held.len() * BLOCK < share.start + len {
+                let block = self.free.remove(0);
+                held.push(block);
+                plan.blocks.push(block);
+            }
+            feed.tokens.extend_from_slice(share.tokens.unwrap_or(&[]));
+            plan.seqs.push(SeqStep {
+                id: RequestId(u64::from(share.place)),
+                place: PlaceId(share.place),
+                adapter: share.who.map(|a| (AdapterId(a as u32), SlotId(self.slots[&a]))),
+                start: share.start as u32,
+                len: len as u32,
+                decode: share.tokens.is_none(),
+                samples: true,
+                new_blocks: first..plan.blocks.len() as u32,
+            });
+        }
+        (plan, feed)
+    }
+
+    /// Runs a step and gives the token that each share sampled.
+    pub fn step(&mut self, shares: &[Share<'_>]) -> Vec<u32> {
+        let (plan, feed) = self.plan(shares);
+        self.executor.submit_step(&plan, &feed).unwrap();
+        match self.executor.wait().unwrap() {
+            Completion::Step { step, started, ended } => {
+                assert_eq!(step, plan.step);
+                assert!(started <= ended);
+            }
+            other => panic!("{other:?}"),
+        }
+        self.executor.step_result().tokens.iter().map(|t| t.unwrap()).collect()
+    }
+
+    /// Submits a swap of `adapter` into `slot`.
+    pub fn submit_swap(&mut self, adapter: usize, slot: u32) {
+        self.slots.retain(|_, s| *s != slot);
+        self.slots.insert(adapter, slot);
+        let swap = SwapPlan {
+            adapter: AdapterId(adapter as u32),
+            slot: SlotId(slot),
+            evicted: None,
+            bytes: 0,
+            kind: SwapKind::Demand,
+        };
+        self.executor.submit_swap(&swap).unwrap();
+    }
+
+    /// Swaps and waits.
+    pub fn swap(&mut self, adapter: usize, slot: u32) {
+        self.submit_swap(adapter, slot);
+        match self.executor.wait().unwrap() {
+            Completion::Swap { slot: s, adapter: a, .. } => {
+                assert_eq!((s.0, a.0), (slot, adapter as u32));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Runs a step that starts while `loading` are still being copied, and gives back its swaps'
+    /// completions beside its own.
+    pub fn step_while_loading(&mut self, shares: &[Share<'_>], loading: &[u32]) -> Vec<Completion> {
+        let (mut plan, feed) = self.plan(shares);
+        plan.loading = loading.iter().map(|s| SlotId(*s)).collect();
+        self.executor.submit_step(&plan, &feed).unwrap();
+        (0..=loading.len()).map(|_| self.executor.wait().unwrap()).collect()
+    }
+
+    /// The greedy continuation of one prompt alone, or of several in one batch.
+    pub fn greedy(&mut self, who: &[Option<usize>], prompts: &[Vec<u32>], n: usize) -> Vec<Vec<u32>> {
+        let shares = |start: &dyn Fn(usize) -> usize, first: bool| -> Vec<Share<'_>> {
+            who.iter()
+                .zip(prompts)
+                .enumerate()
+                .map(|(i, (who, prompt))| Share {
+                    place: i as u32,
+                    who: *who,
+                    start: start(i),
+                    tokens: first.then_some(prompt.as_slice()),
+                })
+                .collect()
+        };
+        let mut out: Vec<Vec<u32>> = self.step(&shares(&|_| 0, true)).iter().map(|t| vec![*t]).collect();
+        for done in 0..n - 1 {
+            let tokens = self.step(&shares(&|i| prompts[i].len() + done, false));
+            out.iter_mut().zip(tokens).for_each(|(out, token)| out.push(token));
+        }
+        out
+    }
+}
+
+/// The largest absolute difference.
+pub fn distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
