@@ -9,19 +9,24 @@ pub mod settings;
 pub mod ui;
 
 #[cfg(feature = "server")]
+mod calibrate;
+#[cfg(feature = "server")]
 mod client;
 mod completions;
+mod engine_args;
 #[cfg(feature = "engine")]
 mod fetch_data;
 #[cfg(feature = "server")]
 mod measure;
-#[cfg(feature = "server")]
-mod probe;
 mod merge;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "server")]
+mod probe;
+mod replay;
+#[cfg(feature = "server")]
 mod serve;
+mod simulate;
 #[cfg(feature = "server")]
 mod smoke_test;
 mod trace;
@@ -59,6 +64,13 @@ enum Command {
     /// Measure TTFT and latency of one configuration
     #[cfg(feature = "server")]
     Measure(measure::MeasureArgs),
+    /// Time this machine's steps, swaps and host: a profile
+    #[cfg(feature = "server")]
+    Calibrate(calibrate::CalibrateArgs),
+    /// Predict TTFT at every gpu_loras from a profile
+    Simulate(simulate::SimulateArgs),
+    /// Check that the simulator decides as the engine did
+    Replay(replay::ReplayArgs),
     /// Make, take in and look at traces
     Trace(trace::TraceArgs),
     /// Get ShareGPT's text and the Llama-2 tokenizer into the data folder
@@ -84,6 +96,10 @@ impl Command {
             Self::Probe(args) => probe::run(args, ctx),
             #[cfg(feature = "server")]
             Self::Measure(args) => measure::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Calibrate(args) => calibrate::run(args, ctx),
+            Self::Simulate(args) => simulate::run(args, ctx),
+            Self::Replay(args) => replay::run(args, ctx),
             Self::Trace(args) => trace::run(args, ctx),
             #[cfg(feature = "engine")]
             Self::FetchData(args) => fetch_data::run(args, ctx),

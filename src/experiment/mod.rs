@@ -22,6 +22,8 @@
 //! merging agree on it whatever the file was called and however it was written.
 
 mod cell;
+#[cfg(feature = "server")]
+mod engine;
 mod fields;
 mod parse;
 mod settings;
@@ -169,4 +171,11 @@ impl Experiment {
         runs.retain(|run| !done.contains(&run.key(source)));
         runs
     }
+}
+
+/// The reference experiment's budgets: 2, 4, 8 … and the total.
+pub fn seed_budgets(total_loras: u32) -> Vec<u32> {
+    let mut budgets: Vec<u32> = (1..).map(|i| 1u32 << i).take_while(|&b| b < total_loras).collect();
+    budgets.push(total_loras);
+    budgets
 }

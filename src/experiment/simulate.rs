@@ -85,6 +85,8 @@ impl Simulator {
             max_model_len,
             kv_memory,
         )?;
+        // More than the sequences can use is not allocated.
+        let useful = engine.max_num_seqs as usize * max_model_len.div_ceil(engine.block_size as usize);
         let config = Config {
             adapters: adapters.collect::<Result<_, ProfileError>>()?,
             gpu_loras: engine.gpu_loras as usize,
@@ -92,7 +94,7 @@ impl Simulator {
             max_num_batched_tokens: engine.max_num_batched_tokens as usize,
             max_model_len,
             block_size: engine.block_size as usize,
-            kv_blocks,
+            kv_blocks: kv_blocks.min(useful),
             chunked_prefill: true,
             policy: engine.policy,
             evict: engine.evict,

@@ -3,7 +3,7 @@
 mod experiment;
 #[cfg(feature = "engine")]
 mod parity;
-#[cfg(feature = "engine")]
-mod rig;
 #[cfg(feature = "plot")]
 mod plot;
+#[cfg(feature = "engine")]
+mod rig;

@@ -1,0 +1,144 @@
+//! `lora-hbm calibrate`: a profile of this machine, by micro-benchmarks.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::engine_args::{EngineArgs, EngineFlags};
+use super::failure::Failure;
+use super::settings::{Context, OutputFormat};
+use super::ui;
+use crate::calibrate::{CalibrateOptions, Calibration, calibrate};
+use crate::profile::Profile;
+use crate::report::files::{check_writable, write_atomic};
+
+#[derive(Args, Debug, Serialize)]
+pub struct CalibrateArgs {
+    /// Base model, as in serve [default: facebook/opt-125m]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    #[command(flatten)]
+    #[serde(skip)]
+    engine: EngineArgs,
+    /// The profile; its samples go beside it [default: profile.json]
+    #[arg(short, long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    out: Option<PathBuf>,
+    /// Seconds for timing steps; the rest takes a few more [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seconds: Option<f64>,
+    /// Longest prefill to time, tokens [default: 4096]
+    #[arg(long, value_name = "TOKENS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    longest: Option<u32>,
+    /// Seed of the step compositions [default: 0]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct CalibrateSettings {
+    model: String,
+    out: PathBuf,
+    seconds: f64,
+    longest: u32,
+    seed: u64,
+}
+
+impl Default for CalibrateSettings {
+    fn default() -> Self {
+        Self {
+            model: "facebook/opt-125m".to_owned(),
+            out: "profile.json".into(),
+            seconds: 30.0,
+            longest: 4096,
+            seed: 0,
+        }
+    }
+}
+
+pub fn run(args: &CalibrateArgs, ctx: &Context) -> Result<(), Failure> {
+    let settings: CalibrateSettings = ctx.resolve("calibrate", args)?;
+    let flags: EngineFlags = ctx.resolve("calibrate", &args.engine)?;
+    if !(settings.seconds > 0.0 && settings.seconds.is_finite()) {
+        return Err(Failure::usage(format!("--seconds is {}: it must be over 0", settings.seconds)));
+    }
+    if settings.longest < 16 {
+        return Err(Failure::usage(format!("--longest is {}: it must be at least 16", settings.longest)));
+    }
+    check_writable(&settings.out).map_err(Failure::failed)?;
+    let engine = flags.settings(&settings.model, 1, 1)?;
+    let options = CalibrateOptions {
+        engine: engine.for_engine().map_err(Failure::usage)?,
+        step_time: Duration::from_secs_f64(settings.seconds),
+        longest: settings.longest,
+        seed: settings.seed,
+    };
+    let calibration = with_progress(&options)?;
+    let profile = write(calibration, &settings.out)?;
+    match ctx.format {
+        OutputFormat::Json => println!("{}", serde_json::to_string(&profile).map_err(Failure::failed)?),
+        OutputFormat::Table => {
+            print(&profile);
+            println!("profile: {}", settings.out.display());
+        }
+    }
+    Ok(())
+}
+
+/// Calibrates with a bar.
+pub(super) fn with_progress(options: &CalibrateOptions) -> Result<Calibration, Failure> {
+    let bar = ui::bar(100, "calibrating");
+    let calibration = calibrate(options, |what, share| {
+        bar.set_message(format!("calibrating: {what}"));
+        bar.set_position((share * 100.0) as u64);
+    });
+    bar.finish_and_clear();
+    calibration.map_err(|e| Failure::Failed(e.into()))
+}
+
+/// Writes the samples, then the profile that names them.
+pub(super) fn write(calibration: Calibration, out: &std::path::Path) -> Result<Profile, Failure> {
+    let samples = out.with_extension("samples.jsonl");
+    let mut lines = String::new();
+    for sample in &calibration.samples {
+        lines += &serde_json::to_string(sample).map_err(Failure::failed)?;
+        lines.push('\n');
+    }
+    write_atomic(&samples, lines.as_bytes()).map_err(Failure::failed)?;
+    let name = samples.file_name().map(|n| n.to_string_lossy().into_owned());
+    let profile = Profile { samples_file: name, ..calibration.profile }.signed();
+    let text = serde_json::to_string_pretty(&profile).map_err(Failure::failed)? + "\n";
+    write_atomic(out, text.as_bytes()).map_err(Failure::failed)?;
+    Ok(profile)
+}
+
+fn print(profile: &Profile) {
+    let mut table = ui::table(&["cost", "value", "unit"]);
+    for (feature, ns) in profile.step.features.iter().zip(&profile.step.coef_ns) {
+        table.add_row([format!("step: {feature}"), format!("{:.3}", ns / 1e3), "µs".to_owned()]);
+    }
+    let mut row = |what: &str, value: f64, unit: &str| {
+        table.add_row([what.to_owned(), format!("{value:.3}"), unit.to_owned()]);
+    };
+    row("swap: fixed", profile.swap.fixed_s * 1e6, "µs");
+    row("swap: rate alone", profile.swap.bytes_per_s / 1e9, "GB/s");
+    row("swap: rate beside a step", profile.swap.busy_bytes_per_s / 1e9, "GB/s");
+    row("step beside a swap: slower by", profile.swap.step_slowdown * 100.0, "%");
+    row("host: step to step", profile.host.loop_s * 1e6, "µs");
+    row("host: front end", profile.host.front_s * 1e6, "µs");
+    row("host: front end, a KB of prompt", profile.host.tokenize_s_per_byte * 1e9, "µs");
+    row("host: delivery", profile.host.deliver_s * 1e6, "µs");
+    println!("{table}");
+    println!(
+        "holdout: {} steps, error {:.1} % (mean of absolutes), {:+.1} % (bias)",
+        profile.holdout.samples,
+        profile.holdout.mean_abs_error * 100.0,
+        profile.holdout.bias * 100.0
+    );
+}

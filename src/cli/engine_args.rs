@@ -1,0 +1,122 @@
+//! The engine flags that `calibrate` and `simulate` share with `serve`.
+
+use clap::Args;
+use lora_sched::{Evict, Policy, SwapMode};
+use serde::{Deserialize, Serialize};
+
+use super::failure::Failure;
+use crate::experiment::EngineSettings;
+
+/// What is served and how it is scheduled; names, defaults and meanings are `serve`'s.
+#[derive(Args, Debug, Default, Serialize)]
+pub struct EngineArgs {
+    /// Running sequences, at most [default: 16]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_num_seqs: Option<u32>,
+    /// Tokens in one step, at most [default: 4096]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_num_batched_tokens: Option<u32>,
+    /// Tokens in one KV block: 8, 16 or 32 [default: 16]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block_size: Option<u32>,
+    /// Prompt and output tokens of one request, at most [default: the model's]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_model_len: Option<u32>,
+    /// Rank of the adapters [default: 8]
+    #[arg(long, value_name = "RANK")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_r: Option<u32>,
+    /// Ranks that the adapters cycle through, instead of --max-r
+    #[arg(long, value_name = "RANK,…", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ranks: Option<Vec<u32>>,
+    /// Who is admitted when only a slot is missing: skip, fcfs, affinity [default: skip]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    policy: Option<String>,
+    /// Whose slot is taken: lru, lfu, fewest-pending, cost, fifo [default: lru]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    evict: Option<String>,
+    /// How a swap and its step are ordered: blocking, overlap, layered [default: layered]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    swap_mode: Option<String>,
+    /// Start swaps ahead for this many waiting requests [default: 0]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefetch: Option<u32>,
+    /// Seconds after which nothing goes past a request that waits for a slot [default: 2]
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_skip_age: Option<f64>,
+    /// Memory for the KV cache, such as 2GiB [default: the engine's]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kv_memory: Option<String>,
+    /// Compute threads [default: one less than the cores]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threads: Option<u32>,
+}
+
+/// [`EngineArgs`], resolved.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EngineFlags {
+    max_num_seqs: Option<u32>,
+    max_num_batched_tokens: Option<u32>,
+    block_size: Option<u32>,
+    max_model_len: Option<u32>,
+    max_r: Option<u32>,
+    ranks: Option<Vec<u32>>,
+    policy: Option<String>,
+    evict: Option<String>,
+    swap_mode: Option<String>,
+    prefetch: Option<u32>,
+    max_skip_age: Option<f64>,
+    kv_memory: Option<String>,
+    threads: Option<u32>,
+}
+
+impl EngineFlags {
+    /// The settings of an engine of `model`, the defaults where a flag is absent.
+    pub fn settings(&self, model: &str, total_loras: u32, gpu_loras: u32) -> Result<EngineSettings, Failure> {
+        let default = EngineSettings::default();
+        Ok(EngineSettings {
+            model: model.to_owned(),
+            total_loras,
+            gpu_loras,
+            max_r: self.max_r.unwrap_or(default.max_r),
+            ranks: self.ranks.clone().unwrap_or_default(),
+            max_num_seqs: self.max_num_seqs.unwrap_or(default.max_num_seqs),
+            max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(default.max_num_batched_tokens),
+            block_size: self.block_size.unwrap_or(default.block_size),
+            max_model_len: self.max_model_len,
+            policy: choice::<Policy>(self.policy.as_deref())?.unwrap_or(default.policy),
+            evict: choice::<Evict>(self.evict.as_deref())?.unwrap_or(default.evict),
+            swap_mode: choice::<SwapMode>(self.swap_mode.as_deref())?.unwrap_or(default.swap_mode),
+            prefetch: self.prefetch.unwrap_or(default.prefetch),
+            max_skip_age: self.max_skip_age.unwrap_or(default.max_skip_age),
+            kv_memory: self.kv_memory.clone(),
+            threads: self.threads,
+            dtype: default.dtype,
+            seed: default.seed,
+        })
+    }
+
+    /// Whether the ranks were named.
+    pub fn has_ranks(&self) -> bool {
+        self.max_r.is_some() || self.ranks.is_some()
+    }
+}
+
+fn choice<T: std::str::FromStr<Err = lora_sched::UnknownChoice>>(
+    text: Option<&str>,
+) -> Result<Option<T>, Failure> {
+    text.map(|t| t.parse().map_err(|e: T::Err| Failure::Usage(e.into()))).transpose()
+}

@@ -1,0 +1,282 @@
+//! `lora-hbm simulate`: TTFT at every budget, from a profile.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::engine_args::{EngineArgs, EngineFlags};
+use super::failure::Failure;
+use super::settings::{Context, OutputFormat};
+use super::ui;
+use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
+use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
+use crate::profile::Profile;
+use crate::report::manifest::{Manifest, path_beside};
+use crate::report::results::{ResultRow, RunContext, append_rows};
+use crate::workload::spec::Amount;
+
+#[derive(Args, Debug, Serialize)]
+pub struct SimulateArgs {
+    /// Profile of the machine and model (required)
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(skip)]
+    workload: WorkloadArgs,
+    #[command(flatten)]
+    #[serde(skip)]
+    engine: EngineArgs,
+    /// Base model that the profile must be of [default: the profile's]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    /// LoRA adapters there are [default: 128]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_loras: Option<u32>,
+    /// Budgets, such as 2,8,32, or seed: 2, 4, 8 … up to the total [default: seed]
+    #[arg(long, value_name = "LIST|seed")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_loras: Option<String>,
+    /// Requests in the trace [default: 200, or the whole trace]
+    #[arg(short = 'n', long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    num_requests: Option<u64>,
+    /// Traces, of seeds --seed, --seed + 1 … [default: 1]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seeds: Option<u64>,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    jobs: Option<usize>,
+    /// Results CSV to append to
+    #[arg(short, long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(default)]
+struct SimulateSettings {
+    profile: Option<PathBuf>,
+    model: Option<String>,
+    total_loras: u32,
+    gpu_loras: String,
+    num_requests: Option<u64>,
+    seeds: u64,
+    jobs: usize,
+    out: Option<PathBuf>,
+}
+
+impl Default for SimulateSettings {
+    fn default() -> Self {
+        Self {
+            profile: None,
+            model: None,
+            total_loras: 128,
+            gpu_loras: "seed".to_owned(),
+            num_requests: None,
+            seeds: 1,
+            jobs: 0,
+            out: None,
+        }
+    }
+}
+
+/// What the whole run needs.
+struct Simulation {
+    simulator: Simulator,
+    workload: WorkloadSettings,
+    source: Source,
+    flags: EngineFlags,
+    settings: SimulateSettings,
+}
+
+pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
+    let settings: SimulateSettings = ctx.resolve("simulate", args)?;
+    let workload: WorkloadSettings = ctx.resolve("simulate", &args.workload)?;
+    let flags: EngineFlags = ctx.resolve("simulate", &args.engine)?;
+    workload.check()?;
+    amount(settings.num_requests, None)?;
+    let path = settings.profile.as_ref().ok_or_else(|| {
+        Failure::usage(
+            "simulate needs --profile: make one with `lora-hbm calibrate --model MODEL -o profile.json`",
+        )
+    })?;
+    let profile = Profile::load(path).map_err(|e| Failure::Failed(e.into()))?;
+    if let Some(model) = &settings.model {
+        profile.expect_model(model).map_err(|e| Failure::Failed(e.into()))?;
+    }
+    let budgets = budgets(&settings.gpu_loras, settings.total_loras)?;
+    if settings.seeds == 0 {
+        return Err(Failure::usage("--seeds is 0: it must be at least 1"));
+    }
+    if let Some(out) = &settings.out {
+        // Before the run, not after it.
+        append_rows_to(out, &[])?;
+    }
+    let (source, said) = source(&workload)?;
+    tracing::info!("{said}");
+    let mut manifest =
+        Manifest::begin("simulate", &(&settings, &workload, &flags), &[]).map_err(Failure::failed)?;
+    manifest.profile_sha256 = Some(profile.sha256.clone());
+    let simulator = Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))?;
+    let simulation = Simulation { simulator, workload, source, flags, settings };
+
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(simulation.settings.jobs)
+        .build()
+        .map_err(Failure::failed)?;
+    let work: Vec<(u64, u32)> =
+        (0..simulation.settings.seeds).flat_map(|seed| budgets.iter().map(move |&b| (seed, b))).collect();
+    let rows = pool.install(|| {
+        work.par_iter().map(|&(seed, budget)| simulation.row(seed, budget)).collect::<Result<Vec<_>, _>>()
+    })?;
+
+    manifest.seeds = rows.iter().filter_map(|r| r.seed).collect();
+    manifest.seeds.dedup();
+    if let Some(out) = &simulation.settings.out {
+        manifest.end(true);
+        let path = path_beside(out);
+        manifest.write(&path).map_err(Failure::failed)?;
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
+        let named: Vec<ResultRow> =
+            rows.iter().map(|row| ResultRow { manifest: name.clone(), ..row.clone() }).collect();
+        append_rows_to(out, &named)?;
+    }
+    match ctx.format {
+        OutputFormat::Json => {
+            for row in &rows {
+                println!("{}", serde_json::to_string(row).map_err(Failure::failed)?);
+            }
+        }
+        OutputFormat::Table => print(&rows, &budgets),
+    }
+    Ok(())
+}
+
+#[cfg(feature = "engine")]
+fn source(workload: &WorkloadSettings) -> Result<(Source, String), Failure> {
+    if workload.dataset.is_none() {
+        return workload.source_without_text();
+    }
+    let (tokenizer, _) =
+        crate::workload::tokenizer::Tokenizer::resolve_or_byte_level(workload.tokenizer.as_deref())
+            .map_err(|e| Failure::Failed(e.into()))?;
+    workload.source(&tokenizer)
+}
+
+#[cfg(not(feature = "engine"))]
+fn source(workload: &WorkloadSettings) -> Result<(Source, String), Failure> {
+    workload.source_without_text()
+}
+
+fn append_rows_to(path: &std::path::Path, rows: &[ResultRow]) -> Result<(), Failure> {
+    append_rows(path, rows).map_err(|e| Failure::Failed(e.into()))
+}
+
+/// `2,8,32`, or `seed` for the reference's budgets.
+fn budgets(text: &str, total: u32) -> Result<Vec<u32>, Failure> {
+    if total == 0 {
+        return Err(Failure::usage("--total-loras is 0: it must be at least 1"));
+    }
+    if text == "seed" {
+        return Ok(seed_budgets(total));
+    }
+    let mut budgets = Vec::new();
+    for item in text.split(',') {
+        let budget: u32 = item.trim().parse().map_err(|_| {
+            Failure::usage(format!(
+                "--gpu-loras: '{item}' is not a number; give a list such as 2,8,32, or seed"
+            ))
+        })?;
+        if budget == 0 || budget > total {
+            return Err(Failure::usage(format!(
+                "--gpu-loras: a budget of {budget} lies outside of 1 to {total} (--total-loras)"
+            )));
+        }
+        budgets.push(budget);
+    }
+    Ok(budgets)
+}
+
+impl Simulation {
+    fn row(&self, seed: u64, budget: u32) -> Result<ResultRow, Failure> {
+        let failed = |e: crate::experiment::SimulateError| Failure::Failed(e.into());
+        let workload = WorkloadSettings { seed: self.workload.seed + seed, ..self.workload.clone() };
+        let total = self.settings.total_loras;
+        let mut engine = self.flags.settings(&self.simulator.profile().model, total, budget)?;
+        if !self.flags.has_ranks()
+            && let [only] = self.simulator.profile().adapter.ranks[..]
+        {
+            engine.max_r = only;
+        }
+        let asked = amount(self.settings.num_requests, None)?;
+        let trace = workload.trace(
+            &self.source,
+            &Run {
+                total_loras: total,
+                rate: None,
+                default_rate: 2.0,
+                amount: asked,
+                default_amount: Amount::Requests(200),
+                ranks: engine.ranks(),
+            },
+        )?;
+        let simulated = self.simulator.run(&engine, &trace).map_err(failed)?;
+        let saturation = self.simulator.saturation_rate(&engine, &trace).map_err(failed)?;
+        let rate = workload.arrival_rate.or(trace.mean_rate());
+        let cell = Cell::new(engine, crate::experiment::WorkloadSettings::default());
+        let context = RunContext {
+            prompt_regime: workload.regime_column(&self.source),
+            arrivals: Some(workload.arrivals_column(&self.source)),
+            arrival_rate: workload.arrival_rate.or(Some(2.0).filter(|_| workload.trace.is_none())),
+            num_requests: Some(trace.requests.len() as u64),
+            max_tokens: workload.max_tokens.or(Some(16).filter(|_| workload.trace.is_none())),
+            popularity: Some(trace.header.popularity.clone()),
+            duration_seconds: Some(simulated.totals.end as f64 * 1e-9),
+            swap_count: Some(simulated.totals.swaps),
+            saturated: rate.map(|rate| is_saturated(rate, saturation)),
+            rho: None,
+            cell: None,
+            ..cell.run_context(crate::report::results::Source::Simulated, workload.seed, 0)
+        };
+        Ok(ResultRow::from_records(&simulated.records, &context))
+    }
+}
+
+fn print(rows: &[ResultRow], budgets: &[u32]) {
+    let mut table = ui::table(&["gpu_loras", "TTFT median", "mean", "p90", "p99", "swaps", "waits for", ""]);
+    for &budget in budgets {
+        let of_budget: Vec<&ResultRow> = rows.iter().filter(|r| r.gpu_loras == budget).collect();
+        let mean = |of: fn(&ResultRow) -> Option<f64>| {
+            let values: Vec<f64> = of_budget.iter().filter_map(|r| of(r)).collect();
+            crate::report::stats::mean(&values)
+        };
+        let time = |of| mean(of).map_or_else(String::new, ui::seconds);
+        let causes = [
+            ("queue", mean(|r| r.ttft_queue_mean)),
+            ("kv", mean(|r| r.ttft_kv_mean)),
+            ("slot", mean(|r| r.ttft_slot_mean)),
+            ("swap", mean(|r| r.ttft_swap_mean)),
+            ("prefill", mean(|r| r.ttft_prefill_mean)),
+        ];
+        let most = causes.iter().max_by(|a, b| a.1.unwrap_or(0.0).total_cmp(&b.1.unwrap_or(0.0)));
+        let saturated = of_budget.iter().any(|r| r.saturated == Some(true));
+        table.add_row([
+            budget.to_string(),
+            time(|r| r.ttft_median),
+            time(|r| r.ttft_mean),
+            time(|r| r.ttft_p90),
+            time(|r| r.ttft_p99),
+            mean(|r| r.swap_count.map(|n| n as f64)).map_or_else(String::new, |n| format!("{n:.0}")),
+            most.map_or("", |m| m.0).to_owned(),
+            if saturated { "saturated" } else { "" }.to_owned(),
+        ]);
+    }
+    println!("{table}");
+}
