@@ -101,7 +101,7 @@ pub fn write(
     Ok((svg_path, png_path))
 }
 
-/// Where [`write`] puts the two files.
+/// Where [`write()`] puts the two files.
 pub fn paths(base: impl AsRef<Path>) -> (PathBuf, PathBuf) {
     let base = base.as_ref();
     let stem = match base.extension().and_then(|e| e.to_str()) {
