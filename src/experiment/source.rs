@@ -7,7 +7,8 @@ use crate::workload::arrivals::Arrivals;
 use crate::workload::import;
 use crate::workload::pool::PromptPool;
 use crate::workload::regime::Regime;
-use crate::workload::spec::{Amount, Replay, WorkloadError, WorkloadSpec, generate_trace, replay_trace};
+use crate::workload::replay::{Replay, replay_trace};
+use crate::workload::spec::{Amount, WorkloadError, WorkloadSpec, generate_trace};
 use crate::workload::trace::Trace;
 
 /// Requests that cannot be had.
