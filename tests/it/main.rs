@@ -1,5 +1,7 @@
 //! Integration tests: one binary, a file per behaviour.
 
+#[cfg(feature = "engine")]
+mod executor;
 mod experiment;
 #[cfg(feature = "server")]
 mod load_commands;

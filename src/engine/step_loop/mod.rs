@@ -215,6 +215,7 @@ impl StepLoop {
         let event = Event::StepDone { stopped: &self.stopped, stalled: &result.stalled };
         self.scheduler.handle(t, event, &mut self.outbox)?;
         self.recorder.step_done(t, step, &self.stopped, &result.stalled);
+        let (started, ended) = between(submitted, started, ended, t);
         self.recorder.step(&self.plan, [formed, submitted, started, ended, t]);
         self.gauges.steps.fetch_add(1, Relaxed);
         self.gauges.generation_tokens.fetch_add(generated, Relaxed);
@@ -230,6 +231,7 @@ impl StepLoop {
         };
         let OpenSwap { plan, decided, submitted } = self.swaps.remove(at);
         self.scheduler.handle(t, Event::SwapDone(slot), &mut self.outbox)?;
+        let (started, ended) = between(submitted, started, ended, t);
         self.recorder.swap_done(t, &plan, [decided, submitted, started, ended]);
         self.gauges.swap_ended(&plan, t - submitted);
         self.settle(t)?;
@@ -321,4 +323,9 @@ impl StepLoop {
         self.gauges.kv_used.store(self.scheduler.kv_used() as u64, Relaxed);
         self.gauges.kv_total.store(self.scheduler.kv_total() as u64, Relaxed);
     }
+}
+
+/// Times of the device, which the two clocks' offset may put some nanoseconds outside what the loop saw.
+fn between(submitted: Nanos, started: Nanos, ended: Nanos, done: Nanos) -> (Nanos, Nanos) {
+    (started.clamp(submitted, done), ended.clamp(submitted, done))
 }
