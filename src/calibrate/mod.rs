@@ -208,23 +208,25 @@ fn tool() -> String {
     format!("{} {} ({})", tool.name, tool.version, tool.commit)
 }
 
-/// The terms of a step's cost. Token ranges are narrow where matrix products change their tiling.
+/// The terms of a step's cost. Ranges are narrow where matrix products change their tiling and where
+/// keys and values outgrow a cache.
 fn features() -> Vec<Feature> {
-    let knots = [0, 4, 16, 64, 256, 1024];
-    let tokens =
-        knots.iter().enumerate().map(|(i, &from)| Feature::Tokens { from, to: knots.get(i + 1).copied() });
-    let mut features = vec![Feature::Step];
-    features.extend(tokens);
-    features.extend([
+    let tokens = ranges(&[0, 2, 4, 16, 64, 256, 1024]).map(|(from, to)| Feature::Tokens { from, to });
+    let context = ranges(&[0, 1024, 2048, 4096]).map(|(from, to)| Feature::DecodeContext { from, to });
+    let others = [
         Feature::Prefills,
         Feature::PrefillPairs,
         Feature::Decodes,
-        Feature::DecodeContext,
         Feature::Adapters,
         Feature::LoraTokens,
         Feature::LoraTokenRanks,
-    ]);
-    features
+    ];
+    [Feature::Step].into_iter().chain(tokens).chain(context).chain(others).collect()
+}
+
+/// Adjoining ranges; the last one has no end.
+fn ranges(knots: &[u64]) -> impl Iterator<Item = (u64, Option<u64>)> + '_ {
+    knots.iter().enumerate().map(|(i, &from)| (from, knots.get(i + 1).copied()))
 }
 
 /// Least relative squares: an error of 5 % is as bad at 1 ms as at 100 ms.

@@ -249,11 +249,27 @@ impl<'a> StepBench<'a> {
         }
         while begin.elapsed() < time || samples.len() < 40 {
             let parts = self.mixture(longest);
-            samples.extend(self.time(&parts)?);
+            if parts.iter().all(|p| matches!(p, Part::Decode { .. })) {
+                samples.extend(self.decode_run(&parts)?);
+            } else {
+                samples.extend(self.time(&parts)?);
+            }
             let share = begin.elapsed().as_secs_f64() / time.as_secs_f64();
             progress(share.clamp(0.3, 1.0));
         }
         Ok(samples)
+    }
+
+    /// Decodes come in runs when an engine serves: all but the first ones find their weights and
+    /// their part of the KV cache where the steps before have left them. Gives two samples of the
+    /// run's settled part, each the median of four steps.
+    fn decode_run(&mut self, parts: &[Part]) -> Result<Vec<StepSample>, ExecutorError> {
+        let mut run = Vec::with_capacity(DECODE_RUN);
+        for _ in 0..DECODE_RUN {
+            run.extend(self.time(parts)?);
+        }
+        let settled = run.split_off(run.len().min(DECODE_RUN - SETTLED));
+        Ok(settled.chunks(SETTLED / 2).filter_map(|c| median_sample(c.to_vec())).collect())
     }
 
     fn warm_up(&mut self, tokens: u32) -> Result<(), ExecutorError> {
@@ -273,7 +289,12 @@ impl<'a> StepBench<'a> {
         }
         // Decodes alone, prefills alone, or both: all three are common.
         let kind = self.rng.random_range(0..4u32);
-        let decodes = if kind == 0 { 0 } else { self.rng.random_range(0..=places) };
+        let decodes = match kind {
+            0 => 0,
+            // Small batches are the most common in serving, and the least alike.
+            1 if self.rng.random_bool(0.5) => self.rng.random_range(1..=places.min(4)),
+            _ => self.rng.random_range(1..=places),
+        };
         let prefills = if kind == 1 { 0 } else { self.rng.random_range(1..=4u32) };
         let (mut parts, mut budget) = (Vec::new(), self.limits.max_num_batched_tokens as u32);
         for &place in &order {
@@ -307,6 +328,10 @@ impl<'a> StepBench<'a> {
         parts
     }
 }
+
+/// Steps in a run of decodes, and how many at its end are kept.
+const DECODE_RUN: usize = 24;
+const SETTLED: usize = 8;
 
 fn median_sample(mut samples: Vec<StepSample>) -> Option<StepSample> {
     samples.sort_by_key(|s| s.ns);

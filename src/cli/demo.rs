@@ -18,9 +18,9 @@ use crate::report::validation::Validation;
 /// The experiment, embedded so that the program needs no files.
 const EXPERIMENT: &str = include_str!("../../configs/experiments/demo.toml");
 /// Arrivals of each budget, seconds.
-const ARRIVALS_S: f64 = 9.0;
+const ARRIVALS_S: f64 = 11.0;
 /// The budget matters where the smallest one's median TTFT is this many times the full one's.
-const EFFECT: f64 = 2.5;
+const EFFECT: f64 = 2.2;
 
 #[derive(Args, Debug, Serialize)]
 pub struct DemoArgs {
@@ -47,7 +47,7 @@ pub fn run(args: &DemoArgs, ctx: &Context) -> Result<(), Failure> {
     let plain = experiment(EXPERIMENT)?;
     println!(
         "How many of {} LoRA adapters should stay in memory? A tiny Llama on this machine's CPU, real ShareGPT \
-         prompt lengths, 16 output tokens.",
+         prompt lengths, 256 output tokens.",
         plain.cells()[0].engine.total_loras
     );
     println!("\n1. Calibrate: time this machine's steps and swaps, with nothing else running.");
@@ -142,7 +142,7 @@ fn load(experiment: &Experiment, simulator: &Simulator) -> Result<Load, Failure>
     };
     let most = simulator.saturation_rate(&full.engine, &trace(&mut sources, 1.0, 200)?).map_err(failed)?;
     let mut load = Load { rate: 0.0, rho: 0.0, requests: 0 };
-    for percent in (40..=75).step_by(5) {
+    for percent in (40..=95).step_by(5) {
         let rho = f64::from(percent) / 100.0;
         let rate = rho * most;
         load = Load { rate, rho, requests: (rate * ARRIVALS_S).ceil().max(50.0) as u64 };

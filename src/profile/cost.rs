@@ -27,8 +27,14 @@ pub enum Feature {
     PrefillPairs,
     /// [`StepShape::decodes`].
     Decodes,
-    /// [`StepShape::decode_context`].
-    DecodeContext,
+    /// [`StepShape::decode_context`] between `from` and `to`, likewise: keys and values of a large
+    /// batch do not fit where those of a small one do.
+    DecodeContext {
+        /// Lower end.
+        from: u64,
+        /// Upper end; none is unbounded.
+        to: Option<u64>,
+    },
     /// [`StepShape::samples`].
     Samples,
     /// [`StepShape::adapters`].
@@ -55,7 +61,7 @@ impl Feature {
             Self::Prefills => shape.prefills,
             Self::PrefillPairs => shape.prefill_pairs,
             Self::Decodes => shape.decodes,
-            Self::DecodeContext => shape.decode_context,
+            Self::DecodeContext { from, to } => within(shape.decode_context, from, to),
             Self::Samples => shape.samples,
             Self::Adapters => shape.adapters,
             Self::LoraTokens => shape.lora_tokens,
@@ -64,12 +70,16 @@ impl Feature {
     }
 }
 
-const NAMES: [(Feature, &str); 9] = [
+/// How far `count` reaches into a range.
+fn within(count: u64, from: u64, to: Option<u64>) -> u64 {
+    to.map_or(count, |to| count.min(to)).saturating_sub(from)
+}
+
+const NAMES: [(Feature, &str); 8] = [
     (Feature::Step, "step"),
     (Feature::Prefills, "prefills"),
     (Feature::PrefillPairs, "prefill_pairs"),
     (Feature::Decodes, "decodes"),
-    (Feature::DecodeContext, "decode_context"),
     (Feature::Samples, "samples"),
     (Feature::Adapters, "adapters"),
     (Feature::LoraTokens, "lora_tokens"),
@@ -78,8 +88,13 @@ const NAMES: [(Feature, &str); 9] = [
 
 impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Self::Tokens { from, to } = self {
-            write!(f, "tokens:{from}-")?;
+        let range = match self {
+            Self::Tokens { from, to } => Some(("tokens", from, to)),
+            Self::DecodeContext { from, to } => Some(("decode_context", from, to)),
+            _ => None,
+        };
+        if let Some((name, from, to)) = range {
+            write!(f, "{name}:{from}-")?;
             return to.map_or(Ok(()), |to| write!(f, "{to}"));
         }
         NAMES.iter().find(|n| n.0 == *self).map_or(Ok(()), |n| f.write_str(n.1))
@@ -91,11 +106,15 @@ impl FromStr for Feature {
 
     fn from_str(s: &str) -> Result<Self, FeatureError> {
         let unknown = || FeatureError(s.to_owned());
-        if let Some(range) = s.strip_prefix("tokens:") {
+        if let Some((name, range)) = s.split_once(':') {
             let (from, to) = range.split_once('-').ok_or_else(unknown)?;
             let from = from.parse().map_err(|_| unknown())?;
             let to = if to.is_empty() { None } else { Some(to.parse().map_err(|_| unknown())?) };
-            return Ok(Self::Tokens { from, to });
+            return match name {
+                "tokens" => Ok(Self::Tokens { from, to }),
+                "decode_context" => Ok(Self::DecodeContext { from, to }),
+                _ => Err(unknown()),
+            };
         }
         NAMES.iter().find(|n| n.1 == s).map(|n| n.0).ok_or_else(unknown)
     }
@@ -183,11 +202,12 @@ mod tests {
         for feature in NAMES
             .map(|n| n.0)
             .into_iter()
-            .chain([Feature::Tokens { from: 0, to: Some(64) }, Feature::Tokens { from: 64, to: None }])
+            .chain([Feature::Tokens { from: 0, to: Some(64) }, Feature::DecodeContext { from: 64, to: None }])
         {
             assert_eq!(feature.to_string().parse(), Ok(feature));
         }
         assert!("tokens:a-b".parse::<Feature>().is_err());
+        assert!("luck:1-2".parse::<Feature>().is_err());
     }
 
     #[test]

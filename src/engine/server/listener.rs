@@ -126,7 +126,7 @@ impl Server {
         let drain = async {
             let _ = stops.recv().await;
             state.start_draining();
-            tracing::info!("draining {} requests", state.in_flight());
+            tracing::info!("no new requests; {} are still running", state.in_flight());
             let until = Instant::now() + self.shutdown_timeout;
             // A closed channel is no second stop.
             let second = async {
