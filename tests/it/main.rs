@@ -8,6 +8,8 @@ mod plot;
 #[cfg(feature = "engine")]
 mod rig;
 #[cfg(feature = "server")]
+mod server;
+#[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]
 mod support;
