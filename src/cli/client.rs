@@ -10,8 +10,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::failure::Failure;
 use super::ui;
+use super::workload::WorkloadSettings;
 use crate::loadgen::{Endpoint, EndpointError, Health, LoadOptions, LoadOutcome, PreparedRequest, run_load};
+use crate::report::digest;
 use crate::report::files::check_writable;
+use crate::report::manifest::{Dataset, path_beside};
+use crate::report::record::Status;
 use crate::workload::tokenizer::{Tokenizer, TokenizerSource};
 
 /// Which HTTP interface is spoken.
@@ -196,4 +200,69 @@ pub fn tokenizer(name: Option<&str>, health: Option<&Health>) -> Result<(Tokeniz
 /// A runtime for one command.
 pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+/// Both numbers must be there and make sense together.
+pub fn budget(total_loras: Option<u32>, gpu_loras: Option<u32>) -> Result<(u32, u32), Failure> {
+    let needed = |name: &str, value: Option<u32>| {
+        let value = value.ok_or_else(|| Failure::usage(format!("{name} is required")))?;
+        if value == 0 {
+            Err(Failure::usage(format!("{name} is 0: it must be at least 1")))
+        } else {
+            Ok(value)
+        }
+    };
+    let (total, gpu) = (needed("--total-loras", total_loras)?, needed("--gpu-loras", gpu_loras)?);
+    if gpu > total {
+        return Err(Failure::usage(format!(
+            "--gpu-loras ({gpu}) is greater than --total-loras ({total}): lower it"
+        )));
+    }
+    Ok((total, gpu))
+}
+
+/// Ranks that the server's adapters cycle through, as far as it says.
+pub fn ranks(health: &Health) -> Vec<u32> {
+    match (&health.config.ranks, health.config.max_r) {
+        (Some(ranks), _) if !ranks.is_empty() => ranks.clone(),
+        (_, Some(rank)) => vec![rank],
+        _ => Vec::new(),
+    }
+}
+
+/// Whether the run is one to rely on.
+pub fn verdict(outcome: &LoadOutcome) -> Result<(), Failure> {
+    let ok = outcome.records.iter().filter(|r| r.status == Status::Ok).count();
+    let total = outcome.records.len();
+    if let Some(why) = &outcome.cut_short {
+        return Err(Failure::failed(format!("{why}: {ok} of {total} requests ended well")));
+    }
+    if ok == 0 {
+        let first = outcome.records.iter().find_map(|r| r.error.as_deref()).unwrap_or("no reason given");
+        return Err(Failure::failed(format!("none of {total} requests ended well; the first: {first}")));
+    }
+    Ok(())
+}
+
+/// Whether results go to a CSV rather than to JSONL.
+pub fn is_csv(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"))
+}
+
+/// A results file collects many runs, so each run's manifest has its time in its name.
+pub fn manifest_path(out: &Path, started: &str) -> PathBuf {
+    let stamp: String = started.chars().filter(char::is_ascii_digit).take(14).collect();
+    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
+    (0..)
+        .map(|n| if n == 0 { format!("{stem}.{stamp}.csv") } else { format!("{stem}.{stamp}-{n}.csv") })
+        .map(|name| path_beside(out.with_file_name(name)))
+        .find(|path| !path.exists())
+        .unwrap_or_else(|| path_beside(out))
+}
+
+/// What the workload is read from, for the manifest.
+pub fn dataset(workload: &WorkloadSettings) -> Result<Option<Dataset>, Failure> {
+    let Some(path) = workload.dataset.as_ref().or(workload.trace.as_ref()) else { return Ok(None) };
+    let sha256 = digest::sha256_file(path).map_err(|e| Failure::Failed(e.into()))?;
+    Ok(Some(Dataset { name: path.display().to_string(), sha256 }))
 }

@@ -1,23 +1,22 @@
 //! `lora-hbm measure`: TTFT and latency of one configuration.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::client::{self, ClientArgs, ClientSettings};
+use super::client::{self, ClientArgs, ClientSettings, budget, is_csv, manifest_path, ranks, verdict};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
 use crate::loadgen::bench::bench_keys;
 use crate::loadgen::summary::print_summary;
 use crate::loadgen::{Health, LoadOutcome, SwapStats, prepare, saturated};
-use crate::report::manifest::{Dataset, Manifest, path_beside};
-use crate::report::record::Status;
+use crate::report::files;
+use crate::report::manifest::Manifest;
 use crate::report::requests::append_requests;
 use crate::report::results::{self, ResultRow, RunContext, append_rows, rank_column};
-use crate::report::{digest, files};
 use crate::workload::spec::Amount;
 use crate::workload::trace::Trace;
 
@@ -220,10 +219,7 @@ impl Measure {
         let config = json!({"workload": self.workload, "client": self.client, "measure": self.settings});
         let mut manifest = Manifest::begin("measure", &config, &[self.workload.seed])
             .map_err(|e| Failure::Failed(e.into()))?;
-        if let Some(path) = self.workload.dataset.as_ref().or(self.workload.trace.as_ref()) {
-            let sha256 = digest::sha256_file(path).map_err(|e| Failure::Failed(e.into()))?;
-            manifest.dataset = Some(Dataset { name: path.display().to_string(), sha256 });
-        }
+        manifest.dataset = client::dataset(&self.workload)?;
         Ok(manifest)
     }
 
@@ -262,61 +258,4 @@ impl Measure {
             println!("Results appended to: {}", out.display());
         }
     }
-}
-
-/// Both numbers must be there and make sense together.
-pub fn budget(total_loras: Option<u32>, gpu_loras: Option<u32>) -> Result<(u32, u32), Failure> {
-    let needed = |name: &str, value: Option<u32>| {
-        let value = value.ok_or_else(|| Failure::usage(format!("{name} is required")))?;
-        if value == 0 {
-            Err(Failure::usage(format!("{name} is 0: it must be at least 1")))
-        } else {
-            Ok(value)
-        }
-    };
-    let (total, gpu) = (needed("--total-loras", total_loras)?, needed("--gpu-loras", gpu_loras)?);
-    if gpu > total {
-        return Err(Failure::usage(format!(
-            "--gpu-loras ({gpu}) is greater than --total-loras ({total}): lower it"
-        )));
-    }
-    Ok((total, gpu))
-}
-
-/// Ranks that the server's adapters cycle through, as far as it says.
-pub fn ranks(health: &Health) -> Vec<u32> {
-    match (&health.config.ranks, health.config.max_r) {
-        (Some(ranks), _) if !ranks.is_empty() => ranks.clone(),
-        (_, Some(rank)) => vec![rank],
-        _ => Vec::new(),
-    }
-}
-
-fn is_csv(path: &Path) -> bool {
-    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"))
-}
-
-/// A results file collects many runs, so each run's manifest has its time in its name.
-fn manifest_path(out: &Path, started: &str) -> PathBuf {
-    let stamp: String = started.chars().filter(char::is_ascii_digit).take(14).collect();
-    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
-    (0..)
-        .map(|n| if n == 0 { format!("{stem}.{stamp}.csv") } else { format!("{stem}.{stamp}-{n}.csv") })
-        .map(|name| path_beside(out.with_file_name(name)))
-        .find(|path| !path.exists())
-        .unwrap_or_else(|| path_beside(out))
-}
-
-/// Whether the run is one to rely on.
-pub fn verdict(outcome: &LoadOutcome) -> Result<(), Failure> {
-    let ok = outcome.records.iter().filter(|r| r.status == Status::Ok).count();
-    let total = outcome.records.len();
-    if let Some(why) = &outcome.cut_short {
-        return Err(Failure::failed(format!("{why}: {ok} of {total} requests ended well")));
-    }
-    if ok == 0 {
-        let first = outcome.records.iter().find_map(|r| r.error.as_deref()).unwrap_or("no reason given");
-        return Err(Failure::failed(format!("none of {total} requests ended well; the first: {first}")));
-    }
-    Ok(())
 }

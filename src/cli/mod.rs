@@ -15,6 +15,8 @@ mod calibrate;
 #[cfg(feature = "server")]
 mod client;
 mod completions;
+#[cfg(feature = "server")]
+mod demo;
 mod engine_args;
 #[cfg(feature = "engine")]
 mod fetch_data;
@@ -31,7 +33,9 @@ mod serve;
 mod simulate;
 #[cfg(feature = "server")]
 mod smoke_test;
+mod sweep;
 mod trace;
+mod validate;
 pub mod workload;
 
 use std::ffi::OsString;
@@ -71,6 +75,10 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Predict TTFT at every gpu_loras from a profile
     Simulate(simulate::SimulateArgs),
+    /// Run an experiment file: measured on an engine, or simulated from a profile
+    Sweep(sweep::SweepArgs),
+    /// Hold simulated results against measured ones
+    Validate(validate::ValidateArgs),
     /// Check that the simulator decides as the engine did
     Replay(replay::ReplayArgs),
     /// Make, take in and look at traces
@@ -83,6 +91,9 @@ enum Command {
     Plot(plot::PlotArgs),
     /// Join results CSVs, each run once
     Merge(merge::MergeArgs),
+    /// The whole experiment in small, on this machine's CPU, in under two minutes
+    #[cfg(feature = "server")]
+    Demo(demo::DemoArgs),
     /// Print a shell's completion script
     Completions(completions::CompletionsArgs),
 }
@@ -101,6 +112,8 @@ impl Command {
             #[cfg(feature = "server")]
             Self::Calibrate(args) => calibrate::run(args, ctx),
             Self::Simulate(args) => simulate::run(args, ctx),
+            Self::Sweep(args) => sweep::run(args, ctx),
+            Self::Validate(args) => validate::run(args, ctx),
             Self::Replay(args) => replay::run(args, ctx),
             Self::Trace(args) => trace::run(args, ctx),
             #[cfg(feature = "engine")]
@@ -108,6 +121,8 @@ impl Command {
             #[cfg(feature = "plot")]
             Self::Plot(args) => plot::run(args, ctx),
             Self::Merge(args) => merge::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Demo(args) => demo::run(args, ctx),
             Self::Completions(args) => completions::run(args, ctx),
         }
     }

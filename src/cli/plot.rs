@@ -1,6 +1,6 @@
 //! `lora-hbm plot`: results CSVs to a figure.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -9,9 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use crate::report::files::check_writable;
-use crate::report::manifest::{Manifest, path_beside};
 use crate::report::plot::data::WithinRun;
-use crate::report::plot::{Options, PlotError, paths, write};
+use crate::report::plot::{Options, PlotError, footer, paths, write};
 use crate::report::requests::read_requests;
 use crate::report::results::{ResultRow, RunKey, read_rows};
 
@@ -82,6 +81,21 @@ pub fn run(args: &PlotArgs, ctx: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Draws results with everything else as by default; says where the two files are.
+pub(super) fn draw(
+    csv: &[PathBuf],
+    requests: Option<&Path>,
+    base: &Path,
+) -> Result<(PathBuf, PathBuf), Failure> {
+    let mut rows = Vec::new();
+    for path in csv {
+        rows.extend(read_rows(path).map_err(Failure::failed)?);
+    }
+    let within_run = requests.map(|folder| intervals(folder, &rows)).transpose()?.unwrap_or_default();
+    let options = Options { footer: footer(csv, &rows), within_run, ..Options::default() };
+    write(base, &rows, &options).map_err(|e| Failure::Failed(e.into()))
+}
+
 /// What each run's own requests say of its median and p99.
 fn intervals(folder: &Path, rows: &[ResultRow]) -> Result<HashMap<RunKey, WithinRun>, Failure> {
     let mut intervals = HashMap::new();
@@ -99,25 +113,4 @@ fn intervals(folder: &Path, rows: &[ResultRow]) -> Result<HashMap<RunKey, Within
         )));
     }
     Ok(intervals)
-}
-
-/// Where the numbers come from: files, days, and what the manifests beside them say.
-fn footer(csv: &[PathBuf], rows: &[ResultRow]) -> String {
-    let files: Vec<_> =
-        csv.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned()).collect();
-    let days: BTreeSet<_> = rows.iter().filter_map(|r| r.run_timestamp.get(..10)).collect();
-    let mut parts = vec![files.join(", ")];
-    parts.extend(days.first().map(|first| match days.last() {
-        Some(last) if last != first => format!("{first} to {last}"),
-        _ => (*first).to_owned(),
-    }));
-    let manifests: Vec<Manifest> = csv.iter().filter_map(|p| Manifest::read(path_beside(p)).ok()).collect();
-    let machines: BTreeSet<_> = manifests.iter().map(|m| m.machine.describe()).collect();
-    let tools: BTreeSet<_> = manifests.iter().map(|m| m.tool.describe()).collect();
-    parts.extend(machines);
-    parts.extend(tools);
-    if manifests.iter().any(|m| !m.complete) {
-        parts.push("incomplete run".to_owned());
-    }
-    parts.join(" · ")
 }

@@ -7,14 +7,14 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::client::{self, ClientArgs, ClientSettings};
+use super::client::{self, ClientArgs, ClientSettings, is_csv, manifest_path, ranks, verdict};
 use super::failure::Failure;
-use super::measure::{ranks, verdict};
 use super::settings::{Context, OutputFormat};
 use super::workload::{Run, WorkloadArgs, WorkloadSettings, amount, check_rate};
 use crate::loadgen::rates::{self, RateSummary};
 use crate::loadgen::{Health, prepare};
 use crate::report::files;
+use crate::report::manifest::Manifest;
 use crate::workload::spec::Amount;
 
 /// Arrivals a second where nothing says.
@@ -78,6 +78,7 @@ pub fn run(args: &ProbeArgs, ctx: &Context) -> Result<(), Failure> {
     if let Some(path) = out.filter(|p| is_csv(p)) {
         rates::check_csv(path).map_err(|e| Failure::Failed(e.into()))?;
     }
+    let mut manifest = probe.manifest()?;
     let (summaries, ended) = client::runtime()?.block_on(probe.run(ctx))?;
     let text = ctx.format == OutputFormat::Table;
     if text && probe.rates.len() > 1 {
@@ -88,6 +89,9 @@ pub fn run(args: &ProbeArgs, ctx: &Context) -> Result<(), Failure> {
         println!("{}", json!({"metadata": probe.metadata(&summaries), "summaries": summaries}));
     }
     if let Some(out) = out {
+        manifest.end(ended.is_ok());
+        let path = manifest_path(out, &manifest.started);
+        manifest.write(&path).map_err(|e| Failure::Failed(e.into()))?;
         probe.save(out, &summaries)?;
         if text {
             println!("\nResults appended to: {}", out.display());
@@ -164,6 +168,14 @@ impl Probe {
         }
     }
 
+    fn manifest(&self) -> Result<Manifest, Failure> {
+        let config = json!({"workload": self.workload, "client": self.client, "probe": self.settings});
+        let mut manifest = Manifest::begin("probe", &config, &[self.workload.seed])
+            .map_err(|e| Failure::Failed(e.into()))?;
+        manifest.dataset = client::dataset(&self.workload)?;
+        Ok(manifest)
+    }
+
     fn metadata(&self, summaries: &[Value]) -> Map<String, Value> {
         let tested: Vec<&Value> = summaries.iter().filter_map(|s| s.get("arrival_rate")).collect();
         let metadata = json!({
@@ -214,8 +226,4 @@ fn parse_rates(list: &str) -> Result<Vec<f64>, Failure> {
             Ok(rate)
         })
         .collect()
-}
-
-fn is_csv(path: &Path) -> bool {
-    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"))
 }

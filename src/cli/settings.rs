@@ -4,6 +4,7 @@
 //! is `LORA_HBM_` and a flag's name in capitals (`LORA_HBM_GPU_LORAS=8`) and holds for every
 //! subcommand that has that flag. A key that no flag is named after is refused.
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow};
@@ -119,7 +120,7 @@ impl Context {
             for arg in sub.get_arguments().chain(below) {
                 let id = arg.get_id().as_str();
                 if let Ok(value) = std::env::var(format!("{ENV_PREFIX}{}", id.to_uppercase())) {
-                    figment = figment.merge((id, parse_scalar(&value)));
+                    figment = figment.merge(Serialized::default(id, parse_scalar(&value)));
                 }
             }
         }
@@ -199,6 +200,7 @@ fn start_logging(args: &GlobalArgs) {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .try_init();
 }

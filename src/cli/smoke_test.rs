@@ -56,7 +56,7 @@ impl Default for Settings {
 
 pub fn run(args: &SmokeTestArgs, ctx: &Context) -> Result<(), Failure> {
     let settings: Settings = ctx.resolve("smoke-test", args)?;
-    let (total_loras, gpu_loras) = super::measure::budget(settings.total_loras, settings.gpu_loras)?;
+    let (total_loras, gpu_loras) = client::budget(settings.total_loras, settings.gpu_loras)?;
     let host =
         if settings.host.contains(':') { format!("[{}]", settings.host) } else { settings.host.clone() };
     let key = std::env::var("LORA_HBM_API_KEY").ok().filter(|k| !k.is_empty());

@@ -11,7 +11,8 @@ use crate::workload::import;
 use crate::workload::pool::PromptPool;
 use crate::workload::popularity::Popularity;
 use crate::workload::regime::Regime;
-use crate::workload::spec::{Amount, Replay, WorkloadError, WorkloadSpec, generate_trace, replay_trace};
+use crate::workload::replay::{Replay, replay_trace};
+use crate::workload::spec::{Amount, WorkloadError, WorkloadSpec, generate_trace};
 use crate::workload::trace::Trace;
 
 /// Output tokens of a request where nothing says otherwise.

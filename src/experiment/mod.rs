@@ -25,10 +25,14 @@ mod cell;
 #[cfg(feature = "server")]
 mod engine;
 mod fields;
+#[cfg(feature = "server")]
+mod measure;
 mod parse;
 mod settings;
 mod shard;
 mod simulate;
+mod source;
+mod sweep;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -39,9 +43,13 @@ use crate::report::files::{self, FileError};
 use crate::report::results::{ResultRow, RunKey, Source};
 
 pub use cell::Cell;
+#[cfg(feature = "server")]
+pub use measure::{Engines, MeasureError, Measured};
 pub use settings::{EngineSettings, WorkloadSettings};
 pub use shard::{Shard, UnknownShard};
 pub use simulate::{BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
+pub use source::{SourceError, Sources};
+pub use sweep::{Sweep, SweepError, SweepProgress};
 
 /// An experiment that cannot be read or makes no sense.
 #[derive(Debug, thiserror::Error)]

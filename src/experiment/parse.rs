@@ -16,6 +16,9 @@ const MOST_CELLS: usize = 100_000;
 /// One value of each axis: `(setting, value)`.
 type Point = Vec<(String, Value)>;
 
+/// A setting and the values that it may have.
+type Choices = (String, Vec<Value>);
+
 /// Resolves a whole file. Errors are messages that name the table, the key and the remedy.
 pub fn resolve(file: &Table) -> Result<(Vec<Cell>, Replicate, Output), String> {
     const TABLES: [&str; 6] = ["engine", "workload", "axes", "replicate", "exclude", "output"];
@@ -162,8 +165,8 @@ fn replicate(file: &Table, workload_seed: Option<Value>) -> Result<Replicate, St
     Ok(replicate)
 }
 
-fn axes(file: &Table, names: &Names) -> Result<Vec<(String, Vec<Value>)>, String> {
-    let mut axes: Vec<(String, Vec<Value>)> = Vec::new();
+fn axes(file: &Table, names: &Names) -> Result<Vec<Choices>, String> {
+    let mut axes: Vec<Choices> = Vec::new();
     for (key, value) in table(file, "axes")? {
         let name = names.setting(&key, "axes")?;
         let Value::Array(values) = value else {
@@ -178,7 +181,7 @@ fn axes(file: &Table, names: &Names) -> Result<Vec<(String, Vec<Value>)>, String
 }
 
 /// The cartesian product of the axes, the last changing fastest.
-fn points(axes: &[(String, Vec<Value>)]) -> Result<Vec<Point>, String> {
+fn points(axes: &[Choices]) -> Result<Vec<Point>, String> {
     let count = axes.iter().try_fold(1usize, |n, (_, values)| n.checked_mul(values.len()));
     if count.is_none_or(|n| n > MOST_CELLS) {
         return Err(format!(
@@ -203,7 +206,7 @@ fn points(axes: &[(String, Vec<Value>)]) -> Result<Vec<Point>, String> {
 
 /// `[exclude]` or `[[exclude]]`: each table leaves out the cells that agree with all of its keys,
 /// whose values are one or a list of alternatives.
-fn excludes(file: &Table, names: &Names) -> Result<Vec<Vec<(String, Vec<Value>)>>, String> {
+fn excludes(file: &Table, names: &Names) -> Result<Vec<Vec<Choices>>, String> {
     let tables = match file.get("exclude") {
         None => Vec::new(),
         Some(Value::Table(table)) => vec![table],
@@ -230,7 +233,7 @@ fn excludes(file: &Table, names: &Names) -> Result<Vec<Vec<(String, Vec<Value>)>
     tables.into_iter().map(read_one).collect()
 }
 
-fn matches(exclude: &[(String, Vec<Value>)], cell: &Cell) -> bool {
+fn matches(exclude: &[Choices], cell: &Cell) -> bool {
     // Settings that serialise have been read from TOML, so they can be written to it.
     let (Ok(engine), Ok(workload)) = (Table::try_from(&cell.engine), Table::try_from(&cell.workload)) else {
         return false;

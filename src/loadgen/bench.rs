@@ -28,10 +28,14 @@ pub fn bench_keys(outcome: &LoadOutcome) -> Map<String, Value> {
         let after_first = r.output_tokens.checked_sub(1).filter(|n| *n > 0)?;
         Some((r.last_s? - r.first_s?) / f64::from(after_first))
     };
-    let times: [(&str, &dyn Fn(&RequestRecord) -> Option<f64>); 3] =
-        [("ttft", &ttft), ("tpot", &tpot), ("e2el", &|r| r.latency_s)];
-    for (name, of) in times {
-        let ms: Vec<f64> = ok.iter().filter_map(|r| of(r)).map(|s| s * 1e3).collect();
+    let e2el = |r: &RequestRecord| r.latency_s;
+    let seconds: [(&str, Vec<f64>); 3] = [
+        ("ttft", ok.iter().copied().filter_map(ttft).collect()),
+        ("tpot", ok.iter().copied().filter_map(tpot).collect()),
+        ("e2el", ok.iter().copied().filter_map(e2el).collect()),
+    ];
+    for (name, seconds) in seconds {
+        let ms: Vec<f64> = seconds.iter().map(|s| s * 1e3).collect();
         let Some(summary) = Summary::of(&ms) else { continue };
         put(&format!("mean_{name}_ms"), json!(summary.mean));
         put(&format!("median_{name}_ms"), json!(summary.median));

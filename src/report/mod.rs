@@ -11,3 +11,4 @@ pub mod record;
 pub mod requests;
 pub mod results;
 pub mod stats;
+pub mod validation;

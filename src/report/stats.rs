@@ -1,5 +1,5 @@
 //! Statistics of one sample: quantiles, summaries and intervals. What compares two samples is in
-//! [`compare`], re-exported here.
+//! `compare.rs`, re-exported here.
 //!
 //! Two rules for quantiles live side by side on purpose. [`percentile`] and [`median`] are the
 //! reference experiment's, so that its columns can be compared number for number;

@@ -12,6 +12,7 @@ pub mod popularity;
 #[cfg(feature = "engine")]
 pub mod prompts;
 pub mod regime;
+pub mod replay;
 pub mod sharegpt;
 pub mod spec;
 pub mod streams;

@@ -1,6 +1,14 @@
 //! Integration tests: one binary, a file per behaviour.
 
+#[cfg(feature = "engine")]
+mod executor;
 mod experiment;
+#[cfg(feature = "server")]
+mod load_commands;
+#[cfg(feature = "server")]
+mod load_run;
+#[cfg(feature = "engine")]
+mod load_support;
 #[cfg(feature = "engine")]
 mod parity;
 #[cfg(feature = "plot")]
@@ -13,3 +21,5 @@ mod server;
 mod step_loop;
 #[cfg(feature = "server")]
 mod support;
+#[cfg(feature = "engine")]
+mod workload;

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use lora_hbm::engine::adapters::HostPool;
 use lora_hbm::engine::batch::BatchLimits;
 use lora_hbm::engine::cpu::{CpuExecutor, CpuOptions};
-use lora_hbm::engine::executor::{Completion, Executor, Sampling, StepFeed};
+use lora_hbm::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed};
 use lora_hbm::engine::model::{DummyWeights, resolve};
 use lora_sched::{AdapterId, PlaceId, RequestId, SeqStep, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
@@ -21,17 +21,25 @@ pub const EVERYONE: [Option<usize>; 5] = [None, Some(0), Some(1), Some(2), Some(
 const BLOCK: usize = 8;
 
 /// A fixture's reference values.
-pub struct Reference(HashMap<String, Tensor>);
+pub struct Reference {
+    family: String,
+    tensors: HashMap<String, Tensor>,
+}
 
 impl Reference {
     pub fn open(family: &str) -> Self {
         let path = fixture(family).join("reference.safetensors");
-        Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
+        let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        Self { family: family.to_owned(), tensors }
+    }
+
+    pub fn family(&self) -> &str {
+        &self.family
     }
 
     fn tensor(&self, what: &str, who: Option<usize>) -> &Tensor {
         let who = who.map_or("base", |a| ADAPTERS[a]);
-        &self.0[&format!("{what}.{who}")]
+        &self.tensors[&format!("{what}.{who}")]
     }
 
     pub fn ids(&self, what: &str, who: Option<usize>) -> Vec<u32> {
@@ -98,11 +106,12 @@ impl Rig {
             keep_logits: true,
         })
         .unwrap();
-        let ids: Vec<_> = (0..gpu_loras as u32).map(AdapterId).collect();
+        let preloaded = gpu_loras.min(ADAPTERS.len());
+        let ids: Vec<_> = (0..preloaded as u32).map(AdapterId).collect();
         executor.preload(&ids).unwrap();
         // A stride that is prime to the number of blocks shuffles them.
         let free = (0..kv_blocks as u32).map(|i| (i * 37 + 11) % kv_blocks as u32).collect();
-        let slots = (0..gpu_loras).map(|i| (i, i as u32)).collect();
+        let slots = (0..preloaded).map(|i| (i, i as u32)).collect();
         Self { executor, free, held: HashMap::new(), slots, step: 0 }
     }
 
@@ -138,13 +147,25 @@ impl Rig {
         (plan, feed)
     }
 
-    /// Runs a step and gives the token that each share sampled.
-    pub fn step(&mut self, shares: &[Share<'_>]) -> Vec<u32> {
+    /// Submits a step and does not wait.
+    pub fn submit(&mut self, shares: &[Share<'_>]) -> u64 {
         let (plan, feed) = self.plan(shares);
         self.executor.submit_step(&plan, &feed).unwrap();
+        plan.step
+    }
+
+    /// Runs a step and gives what it ended with.
+    pub fn try_step(&mut self, shares: &[Share<'_>]) -> Result<Completion, ExecutorError> {
+        self.submit(shares);
+        self.executor.wait()
+    }
+
+    /// Runs a step and gives the token that each share sampled.
+    pub fn step(&mut self, shares: &[Share<'_>]) -> Vec<u32> {
+        let submitted = self.submit(shares);
         match self.executor.wait().unwrap() {
             Completion::Step { step, started, ended } => {
-                assert_eq!(step, plan.step);
+                assert_eq!(step, submitted);
                 assert!(started <= ended);
             }
             other => panic!("{other:?}"),
@@ -177,13 +198,18 @@ impl Rig {
         }
     }
 
-    /// Runs a step that starts while `loading` are still being copied, and gives back its swaps'
-    /// completions beside its own.
+    /// Runs a step that starts while slots `loading` are still being copied, and waits for everything
+    /// that is in flight.
     pub fn step_while_loading(&mut self, shares: &[Share<'_>], loading: &[u32]) -> Vec<Completion> {
         let (mut plan, feed) = self.plan(shares);
         plan.loading = loading.iter().map(|s| SlotId(*s)).collect();
         self.executor.submit_step(&plan, &feed).unwrap();
-        (0..=loading.len()).map(|_| self.executor.wait().unwrap()).collect()
+        self.drain()
+    }
+
+    /// Waits until nothing is in flight.
+    pub fn drain(&mut self) -> Vec<Completion> {
+        std::iter::from_fn(|| self.executor.wait().ok()).collect()
     }
 
     /// The greedy continuation of one prompt alone, or of several in one batch.

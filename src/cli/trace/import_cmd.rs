@@ -11,7 +11,7 @@ use super::super::workload::amount;
 use crate::workload::arrivals::Arrivals;
 use crate::workload::import::{self, Format};
 use crate::workload::popularity::Popularity;
-use crate::workload::spec::{Replay, replay_trace};
+use crate::workload::replay::{Replay, replay_trace};
 
 #[derive(Args, Debug, Serialize)]
 pub struct ImportArgs {

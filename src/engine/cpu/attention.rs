@@ -6,6 +6,7 @@ use gemm::Parallelism;
 use super::kv::{KvLayer, KvShape};
 use super::math::exponentials;
 use super::matmul::{Mat, MatMut, multiply};
+use super::simd::{MulAdd, vectorised};
 
 /// Query rows of one tile: its scores over a context of a thousand tokens stay in a second-level cache.
 const TILE: usize = 64;
@@ -142,14 +143,19 @@ fn attend_one(layer: &KvLayer, shape: &KvShape, rows: Rows<'_>, scratch: &mut Sc
     }
 }
 
-/// `scores[j] = scale · Σ_d query[d] · keys[d][j]`; `keys` is `[head_dim, scores.len()]`.
-fn block_scores(query: &[f32], keys: &[f32], scale: f32, scores: &mut [f32]) {
+vectorised! {
+    /// `scores[j] = scale · Σ_d query[d] · keys[d][j]`; `keys` is `[head_dim, scores.len()]`.
+    fn block_scores(query: &[f32], keys: &[f32], scale: f32, scores: &mut [f32]) = block_scores_body;
+}
+
+#[inline(always)]
+fn block_scores_body<M: MulAdd>(query: &[f32], keys: &[f32], scale: f32, scores: &mut [f32]) {
     let width = scores.len();
     for (i, out) in scores.chunks_exact_mut(LANES).enumerate() {
         let mut sums = [0.0f32; LANES];
         for (q, row) in query.iter().zip(keys.chunks_exact(width)) {
             for (sum, key) in sums.iter_mut().zip(&row[i * LANES..(i + 1) * LANES]) {
-                *sum += q * key;
+                *sum = M::mul_add(*q, *key, *sum);
             }
         }
         for (out, sum) in out.iter_mut().zip(sums) {
@@ -158,11 +164,16 @@ fn block_scores(query: &[f32], keys: &[f32], scale: f32, scores: &mut [f32]) {
     }
 }
 
-/// `out += Σ_j weights[j] · values[j]`; `values` is `[_, out.len()]`.
-fn add_weighted(weights: &[f32], values: &[f32], out: &mut [f32]) {
+vectorised! {
+    /// `out += Σ_j weights[j] · values[j]`; `values` is `[_, out.len()]`.
+    fn add_weighted(weights: &[f32], values: &[f32], out: &mut [f32]) = add_weighted_body;
+}
+
+#[inline(always)]
+fn add_weighted_body<M: MulAdd>(weights: &[f32], values: &[f32], out: &mut [f32]) {
     for (weight, row) in weights.iter().zip(values.chunks_exact(out.len())) {
         for (out, value) in out.iter_mut().zip(row) {
-            *out += weight * value;
+            *out = M::mul_add(*weight, *value, *out);
         }
     }
 }

@@ -10,13 +10,14 @@ use super::kv::{KvLayer, KvShape};
 use super::math;
 use super::matmul::{Mat, MatMut, multiply, multiply_transposed};
 use super::memory::{committed, parallelism};
+use super::packed::Packed;
 use super::sample::SeqSampler;
-use super::slots::{Load, Slots};
-use crate::engine::adapters::AdapterLayout;
+use super::slots::Slots;
+use super::step::Step;
 use crate::engine::backend::{Backend, BackendShape, HostMatrix, LoraTarget, Norm};
-use crate::engine::batch::{Batch, BatchLimits, LAST_TOKEN};
+use crate::engine::batch::Batch;
 use crate::engine::executor::{Sampling, TokenId};
-use crate::engine::model::Family;
+use crate::engine::model::{Family, ModelSpec};
 
 /// A plan that the CPU backend cannot carry out: a bug of the driver.
 #[derive(Debug, thiserror::Error)]
@@ -47,21 +48,8 @@ pub enum CpuError {
     },
 }
 
-/// A weight `[inputs, outputs]`: rows of inputs, so that products over few tokens read it as it lies.
-pub struct CpuMatrix {
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
-    inputs: usize,
-    outputs: usize,
-}
-
-/// A segment of the running step with its adapter's offset table.
-struct ActiveSegment {
-    slot: SlotId,
-    layout: Arc<AdapterLayout>,
-    start: usize,
-    rows: usize,
-}
+/// The weight of a linear layer, packed for reading.
+pub struct CpuMatrix(Packed);
 
 /// The CPU with its KV cache, slots and scratch memory.
 pub struct CpuBackend {
@@ -69,13 +57,16 @@ pub struct CpuBackend {
     kv_shape: KvShape,
     kv: Vec<KvLayer>,
     slots: Arc<Slots>,
-    threads: Parallelism,
+    threads: usize,
+    parallelism: Parallelism,
     /// `[max_model_len, head_dim / 2]` each.
     cos: Vec<f32>,
     sin: Vec<f32>,
     attention: Scratch,
     /// `[rows, max_rank]`: a segment's product with `Aᵀ`.
     shrunk: Vec<f32>,
+    /// `[rows, widest input]`: a product's left side.
+    interleaved: Vec<f32>,
     allowed: Option<Vec<bool>>,
     samplers: Vec<Option<SeqSampler>>,
     candidates: Vec<(f32, TokenId)>,
@@ -83,42 +74,6 @@ pub struct CpuBackend {
     last_tokens: Vec<TokenId>,
     sampled: Vec<TokenId>,
     step: Step,
-}
-
-/// The running step's metadata, as the operations need it.
-struct Step {
-    tokens: Vec<TokenId>,
-    positions: Vec<u32>,
-    kv_rows: Vec<u32>,
-    starts: Vec<u32>,
-    contexts: Vec<u32>,
-    /// Blocks of all sequences, one after the other.
-    blocks: Vec<u32>,
-    /// `[seqs + 1]` where each sequence's begin.
-    block_starts: Vec<u32>,
-    sample_rows: Vec<u32>,
-    sample_places: Vec<u32>,
-    segments: Vec<ActiveSegment>,
-    loads: Vec<Load>,
-}
-
-impl Step {
-    fn new(limits: &BatchLimits) -> Self {
-        let (rows, seqs) = (limits.max_num_batched_tokens, limits.max_num_seqs);
-        Self {
-            tokens: Vec::with_capacity(rows),
-            positions: Vec::with_capacity(rows),
-            kv_rows: Vec::with_capacity(rows),
-            starts: Vec::with_capacity(seqs + 1),
-            contexts: Vec::with_capacity(seqs),
-            blocks: Vec::with_capacity(seqs * limits.max_model_len.div_ceil(limits.block_size)),
-            block_starts: Vec::with_capacity(seqs + 1),
-            sample_rows: Vec::with_capacity(seqs),
-            sample_places: Vec::with_capacity(seqs),
-            segments: Vec::with_capacity(seqs),
-            loads: Vec::with_capacity(seqs),
-        }
-    }
 }
 
 impl CpuBackend {
@@ -145,12 +100,14 @@ impl CpuBackend {
             kv: (0..spec.layers).map(|_| KvLayer::new(&kv_shape)).collect(),
             attention: Scratch::new(&kv_shape, limits.max_model_len),
             shrunk: committed(limits.max_num_batched_tokens * max_rank),
+            interleaved: committed(limits.max_num_batched_tokens * widest_input(spec)),
             samplers: (0..limits.max_num_seqs).map(|_| None).collect(),
             candidates: Vec::with_capacity(spec.vocab_size),
             last_tokens: vec![0; limits.max_num_seqs],
             sampled: Vec::with_capacity(limits.max_num_seqs),
             step: Step::new(limits),
-            threads: parallelism(threads),
+            threads,
+            parallelism: parallelism(threads),
             kv_shape,
             slots,
             cos,
@@ -186,61 +143,11 @@ impl Backend for CpuBackend {
 
     fn upload_matrix(&mut self, matrix: HostMatrix) -> Result<CpuMatrix, CpuError> {
         let HostMatrix { weight, bias, outputs, inputs } = matrix;
-        Ok(CpuMatrix { weight: transposed(&weight, outputs, inputs), bias, inputs, outputs })
+        Ok(CpuMatrix(Packed::new(&weight, bias.as_deref(), outputs, inputs)))
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<(), CpuError> {
-        let step = &mut self.step;
-        for (to, from) in [
-            (&mut step.positions, &batch.positions),
-            (&mut step.kv_rows, &batch.kv_rows),
-            (&mut step.starts, &batch.starts),
-            (&mut step.contexts, &batch.contexts),
-            (&mut step.sample_rows, &batch.sample_rows),
-            (&mut step.sample_places, &batch.sample_places),
-        ] {
-            to.clear();
-            to.extend_from_slice(from);
-        }
-        step.tokens.clear();
-        step.blocks.clear();
-        step.block_starts.clear();
-        step.block_starts.push(0);
-        for seq in 0..batch.seqs() {
-            step.blocks.extend_from_slice(batch.seq_blocks(seq));
-            step.block_starts.push(step.blocks.len() as u32);
-            let last = self.last_tokens[batch.places[seq] as usize];
-            let ids = &batch.tokens[batch.seq_rows(seq)];
-            step.tokens.extend(ids.iter().map(|id| if *id == LAST_TOKEN { last } else { *id }));
-        }
-        let vocab = self.shape.spec.vocab_size;
-        if let Some(&token) = step.tokens.iter().find(|t| **t as usize >= vocab) {
-            return Err(CpuError::UnknownToken { token, vocab });
-        }
-        step.segments.clear();
-        for segment in &batch.segments {
-            let held = self.slots.held(segment.slot);
-            match held {
-                Some((adapter, layout)) if adapter == segment.adapter => {
-                    step.segments.push(ActiveSegment {
-                        slot: segment.slot,
-                        layout,
-                        start: segment.start as usize,
-                        rows: segment.rows as usize,
-                    });
-                }
-                held => {
-                    return Err(CpuError::WrongAdapter {
-                        slot: segment.slot,
-                        wanted: segment.adapter,
-                        held: held.map(|(adapter, _)| adapter),
-                    });
-                }
-            }
-        }
-        step.loads.clear();
-        step.loads.extend(batch.loading.iter().map(|slot| Load::new(*slot)));
-        Ok(())
+        self.step.take(batch, &self.last_tokens, self.shape.spec.vocab_size, &self.slots)
     }
 
     fn embed(
@@ -329,18 +236,7 @@ impl Backend for CpuBackend {
         x: &Vec<f32>,
         out: &mut Vec<f32>,
     ) -> Result<(), CpuError> {
-        let out = &mut out[..n * matrix.outputs];
-        if let Some(bias) = &matrix.bias {
-            out.chunks_exact_mut(matrix.outputs).for_each(|row| row.copy_from_slice(bias));
-        }
-        multiply(
-            MatMut::dense(out, n, matrix.outputs),
-            matrix.bias.is_some(),
-            1.0,
-            Mat::dense(x, n, matrix.inputs),
-            Mat::dense(&matrix.weight, matrix.inputs, matrix.outputs),
-            self.threads,
-        );
+        matrix.0.multiply(n, x, &mut self.interleaved, out, self.threads);
         Ok(())
     }
 
@@ -371,7 +267,7 @@ impl Backend for CpuBackend {
                     layout.scale(),
                     Mat::dense(&x[segment.start * part.inputs..], rows, part.inputs),
                     Mat::dense(a, rank, part.inputs),
-                    self.threads,
+                    self.parallelism,
                 );
                 multiply(
                     MatMut {
@@ -384,7 +280,7 @@ impl Backend for CpuBackend {
                     1.0,
                     Mat::dense(shrunk, rows, rank),
                     Mat::dense(b, rank, part.outputs),
-                    self.threads,
+                    self.parallelism,
                 );
             }
         }
@@ -437,7 +333,7 @@ impl Backend for CpuBackend {
                 context: *context as usize,
                 blocks: &step.blocks[blocks],
             };
-            attend(&self.kv[layer], &self.kv_shape, rows, &mut self.attention, self.threads);
+            attend(&self.kv[layer], &self.kv_shape, rows, &mut self.attention, self.parallelism);
         }
         Ok(())
     }
@@ -491,24 +387,12 @@ impl Backend for CpuBackend {
     }
 }
 
+/// The widest input of a linear layer.
+pub(super) fn widest_input(spec: &ModelSpec) -> usize {
+    spec.modules().iter().map(|m| m.inputs).max().unwrap_or(0).max(spec.hidden)
+}
+
 /// Row `i` of a dense matrix.
 fn row(matrix: &[f32], i: usize, width: usize) -> &[f32] {
     &matrix[i * width..(i + 1) * width]
-}
-
-/// `[rows, cols]` as `[cols, rows]`, in tiles that fit the first-level cache.
-fn transposed(matrix: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    const TILE: usize = 32;
-    assert_eq!(matrix.len(), rows * cols, "a matrix has rows times columns elements");
-    let mut out = vec![0.0; matrix.len()];
-    for r0 in (0..rows).step_by(TILE) {
-        for c0 in (0..cols).step_by(TILE) {
-            for r in r0..rows.min(r0 + TILE) {
-                for c in c0..cols.min(c0 + TILE) {
-                    out[c * rows + r] = matrix[r * cols + c];
-                }
-            }
-        }
-    }
-    out
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use lora_sched::{AdapterId, Nanos, SlotId, SwapKind, SwapMode};
 
-use super::executor::Reports;
+use super::reports::Reports;
 use super::slots::Slots;
 use crate::engine::adapters::HostAdapter;
 use crate::engine::executor::Completion;

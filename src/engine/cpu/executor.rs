@@ -1,22 +1,21 @@
 //! The executor: a compute thread and a copy thread behind `submit` and `wait`.
 
-use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 use lora_sched::{AdapterId, Nanos, SlotId, StepPlan, SwapMode, SwapPlan};
 
 use super::backend::CpuBackend;
+use super::compute::{Compute, Job};
 use super::copier::{self, Copy, CopyQueue};
 use super::memory::MemoryPlan;
+use super::reports::{Reported, Reports};
 use super::slots::Slots;
 use crate::engine::adapters::HostPool;
-use crate::engine::backend::{Backend, BackendShape};
+use crate::engine::backend::BackendShape;
 use crate::engine::batch::{Batch, BatchLimits};
-use crate::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed, StepResult, Waker};
+use crate::engine::executor::{Completion, Executor, ExecutorError, StepFeed, StepResult, Waker};
 use crate::engine::model::{Decoder, Family, ModelSpec, WeightError, Weights};
 
 /// What a CPU executor is made with.
@@ -54,68 +53,6 @@ pub enum CpuStartError {
     /// A thread could not be started.
     #[error("cannot start a thread: {0}")]
     Thread(#[from] std::io::Error),
-}
-
-/// A step on its way to the compute thread and back.
-struct Job {
-    step: u64,
-    batch: Batch,
-    begins: Vec<(u32, Sampling)>,
-    result: StepResult,
-    /// `[sampling seqs, vocab]` in batch order, if they are kept.
-    logits: Vec<f32>,
-    failure: Option<String>,
-}
-
-/// What the threads report, and the clock that they stamp it with.
-pub(super) struct Reports {
-    epoch: Instant,
-    state: Mutex<Reported>,
-    signal: Condvar,
-}
-
-struct Reported {
-    swaps: VecDeque<Completion>,
-    step: Option<(Box<Job>, Nanos, Nanos)>,
-    waker: Option<Waker>,
-}
-
-impl Reports {
-    fn new(slots: usize) -> Self {
-        let state = Reported { swaps: VecDeque::with_capacity(slots), step: None, waker: None };
-        Self { epoch: Instant::now(), state: Mutex::new(state), signal: Condvar::new() }
-    }
-
-    /// Nanoseconds since the executor was made.
-    pub fn now(&self) -> Nanos {
-        self.epoch.elapsed().as_nanos() as Nanos
-    }
-
-    /// A swap has ended.
-    pub fn swap(&self, completion: Completion) {
-        let mut state = self.lock();
-        state.swaps.push_back(completion);
-        self.tell(state);
-    }
-
-    fn step(&self, job: Box<Job>, started: Nanos, ended: Nanos) {
-        let mut state = self.lock();
-        state.step = Some((job, started, ended));
-        self.tell(state);
-    }
-
-    fn tell(&self, state: MutexGuard<'_, Reported>) {
-        let waker = state.waker.clone();
-        drop(state);
-        self.signal.notify_all();
-        if let Some(waker) = waker {
-            waker();
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Reported> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Steps and swaps on the CPU.
@@ -285,11 +222,14 @@ impl Executor for CpuExecutor {
         job.result.tokens.resize(plan.seqs.len(), None);
         job.result.stalled.clear();
         job.logits.clear();
-        for segment in &job.batch.segments {
-            match self.read_by_step.get_mut(segment.slot.0 as usize) {
-                Some(read) => *read = true,
-                None => return Err(error(format!("slot {} of {}", segment.slot, self.slots.len()))),
-            }
+        let (slots, batch) = (self.slots.len(), &job.batch);
+        let named = batch.segments.iter().map(|segment| segment.slot).chain(batch.loading.iter().copied());
+        if let Some(slot) = named.clone().find(|slot| slot.0 as usize >= slots) {
+            self.job = Some(job);
+            return Err(error(format!("slot {slot} of {slots}")));
+        }
+        for slot in named {
+            self.read_by_step[slot.0 as usize] = true;
         }
         let steps = self.steps.as_ref().ok_or_else(|| error("the executor is shutting down"))?;
         steps.send(job).map_err(|_| error("the compute thread has ended"))
@@ -329,7 +269,7 @@ impl Executor for CpuExecutor {
             if self.job.is_some() && self.swaps_in_flight == 0 {
                 return Err(error("nothing is in flight"));
             }
-            state = reports.signal.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = reports.sleep(state);
         }
     }
 
@@ -371,58 +311,4 @@ impl Drop for CpuExecutor {
             drop(thread.join());
         }
     }
-}
-
-/// What the compute thread owns.
-struct Compute {
-    backend: CpuBackend,
-    decoder: Decoder<CpuBackend>,
-    vocab: usize,
-    keep_logits: bool,
-}
-
-impl Compute {
-    fn run(mut self, inbox: &Receiver<Box<Job>>, reports: &Reports) {
-        while let Ok(mut job) = inbox.recv() {
-            let started = reports.now();
-            let outcome = catch_unwind(AssertUnwindSafe(|| self.step(&mut job)));
-            let ended = reports.now();
-            job.failure = match outcome {
-                Ok(Ok(())) => None,
-                Ok(Err(e)) => Some(format!("step {}: {e}", job.step)),
-                Err(panic) => Some(format!("step {} panicked: {}", job.step, said(&*panic))),
-            };
-            reports.step(job, started, ended);
-        }
-    }
-
-    fn step(&mut self, job: &mut Job) -> Result<(), super::CpuError> {
-        for (place, sampling) in job.begins.drain(..) {
-            self.backend.begin_sequence(place, sampling);
-        }
-        self.decoder.forward(&mut self.backend, &job.batch)?;
-        let samples = job.batch.sample_rows.len();
-        if self.keep_logits {
-            job.logits.resize(samples * self.vocab, 0.0);
-            self.backend.download(self.decoder.logits(), &mut job.logits)?;
-        }
-        if samples > 0 {
-            self.decoder.sample(&mut self.backend)?;
-            let tokens = self.backend.sampled()?;
-            for (index, token) in job.batch.sample_plan.iter().zip(tokens) {
-                job.result.tokens[*index as usize] = Some(*token);
-            }
-        }
-        job.result.stalled.extend(self.backend.stalled());
-        Ok(())
-    }
-}
-
-/// The text of a panic.
-fn said(panic: &(dyn std::any::Any + Send)) -> &str {
-    panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("(no message)")
 }

@@ -1,29 +1,31 @@
 //! Elementwise and row-wise arithmetic. Loops are written so that the compiler turns them into
 //! vector instructions: no branches, no calls, sums in independent lanes.
 
+use super::simd::{MulAdd, vectorised};
+
 /// Lanes of a sum: enough for two AVX-512 or four AVX2 registers.
 const LANES: usize = 32;
 
 /// `e^x` to about two units in the last place, without a call: reduction to `±ln 2 / 2` and a
 /// polynomial of degree 6. Saturates outside ±87.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+fn exp<M: MulAdd>(x: f32) -> f32 {
     // Adding 1.5 · 2^23 rounds to an integer, which then stands in the low mantissa bits.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts, so that the reduction is exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let x = x.clamp(-87.0, 87.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = M::mul_add(x, std::f32::consts::LOG2_E, ROUND);
     let whole = shifted - ROUND;
-    let r = x - whole * LN2_HIGH - whole * LN2_LOW;
+    let r = M::mul_add(whole, -LN2_LOW, M::mul_add(whole, -LN2_HIGH, x));
     let p = 1.987_569_1e-4_f32;
-    let p = p * r + 1.398_2e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let p = p * r * r + r + 1.0;
+    let p = M::mul_add(p, r, 1.398_2e-3);
+    let p = M::mul_add(p, r, 8.333_452e-3);
+    let p = M::mul_add(p, r, 4.166_579_6e-2);
+    let p = M::mul_add(p, r, 1.666_666_5e-1);
+    let p = M::mul_add(p, r, 0.5);
+    let p = M::mul_add(p * r, r, r) + 1.0;
     let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32 - 127);
     p * f32::from_bits((exponent as u32) << 23)
 }
@@ -81,10 +83,15 @@ pub(super) fn layer_norm_row(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, 
     }
 }
 
-/// `out = silu(gate) · up`.
-pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+vectorised! {
+    /// `out = silu(gate) · up`.
+    pub(super) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) = silu_mul_body;
+}
+
+#[inline(always)]
+fn silu_mul_body<M: MulAdd>(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
-        *out = g / (1.0 + exp(-g)) * u;
+        *out = g / (1.0 + exp::<M>(-g)) * u;
     }
 }
 
@@ -95,12 +102,17 @@ pub(super) fn relu(x: &mut [f32]) {
     }
 }
 
-/// Turns a row of scores into `e^(score − max)` and gives their sum, by which the caller divides
-/// what it computes from them.
-pub(super) fn exponentials(scores: &mut [f32]) -> f32 {
+vectorised! {
+    /// Turns a row of scores into `e^(score − max)` and gives their sum, by which the caller divides
+    /// what it computes from them.
+    pub(super) fn exponentials(scores: &mut [f32]) -> f32 = exponentials_body;
+}
+
+#[inline(always)]
+fn exponentials_body<M: MulAdd>(scores: &mut [f32]) -> f32 {
     let max = max_of(scores);
     for s in scores.iter_mut() {
-        *s = exp(*s - max);
+        *s = exp::<M>(*s - max);
     }
     sum_of(scores, |s| s)
 }
@@ -132,6 +144,7 @@ pub(super) fn rope_tables(positions: usize, head_dim: usize, theta: f32) -> (Vec
 
 #[cfg(test)]
 mod tests {
+    use super::super::simd::Baseline;
     use super::*;
     use approx::assert_relative_eq;
 
@@ -143,9 +156,12 @@ mod tests {
     fn exp_matches_the_library() {
         for i in -8600..8600 {
             let x = i as f32 * 0.01;
-            assert_relative_eq!(exp(x), x.exp(), max_relative = 4e-7);
+            assert_relative_eq!(exp::<Baseline>(x), x.exp(), max_relative = 4e-7);
         }
-        assert!(exp(-1e9) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37 && exp(1e9).is_finite());
+        for (x, want) in [(-1e9, 0.0), (f32::NEG_INFINITY, 0.0)] {
+            assert_relative_eq!(exp::<Baseline>(x), want, epsilon = 1e-37);
+        }
+        assert!(exp::<Baseline>(1e9).is_finite());
     }
 
     #[test]

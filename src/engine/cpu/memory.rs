@@ -3,7 +3,7 @@
 use gemm::Parallelism;
 
 use super::attention;
-use super::backend::CpuBackend;
+use super::backend::{CpuBackend, widest_input};
 use super::kv::KvShape;
 use super::slots::Slots;
 use crate::engine::batch::BatchLimits;
@@ -52,7 +52,7 @@ impl MemoryPlan {
         let tied = if spec.tie_embeddings { (spec.vocab_size * spec.hidden) as u64 } else { 0 };
         let workspace = Decoder::<CpuBackend>::workspace_elements(spec, limits)
             + attention::Scratch::elements(&shape, limits.max_model_len)
-            + limits.max_num_batched_tokens * max_rank
+            + limits.max_num_batched_tokens * (max_rank + widest_input(spec))
             + limits.max_model_len * spec.head_dim;
         Self {
             weights: (spec.parameters() + tied) * F32,
@@ -103,7 +103,7 @@ mod tests {
         assert_eq!(plan.total(), parts);
         let rows = 4096 * (3 * 4096 + 3 * 4096 + 4096 + 3 * 11_008);
         let last = 16 * (2 * 4096 + 32_000);
-        let scratch = 4096 * (2 * 128 + 64) + 4096 * 16 + 4096 * 128;
+        let scratch = 4096 * (2 * 128 + 64) + 4096 * (16 + 11_008) + 4096 * 128;
         assert_eq!(plan.workspace, 4 * (rows + last + scratch));
     }
 }

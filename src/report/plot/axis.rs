@@ -77,7 +77,7 @@ fn is_decade(value: f64) -> bool {
 /// Seconds as people write them: `0`, `50 µs`, `2.5 ms`, `300 ms`, `1.2 s`.
 pub fn seconds(value: f64) -> String {
     let (scaled, unit) = match value.abs() {
-        v if v == 0.0 => return "0".to_owned(),
+        0.0 => return "0".to_owned(),
         v if v < 0.999_5e-3 => (value * 1e6, "µs"),
         v if v < 0.999_5 => (value * 1e3, "ms"),
         _ => (value, "s"),

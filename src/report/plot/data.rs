@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
+use super::words::{Natural, describe};
 use super::{Options, PlotError};
 use crate::report::record::{RequestRecord, Status};
 use crate::report::results::{ResultRow, Source};
@@ -214,49 +215,6 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Text that sorts by value where it is a number and else by when it was first seen, which is the
-/// order in which the experiment lists it.
-#[derive(Clone, Debug)]
-struct Natural {
-    number: Option<f64>,
-    seen: usize,
-    text: String,
-}
-
-impl Natural {
-    fn new(text: String, order: &mut Vec<String>) -> Self {
-        let seen = order.iter().position(|t| *t == text).unwrap_or_else(|| {
-            order.push(text.clone());
-            order.len() - 1
-        });
-        Self { number: text.parse().ok().filter(|n: &f64| n.is_finite()), seen, text }
-    }
-}
-
-impl PartialEq for Natural {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-
-impl Eq for Natural {}
-
-impl PartialOrd for Natural {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Natural {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        let by_number = match (self.number, other.number) {
-            (Some(a), Some(b)) => a.total_cmp(&b),
-            (a, b) => b.is_some().cmp(&a.is_some()),
-        };
-        by_number.then(self.seen.cmp(&other.seen))
-    }
-}
-
 /// The distinct values of a column among rows that have one.
 fn values(rows: &[Row<'_>], column: &str) -> BTreeSet<String> {
     rows.iter().filter_map(|r| r.get(column)).collect()
@@ -338,35 +296,84 @@ fn point(
     Some(Point { budget, value: mean(&all)?, interval, saturated })
 }
 
-/// A setting's value in words.
-fn describe(column: &str, value: &str) -> String {
-    let value = if value.is_empty() { "unknown" } else { value };
-    match column {
-        "model" => value.to_owned(),
-        "total_loras" => format!("{value} adapters"),
-        "prompt_regime" => format!("{value} prompts"),
-        "arrival_rate" => format!("{value} requests/s"),
-        "rho" => format!("load ρ {value}"),
-        "popularity" => format!("{} popularity", proper(value)),
-        "arrivals" => format!("{} arrivals", proper(value)),
-        "evict" => format!("{} eviction", proper(value)),
-        "swap_mode" => format!("{value} swaps"),
-        "max_num_seqs" => format!("up to {value} sequences"),
-        "num_requests" => format!("{value} requests a run"),
-        "max_tokens" => format!("{value} output tokens"),
-        _ => format!("{column} {value}"),
-    }
-}
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
 
-/// Names and abbreviations as they are written in text.
-fn proper(word: &str) -> String {
-    match word.split_once(':') {
-        Some((law, parameter)) => format!("{} {parameter}", proper(law)),
-        None => match word {
-            "poisson" => "Poisson".to_owned(),
-            "zipf" => "Zipf".to_owned(),
-            "lru" | "lfu" | "fifo" => word.to_uppercase(),
-            _ => word.to_owned(),
-        },
+    use super::*;
+    use crate::report::results::{RunContext, RunKey};
+
+    fn row(source: Source, budget: u32, regime: &str, repeat: u32, ttft: f64) -> ResultRow {
+        let mut context = RunContext::new(source, 128, budget, regime);
+        (context.seed, context.repeat, context.cell) =
+            (Some(1), Some(repeat), Some(format!("{budget:016x}")));
+        let mut row = ResultRow::from_records(&[], &context);
+        (row.ttft_median, row.ttft_p99) = (Some(ttft), Some(2.0 * ttft));
+        row
+    }
+
+    fn prepare(rows: &[ResultRow]) -> Data {
+        Data::prepare(rows, &Options::default()).unwrap()
+    }
+
+    #[test]
+    fn repeats_become_one_point_with_students_interval() {
+        let rows: Vec<_> = (0..5).map(|i| row(Source::Measured, 4, "short", i, f64::from(i + 1))).collect();
+        let data = prepare(&rows);
+        assert_eq!((data.panels.len(), data.panels[0].curves.len()), (1, 2));
+        let point = data.panels[0].curves[0].points[0];
+        let interval = point.interval.unwrap();
+        assert_eq!((point.budget, point.value), (4, 3.0));
+        assert!((interval.high - 4.963_243).abs() < 1e-5, "{interval:?}");
+        assert_eq!(data.notes.measured_runs, BTreeSet::from([5]));
+    }
+
+    #[test]
+    fn simulated_seeds_become_a_band_of_their_range() {
+        let rows: Vec<_> = (0..5).map(|i| row(Source::Simulated, 4, "short", i, f64::from(i + 1))).collect();
+        let point = prepare(&rows).panels[0].curves[0].points[0];
+        assert_eq!(point.interval, Some(Interval { low: 1.0, high: 5.0 }));
+    }
+
+    #[test]
+    fn a_single_run_takes_its_interval_from_its_requests() {
+        let rows = [row(Source::Measured, 4, "short", 0, 1.0)];
+        assert_eq!(prepare(&rows).panels[0].curves[0].points[0].interval, None);
+        let key: RunKey = rows[0].run_key().unwrap();
+        let bounds = Some(Interval { low: 0.9, high: 1.2 });
+        let within_run = HashMap::from([(key, WithinRun { median: bounds, p99: None })]);
+        let data = Data::prepare(&rows, &Options { within_run, ..Options::default() }).unwrap();
+        assert_eq!(data.panels[0].curves[0].points[0].interval, bounds);
+        assert_eq!(data.panels[0].curves[1].points[0].interval, None);
+        assert!(data.notes.within_run);
+    }
+
+    #[test]
+    fn panels_follow_the_rows_and_share_the_budgets() {
+        let rows = [
+            row(Source::Measured, 8, "short", 0, 1.0),
+            row(Source::Measured, 2, "long", 0, 3.0),
+            row(Source::Simulated, 4, "short", 0, 2.0),
+        ];
+        let data = prepare(&rows);
+        let labels: Vec<_> = data.panels.iter().map(|p| p.label.as_str()).collect();
+        assert_eq!(labels, ["short prompts", "long prompts"]);
+        assert_eq!(data.budgets, [2, 4, 8]);
+        assert_eq!(data.shared, ["128 adapters"]);
+    }
+
+    #[test]
+    fn what_a_row_does_not_know_is_taken_to_be_as_in_the_others() {
+        let mut rows =
+            [row(Source::Measured, 8, "short", 0, 1.0), row(Source::Simulated, 8, "short", 0, 1.0)];
+        rows[1].policy = Some("skip".to_owned());
+        assert_eq!(prepare(&rows).panels.len(), 1);
+    }
+
+    #[test]
+    fn runs_without_a_ttft_are_nothing_to_plot() {
+        let mut rows = [row(Source::Measured, 8, "short", 0, 1.0)];
+        rows[0].ttft_median = None;
+        assert!(matches!(Data::prepare(&rows, &Options::default()), Err(PlotError::NoRows)));
     }
 }

@@ -10,11 +10,13 @@ pub mod data;
 mod font;
 mod legend;
 mod render;
+mod words;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use super::files::{self, FileError};
+use super::manifest::{Manifest, path_beside};
 use super::results::{ResultRow, RunKey};
 use data::{Data, WithinRun};
 
@@ -100,7 +102,7 @@ pub fn write(
     Ok((svg_path, png_path))
 }
 
-/// Where [`write`] puts the two files.
+/// Where [`write()`] puts the two files.
 pub fn paths(base: impl AsRef<Path>) -> (PathBuf, PathBuf) {
     let base = base.as_ref();
     let stem = match base.extension().and_then(|e| e.to_str()) {
@@ -113,4 +115,26 @@ pub fn paths(base: impl AsRef<Path>) -> (PathBuf, PathBuf) {
         PathBuf::from(name)
     };
     (with(".svg"), with(".png"))
+}
+
+/// A [footer](Options::footer) that says where the numbers come from: files, days, and what the
+/// manifests beside the files tell of machine and program.
+pub fn footer(csv: &[PathBuf], rows: &[ResultRow]) -> String {
+    let files: Vec<_> =
+        csv.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy().into_owned()).collect();
+    let days: BTreeSet<_> = rows.iter().filter_map(|r| r.run_timestamp.get(..10)).collect();
+    let mut parts = vec![files.join(", ")];
+    parts.extend(days.first().map(|first| match days.last() {
+        Some(last) if last != first => format!("{first} to {last}"),
+        _ => (*first).to_owned(),
+    }));
+    let manifests: Vec<Manifest> = csv.iter().filter_map(|p| Manifest::read(path_beside(p)).ok()).collect();
+    let machines: BTreeSet<_> = manifests.iter().map(|m| m.machine.describe()).collect();
+    let tools: BTreeSet<_> = manifests.iter().map(|m| m.tool.describe()).collect();
+    parts.extend(machines);
+    parts.extend(tools);
+    if manifests.iter().any(|m| !m.complete) {
+        parts.push("incomplete run".to_owned());
+    }
+    parts.join(" · ")
 }

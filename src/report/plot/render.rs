@@ -38,6 +38,9 @@ const FOOT: f64 = 26.0;
 /// Tick labels nearer than this to the last one are left out, pixels.
 const LABEL_ROOM: f64 = 6.0;
 
+/// A vertical axis' title, and how its ticks are written.
+type Labels = (&'static str, fn(f64) -> String);
+
 /// A rectangle in pixels.
 #[derive(Clone, Copy)]
 struct Frame {
@@ -158,21 +161,11 @@ impl<'a> Axes<'a> {
         with_swaps: bool,
     ) -> Result<(), PlotError> {
         let of = |swaps: bool| panel.curves.iter().filter(move |c| (c.quantity == Quantity::Swaps) == swaps);
-        self.grid(
-            canvas,
-            ttft,
-            &self.ttft,
-            first.then_some(("time to first token", seconds as fn(f64) -> String)),
-        )?;
+        self.grid(canvas, ttft, &self.ttft, first.then_some(("time to first token", seconds as _)))?;
         let mut last = ttft;
         if with_swaps {
             last = Frame { top: ttft.bottom() + BETWEEN, height: SWAPS_HEIGHT, ..ttft };
-            self.grid(
-                canvas,
-                last,
-                &self.swaps,
-                first.then_some(("swaps in a run", number as fn(f64) -> String)),
-            )?;
+            self.grid(canvas, last, &self.swaps, first.then_some(("swaps in a run", number as _)))?;
         }
         self.budget_labels(canvas, last)?;
         // Lines first, so that no line hides a point.
@@ -203,7 +196,7 @@ impl<'a> Axes<'a> {
         canvas: &Canvas<'_>,
         frame: Frame,
         scale: &Scale,
-        labels: Option<(&str, fn(f64) -> String)>,
+        labels: Option<Labels>,
     ) -> Result<(), PlotError> {
         for budget in self.budgets {
             let x = self.x(frame, *budget);

@@ -27,15 +27,16 @@ impl Tokenizer {
     }
 
     /// As [`Self::resolve`], except that a hub name or a model folder without a tokenizer here gives
-    /// the byte-level one. The text says which it is, to be shown at start. A path that is missing,
+    /// the byte-level one. The text says which it is, to be shown at
+    /// start. A path that is missing,
     /// or a file that is no tokenizer, is an error all the same.
     pub fn resolve_or_byte_level(name: Option<&str>) -> Result<(Self, String), TokenizerError> {
         let Some(name) = name else {
-            return Ok((Self::byte_level(), "tokenizer: byte-level (embedded)".to_owned()));
+            return Ok((Self::byte_level(), "byte-level (embedded)".to_owned()));
         };
         let why = match Self::resolve(Some(name)) {
             Ok(tokenizer) => {
-                let said = format!("tokenizer: {}", tokenizer.source());
+                let said = tokenizer.source().to_string();
                 return Ok((tokenizer, said));
             }
             Err(TokenizerError::NotFetched { .. }) => {
@@ -49,7 +50,7 @@ impl Tokenizer {
             }
             Err(e) => return Err(e),
         };
-        Ok((Self::byte_level(), format!("tokenizer: byte-level (embedded), since {why}")))
+        Ok((Self::byte_level(), format!("byte-level (embedded), since {why}")))
     }
 }
 

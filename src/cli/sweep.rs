@@ -1,0 +1,198 @@
+//! `lora-hbm sweep`: every cell of an experiment file, measured or simulated.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::failure::Failure;
+use super::settings::{Context, OutputFormat};
+use super::ui;
+use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress};
+use crate::profile::Profile;
+use crate::report::files::check_writable;
+use crate::report::manifest::{Manifest, path_beside};
+use crate::report::results::ResultRow;
+
+#[derive(Args, Debug, Serialize)]
+pub struct SweepArgs {
+    /// Experiment file
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experiment: Option<PathBuf>,
+    /// measured (on an engine in this process) or simulated (from a profile) (required)
+    #[arg(long, value_name = "measured|simulated")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mode: Option<String>,
+    /// Profile: for --mode simulated, and for loads given as rho
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile: Option<PathBuf>,
+    /// Go on where an earlier run of this sweep stopped
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resume: Option<bool>,
+    /// Only the I-th of N parts of the cells, such as 1/4
+    #[arg(long, value_name = "I/N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shard: Option<String>,
+    /// Results CSV [default: the experiment's, else its name]
+    #[arg(short, long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+struct SweepSettings {
+    experiment: Option<PathBuf>,
+    mode: Option<String>,
+    profile: Option<PathBuf>,
+    resume: bool,
+    shard: Option<String>,
+    out: Option<PathBuf>,
+}
+
+pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
+    let settings: SweepSettings = ctx.resolve("sweep", args)?;
+    let path =
+        settings.experiment.as_deref().ok_or_else(|| Failure::usage("sweep needs an experiment file"))?;
+    let measured = match settings.mode.as_deref() {
+        Some("measured") => true,
+        Some("simulated") => false,
+        Some(other) => {
+            return Err(Failure::usage(format!("--mode is '{other}': it must be measured or simulated")));
+        }
+        None => return Err(Failure::usage("sweep needs --mode measured or --mode simulated")),
+    };
+    let shard = settings.shard.as_deref().map(str::parse::<Shard>).transpose();
+    let shard = shard.map_err(|e| Failure::Usage(e.into()))?;
+    let experiment = Experiment::load(path).map_err(|e| Failure::Usage(e.into()))?;
+    let simulator = settings.profile.as_deref().map(simulator).transpose()?;
+    if !measured && simulator.is_none() {
+        return Err(Failure::usage("--mode simulated needs --profile: make one with `lora-hbm calibrate`"));
+    }
+    let csv = settings
+        .out
+        .clone()
+        .or_else(|| experiment.output.csv.clone())
+        .unwrap_or_else(|| PathBuf::from(format!("{}.csv", experiment.name)));
+    check_writable(&csv).map_err(Failure::failed)?;
+
+    let manifest_path = path_beside_mode(&csv, measured);
+    let mut manifest = Manifest::begin("sweep", &(&settings, &experiment), &experiment.replicate.seeds)
+        .map_err(Failure::failed)?;
+    manifest.profile_sha256 = simulator.as_ref().map(|s| s.profile().sha256.clone());
+    let sweep = Sweep {
+        experiment: &experiment,
+        simulator: simulator.as_ref(),
+        shard,
+        requests: experiment.output.requests.clone(),
+        manifest: manifest_path.file_name().map(|n| n.to_string_lossy().into_owned()),
+        csv,
+    };
+    let source = if measured {
+        crate::report::results::Source::Measured
+    } else {
+        crate::report::results::Source::Simulated
+    };
+    let there = sweep.rows().map_err(failed)?.iter().filter(|r| r.source == source).count();
+    if there > 0 && !settings.resume {
+        return Err(Failure::usage(format!(
+            "{} has {there} {source} rows already: go on with --resume, or name another file with --out",
+            sweep.csv.display()
+        )));
+    }
+    manifest.write(&manifest_path).map_err(Failure::failed)?;
+    let rows = execute(&sweep, measured)?;
+    manifest.end(true);
+    manifest.write(&manifest_path).map_err(Failure::failed)?;
+    match ctx.format {
+        OutputFormat::Json => {
+            for row in &rows {
+                println!("{}", serde_json::to_string(row).map_err(Failure::failed)?);
+            }
+        }
+        OutputFormat::Table => {
+            print(&rows);
+            println!("{} rows in {}", rows.len(), sweep.csv.display());
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn simulator(path: &Path) -> Result<Simulator, Failure> {
+    let profile = Profile::load(path).map_err(|e| Failure::Failed(e.into()))?;
+    Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))
+}
+
+/// Measured and simulated rows of one CSV are made by two runs.
+fn path_beside_mode(csv: &Path, measured: bool) -> PathBuf {
+    let mode = if measured { "measured" } else { "simulated" };
+    path_beside(csv.with_extension(format!("{mode}.csv")))
+}
+
+fn failed(e: SweepError) -> Failure {
+    Failure::Failed(e.into())
+}
+
+#[cfg(feature = "server")]
+fn execute(sweep: &Sweep<'_>, measured: bool) -> Result<Vec<ResultRow>, Failure> {
+    if !measured {
+        return simulate(sweep);
+    }
+    let bar = ui::bar(0, "measuring");
+    let rows = sweep.measure(&mut crate::experiment::Engines::default(), |p| show(&bar, &p));
+    bar.finish_and_clear();
+    rows.map_err(failed)
+}
+
+#[cfg(not(feature = "server"))]
+fn execute(sweep: &Sweep<'_>, measured: bool) -> Result<Vec<ResultRow>, Failure> {
+    if measured {
+        return Err(Failure::usage(
+            "this program was built without an engine: build it with the feature 'server' to measure",
+        ));
+    }
+    simulate(sweep)
+}
+
+fn simulate(sweep: &Sweep<'_>) -> Result<Vec<ResultRow>, Failure> {
+    let bar = ui::bar(0, "simulating");
+    let rows = sweep.simulate(|p| show(&bar, &p));
+    bar.finish_and_clear();
+    rows.map_err(failed)
+}
+
+/// Runs as the unit, the share of the run under way included.
+pub(super) fn show(bar: &indicatif::ProgressBar, p: &SweepProgress<'_>) {
+    const PARTS: u64 = 100;
+    if let Some(run) = p.run {
+        bar.set_message(format!(
+            "gpu_loras {}, seed {}, repeat {}",
+            run.cell.engine.gpu_loras, run.seed, run.repeat
+        ));
+    }
+    bar.set_length(p.total as u64 * PARTS);
+    let share = p.requests.0 as u64 * PARTS / (p.requests.1.max(1) as u64);
+    bar.set_position(p.done as u64 * PARTS + share);
+}
+
+fn print(rows: &[ResultRow]) {
+    let mut table =
+        ui::table(&["gpu_loras", "rate", "seed", "repeat", "TTFT median", "p90", "p99", "swaps", ""]);
+    let time = |s: Option<f64>| s.map_or_else(String::new, ui::seconds);
+    for row in rows {
+        table.add_row([
+            row.gpu_loras.to_string(),
+            row.arrival_rate.map_or_else(String::new, |r| format!("{r:.2}")),
+            row.seed.map_or_else(String::new, |s| s.to_string()),
+            row.repeat.map_or_else(String::new, |r| r.to_string()),
+            time(row.ttft_median),
+            time(row.ttft_p90),
+            time(row.ttft_p99),
+            row.swap_count.map_or_else(String::new, |n| n.to_string()),
+            if row.saturated == Some(true) { "saturated" } else { "" }.to_owned(),
+        ]);
+    }
+    println!("{table}");
+}

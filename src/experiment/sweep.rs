@@ -1,0 +1,175 @@
+//! Running what is left of an experiment, row by row.
+
+use std::path::PathBuf;
+
+use rayon::prelude::*;
+
+use super::source::{SourceError, Sources};
+use super::{Cell, Experiment, Run, Shard, SimulateError, Simulator, is_saturated};
+use crate::report::files::FileError;
+use crate::report::record::RequestRecord;
+use crate::report::requests::{RequestsError, append_requests};
+use crate::report::results::{ResultRow, ResultsError, Source, append_rows, read_rows};
+use crate::workload::trace::Trace;
+
+/// Simulated runs between two appends.
+const CHUNK: usize = 64;
+
+/// A sweep that stopped. What it had finished is in its file; `--resume` goes on from there.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    /// The results.
+    #[error(transparent)]
+    Results(#[from] ResultsError),
+    /// The requests.
+    #[error(transparent)]
+    Requests(#[from] RequestsError),
+    /// Another file.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The workload.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A simulated run.
+    #[error(transparent)]
+    Simulate(#[from] SimulateError),
+    /// A measured run.
+    #[cfg(feature = "server")]
+    #[error(transparent)]
+    Measure(#[from] super::MeasureError),
+    /// `rho` without a profile.
+    #[error("the load rho is a share of the saturation rate, which a profile gives: name one with --profile")]
+    NoProfile,
+}
+
+/// Where a sweep's results go and what it is run with.
+#[derive(Debug)]
+pub struct Sweep<'a> {
+    /// The experiment.
+    pub experiment: &'a Experiment,
+    /// The simulator: for simulated runs, and for load given as `rho`.
+    pub simulator: Option<&'a Simulator>,
+    /// Which cells; none is all.
+    pub shard: Option<Shard>,
+    /// The results CSV.
+    pub csv: PathBuf,
+    /// Folder of requests files.
+    pub requests: Option<PathBuf>,
+    /// Name of the manifest, for the rows.
+    pub manifest: Option<String>,
+}
+
+/// How far a sweep is.
+#[derive(Clone, Debug)]
+pub struct SweepProgress<'a> {
+    /// Runs that are done.
+    pub done: usize,
+    /// Runs that were left at the start.
+    pub total: usize,
+    /// The run under way.
+    pub run: Option<Run<'a>>,
+    /// Its requests: ended and all.
+    pub requests: (usize, usize),
+}
+
+impl Sweep<'_> {
+    /// The rows that the CSV has already.
+    pub fn rows(&self) -> Result<Vec<ResultRow>, SweepError> {
+        if self.csv.exists() { Ok(read_rows(&self.csv)?) } else { Ok(Vec::new()) }
+    }
+
+    /// Requests a second of a cell; none are the trace's own times.
+    fn rate(&self, cell: &Cell, sources: &mut Sources, seed: u64) -> Result<Option<f64>, SweepError> {
+        let Some(rho) = cell.workload.rho else { return Ok(cell.workload.arrival_rate) };
+        let simulator = self.simulator.ok_or(SweepError::NoProfile)?;
+        // Any rate will do: the burst comes all at once.
+        let trace = sources.trace(&cell.engine, &cell.workload, Some(1.0), seed)?;
+        Ok(Some(rho * simulator.saturation_rate(&cell.at_full_budget(), &trace)?))
+    }
+
+    /// The same for every budget: common random numbers.
+    fn trace(&self, run: &Run<'_>, sources: &mut Sources) -> Result<(Option<f64>, Trace), SweepError> {
+        let rate = self.rate(run.cell, sources, run.seed)?;
+        Ok((rate, sources.trace(&run.cell.engine, &run.cell.workload, rate, run.seed)?))
+    }
+
+    fn row(
+        &self,
+        run: &Run<'_>,
+        source: Source,
+        records: &[RequestRecord],
+        fill: impl FnOnce(&mut ResultRow),
+    ) -> Result<ResultRow, SweepError> {
+        let context = run.cell.run_context(source, run.seed, run.repeat);
+        let mut row = ResultRow::from_records(records, &context);
+        row.manifest.clone_from(&self.manifest);
+        fill(&mut row);
+        if let (Some(folder), Some(key)) = (&self.requests, row.run_key()) {
+            std::fs::create_dir_all(folder).map_err(|e| FileError::write(folder, e))?;
+            let path = folder.join(key.requests_file());
+            // A run that was interrupted before its row was written is done again from the start.
+            if path.exists() {
+                std::fs::remove_file(&path).map_err(|e| FileError::write(&path, e))?;
+            }
+            append_requests(&path, records)?;
+        }
+        Ok(row)
+    }
+
+    /// Simulates what is left, on all cores. Gives the new rows.
+    pub fn simulate(&self, progress: impl Fn(SweepProgress<'_>)) -> Result<Vec<ResultRow>, SweepError> {
+        let simulator = self.simulator.ok_or(SweepError::NoProfile)?;
+        let mut pending = self.experiment.pending(self.shard, Source::Simulated, &self.rows()?);
+        // Repeats of one trace tell of a machine's spread; a simulation has none.
+        pending.retain(|run| run.repeat == 0);
+        let mut rows = Vec::new();
+        for chunk in pending.chunks(CHUNK) {
+            progress(SweepProgress { done: rows.len(), total: pending.len(), run: None, requests: (0, 0) });
+            let done: Vec<ResultRow> = chunk
+                .par_iter()
+                .map_init(Sources::default, |sources, run| {
+                    let (rate, trace) = self.trace(run, sources)?;
+                    let simulated = simulator.run(&run.cell.engine, &trace)?;
+                    let saturation = simulator.saturation_rate(&run.cell.engine, &trace)?;
+                    self.row(run, Source::Simulated, &simulated.records, |row| {
+                        row.arrival_rate = rate;
+                        row.duration_seconds = Some(simulated.totals.end as f64 * 1e-9);
+                        row.swap_count = Some(simulated.totals.swaps);
+                        row.saturated = rate.map(|rate| is_saturated(rate, saturation));
+                    })
+                })
+                .collect::<Result<_, SweepError>>()?;
+            append_rows(&self.csv, &done)?;
+            rows.extend(done);
+        }
+        Ok(rows)
+    }
+
+    /// Measures what is left, one run after another, each on an engine started for it. Gives the new rows.
+    #[cfg(feature = "server")]
+    pub fn measure(
+        &self,
+        engines: &mut super::Engines,
+        progress: impl Fn(SweepProgress<'_>),
+    ) -> Result<Vec<ResultRow>, SweepError> {
+        let pending = self.experiment.pending(self.shard, Source::Measured, &self.rows()?);
+        let mut sources = Sources::default();
+        let mut rows = Vec::new();
+        for run in &pending {
+            let (rate, trace) = self.trace(run, &mut sources)?;
+            let (done, total) = (rows.len(), pending.len());
+            let measured = engines.run(&run.cell.engine, &trace, None, |ended, all| {
+                progress(SweepProgress { done, total, run: Some(*run), requests: (ended, all) });
+            })?;
+            let row = self.row(run, Source::Measured, &measured.records, |row| {
+                row.arrival_rate = rate;
+                row.duration_seconds = Some(measured.wall_s);
+                row.swap_count = Some(measured.swaps);
+                row.saturated = crate::loadgen::saturated(&measured.records);
+            })?;
+            append_rows(&self.csv, std::slice::from_ref(&row))?;
+            rows.push(row);
+        }
+        Ok(rows)
+    }
+}
