@@ -403,6 +403,7 @@ pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
         settings.api_key = std::env::var("LORA_HBM_API_KEY").ok().or(settings.api_key);
     }
     let engine = settings.engine()?;
+    engine.check().map_err(Failure::usage)?;
     let options = ServerOptions {
         host: settings.host.clone(),
         port: settings.port,
@@ -451,15 +452,26 @@ async fn serve(
             _ = interrupt.recv() => { let _ = stop.try_send(()); }
         }
     };
+    if let Some(engine) = engine {
+        end(engine);
+    }
     match ended {
         Ended::Cut(requests) => Err(Failure::failed(format!("{requests} requests were cut off"))),
-        Ended::Drained => {
-            if let Some(engine) = engine {
-                // Joins threads and writes the decision log out.
-                engine.shutdown();
-            }
-            Ok(())
-        }
+        Ended::Drained => Ok(()),
+    }
+}
+
+/// Joins the engine's threads and writes the decision log out; a step that takes longer than is left to a
+/// program that was told to stop is not waited for.
+fn end(engine: Arc<Engine>) {
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        engine.shutdown();
+        // Nobody listens any more if it took too long.
+        let _ = done.send(());
+    });
+    if ended.recv_timeout(Duration::from_secs(2)).is_err() {
+        tracing::warn!("a step is still running: not waited for");
     }
 }
 
@@ -472,7 +484,6 @@ fn load(
     let loaded = Loaded::load(settings).map_err(failure)?;
     let (s, spec) = (loaded.settings(), loaded.spec());
     let gpu_loras = s.gpu_loras;
-    let scheduler = loaded.scheduler_config(gpu_loras);
     tracing::info!(
         "model {}: {:.1} M parameters, {} layers; {}",
         spec.name,
@@ -497,19 +508,7 @@ fn load(
         }
         None => None,
     };
-    let info = ServerInfo {
-        model: spec.name.clone(),
-        total_loras: s.total_loras,
-        gpu_loras,
-        dtype: "float32".into(),
-        max_num_seqs: s.max_num_seqs,
-        max_model_len: scheduler.max_model_len,
-        device: "cpu".into(),
-        policy: s.policy.to_string(),
-        evict: s.evict.to_string(),
-        swap_mode: s.swap_mode.to_string(),
-        adapter_names: loaded.adapter_names(),
-    };
+    let info = ServerInfo::of(&loaded, gpu_loras);
     let engine = loaded.start(gpu_loras, log).map_err(failure)?;
     tracing::info!("adapters 0 to {} are in their slots; warm", gpu_loras - 1);
     Ok((engine, info))

@@ -7,8 +7,8 @@ mod channel;
 pub mod clock;
 pub mod cpu;
 pub mod emulated;
-mod engine;
 pub mod executor;
+mod facade;
 mod gauges;
 pub mod model;
 mod output;
@@ -19,7 +19,7 @@ pub mod setup;
 mod step_loop;
 mod warm_up;
 
-pub use engine::{Engine, EngineConfig, GenerateHandle, StartError};
+pub use facade::{Engine, EngineConfig, GenerateHandle, StartError};
 pub use gauges::{EngineStats, SlotView, SwapCounts, SwapStats};
 pub use request::{Delta, Finish, FirstToken, GenerateParams, GenerateRequest, Generated, SubmitError};
 pub use step_loop::LoopError;

@@ -101,6 +101,52 @@ impl Default for EngineSettings {
     }
 }
 
+impl EngineSettings {
+    /// Says what is impossible about these settings, as far as they alone tell.
+    ///
+    /// # Errors
+    /// If a value is out of its range or contradicts another.
+    pub fn check(&self) -> Result<(), SetupError> {
+        let s = self;
+        let fail = |what: String| Err(SetupError::Settings(what));
+        if s.total_loras == 0 {
+            return fail("total_loras must be at least 1".into());
+        }
+        if s.gpu_loras == 0 {
+            return fail("gpu_loras must be at least 1".into());
+        }
+        if s.gpu_loras > s.total_loras {
+            return fail(format!(
+                "gpu_loras ({}) is greater than total_loras ({}): lower gpu_loras",
+                s.gpu_loras, s.total_loras
+            ));
+        }
+        if s.max_r == 0 {
+            return fail("max_r must be at least 1".into());
+        }
+        if ![8, 16, 32].contains(&s.block_size) {
+            return fail(format!("block_size must be 8, 16 or 32, not {}", s.block_size));
+        }
+        if !(s.memory_utilization > 0.0 && s.memory_utilization <= 1.0) {
+            return fail(format!(
+                "gpu_memory_utilization must be above 0 and at most 1, not {}",
+                s.memory_utilization
+            ));
+        }
+        for (name, value) in
+            [("max_num_seqs", s.max_num_seqs), ("max_num_batched_tokens", s.max_num_batched_tokens)]
+        {
+            if value == 0 {
+                return fail(format!("{name} must be at least 1"));
+            }
+        }
+        if s.max_queue == 0 {
+            return fail("max_queue must be at least 1".into());
+        }
+        Ok(())
+    }
+}
+
 /// Why an engine cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
@@ -203,7 +249,7 @@ impl Loaded {
     /// # Errors
     /// If settings are impossible, files are missing or wrong, or memory does not suffice.
     pub fn load(settings: EngineSettings) -> Result<Self, SetupError> {
-        check(&settings)?;
+        settings.check()?;
         let Model { spec, weights, folder } =
             model::resolve(&settings.model, settings.dummy_weights, settings.seed)?;
         let (dummy, weights_said) = match &weights {
@@ -345,46 +391,6 @@ impl Loaded {
         };
         Ok(Engine::start(config, Box::new(executor), self.tokenizer.clone())?)
     }
-}
-
-/// What can be told from the settings alone.
-fn check(s: &EngineSettings) -> Result<(), SetupError> {
-    let fail = |what: String| Err(SetupError::Settings(what));
-    if s.total_loras == 0 {
-        return fail("total_loras must be at least 1".into());
-    }
-    if s.gpu_loras == 0 {
-        return fail("gpu_loras must be at least 1".into());
-    }
-    if s.gpu_loras > s.total_loras {
-        return fail(format!(
-            "gpu_loras ({}) is greater than total_loras ({}): lower gpu_loras",
-            s.gpu_loras, s.total_loras
-        ));
-    }
-    if s.max_r == 0 {
-        return fail("max_r must be at least 1".into());
-    }
-    if ![8, 16, 32].contains(&s.block_size) {
-        return fail(format!("block_size must be 8, 16 or 32, not {}", s.block_size));
-    }
-    if !(s.memory_utilization > 0.0 && s.memory_utilization <= 1.0) {
-        return fail(format!(
-            "gpu_memory_utilization must be above 0 and at most 1, not {}",
-            s.memory_utilization
-        ));
-    }
-    for (name, value) in
-        [("max_num_seqs", s.max_num_seqs), ("max_num_batched_tokens", s.max_num_batched_tokens)]
-    {
-        if value == 0 {
-            return fail(format!("{name} must be at least 1"));
-        }
-    }
-    if s.max_queue == 0 {
-        return fail("max_queue must be at least 1".into());
-    }
-    Ok(())
 }
 
 /// The longest request: what the settings say, checked; else what the model was made for.
