@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 /// The version of this format.
 pub const SCHEMA: u32 = 1;
 
-/// Lines that may wait for the writer before the step loop does.
-const BUFFERED_LINES: usize = 1 << 16;
+/// Batches of lines (one a turn of the step loop) that may wait for the writer before the loop does.
+const BUFFERED_BATCHES: usize = 1 << 14;
 
 /// The first line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -386,7 +386,7 @@ pub struct DecisionLog(Sink);
 #[derive(Debug)]
 enum Sink {
     Memory(Arc<Mutex<Vec<LogLine>>>),
-    File { lines: Option<SyncSender<LogLine>>, writer: Option<JoinHandle<Result<(), LogError>>> },
+    File { lines: Option<SyncSender<Vec<LogLine>>>, writer: Option<JoinHandle<Result<(), LogError>>> },
 }
 
 impl DecisionLog {
@@ -397,7 +397,7 @@ impl DecisionLog {
     }
 
     /// A log in a new file, written by its own thread so that the step loop never waits for a disk
-    /// that is less than 65,536 lines behind.
+    /// that is less than 16,384 turns behind.
     ///
     /// # Errors
     /// If the file cannot be created or the header not be written.
@@ -406,15 +406,14 @@ impl DecisionLog {
         let io = |source| LogError::Io { path: path.clone(), source };
         let mut out = BufWriter::new(File::create(&path).map_err(io)?);
         write_line(&mut out, header).and_then(|()| out.flush()).map_err(io)?;
-        let (sender, receiver) = sync_channel::<LogLine>(BUFFERED_LINES);
+        let (sender, receiver) = sync_channel::<Vec<LogLine>>(BUFFERED_BATCHES);
         let name = path.clone();
         let writer = std::thread::Builder::new()
             .name("decision-log".into())
             .spawn(move || {
                 let io = |source| LogError::Io { path: name.clone(), source };
-                while let Ok(line) = receiver.recv() {
-                    write_line(&mut out, &line).map_err(io)?;
-                    while let Ok(line) = receiver.try_recv() {
+                while let Ok(batch) = receiver.recv() {
+                    for line in batch.into_iter().chain(receiver.try_iter().flatten()) {
                         write_line(&mut out, &line).map_err(io)?;
                     }
                     out.flush().map_err(io)?;
@@ -425,14 +424,18 @@ impl DecisionLog {
         Ok(Self(Sink::File { lines: Some(sender), writer: Some(writer) }))
     }
 
-    /// Adds a line. A writer that has failed is told of once, in the program's log, and lines after
-    /// that are dropped.
-    pub fn push(&mut self, line: LogLine) {
+    /// Adds lines, which are moved out of `lines`. A writer that has failed is told of once, in the
+    /// program's log, and lines after that are dropped.
+    pub fn append(&mut self, lines: &mut Vec<LogLine>) {
+        if lines.is_empty() {
+            return;
+        }
         match &mut self.0 {
-            Sink::Memory(lines) => lines.lock().unwrap_or_else(PoisonError::into_inner).push(line),
-            Sink::File { lines, writer } => {
-                if lines.as_ref().is_some_and(|l| l.send(line).is_err()) {
-                    *lines = None;
+            Sink::Memory(all) => all.lock().unwrap_or_else(PoisonError::into_inner).append(lines),
+            Sink::File { lines: sender, writer } => {
+                let batch = std::mem::take(lines);
+                if sender.as_ref().is_some_and(|s| s.send(batch).is_err()) {
+                    *sender = None;
                     report(writer.take());
                 }
             }
@@ -506,9 +509,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log.jsonl");
         let mut log = DecisionLog::to_file(&path, &header()).unwrap();
-        for line in lines() {
-            log.push(line);
-        }
+        let mut all = lines();
+        let mut rest = all.split_off(2);
+        log.append(&mut all);
+        log.append(&mut rest);
         drop(log);
         let (read_header, read_lines) = read(&path).unwrap();
         assert_eq!(read_header, header());
