@@ -106,24 +106,25 @@ pub fn synthesise(tokenizer: &Tokenizer, tokens: u32, seed: u64, number: u64) ->
     if *tokenizer.source() == TokenizerSource::ByteLevel {
         return Ok(exact_bytes(&mut rng, (tokens - begin) as usize));
     }
-    // A text that misses by some tokens gains or loses as many words; words that are one token
-    // each make the second round exact, and a few draws more settle the others.
+    // A text that misses by some tokens gains or loses as many words as its words' mean length says.
+    // Words of one token each make the second round exact; others come out even after a few draws.
+    let wanted = tokens as usize;
     let mut words: Vec<&str> = (0..tokens - begin).map(|_| word(&mut rng)).collect();
     for _ in 0..MOST_ROUNDS {
         let text = words.join(" ");
         let found = tokenizer.encode(&text)?.len();
-        let wanted = tokens as usize;
         if found == wanted {
             return Ok(text);
         }
+        let per_word = (found as f64 / words.len() as f64).max(1.0);
+        let miss = (found.abs_diff(wanted) as f64 / per_word).round().max(1.0) as usize;
         if found > wanted {
-            let surplus = (found - wanted).min(words.len().saturating_sub(1));
-            words.truncate(words.len() - surplus.max(1));
+            words.truncate(words.len().saturating_sub(miss));
             if words.is_empty() {
                 words.push(word(&mut rng));
             }
         } else {
-            words.extend((0..wanted - found).map(|_| word(&mut rng)));
+            words.extend((0..miss).map(|_| word(&mut rng)));
         }
     }
     Err(PromptError::NoSuchLength { tokens, tokenizer: tokenizer.source().to_string() })
@@ -166,6 +167,19 @@ mod tests {
         }
         assert_ne!(synthesise(&t, 64, 1, 0).unwrap()[..16], synthesise(&t, 64, 1, 1).unwrap()[..16]);
         assert_ne!(synthesise(&t, 64, 1, 0).unwrap(), synthesise(&t, 64, 2, 0).unwrap());
+    }
+
+    #[test]
+    fn prompts_of_other_tokenizers_have_their_length_too() {
+        // Words of this one are several tokens each, which is the hard case.
+        let (_folder, t) = crate::workload::tokenizer::llama_like();
+        for (number, tokens) in [12, 40, 256, 1000, 1024].into_iter().enumerate() {
+            let text = synthesise(&t, tokens, 1, number as u64).unwrap();
+            assert_eq!(t.encode(&text).unwrap().len(), tokens as usize);
+        }
+        // No word is as short as one token here.
+        let error = synthesise(&t, 2, 1, 0).unwrap_err().to_string();
+        assert!(error.contains("a prompt of 2 tokens"), "{error}");
     }
 
     #[test]

@@ -146,3 +146,18 @@ fn the_real_dataset_has_the_counts_that_are_known() {
         assert_eq!(seen[key], value, "{key}");
     }
 }
+
+/// Needs `lora-hbm fetch-data` to have run.
+#[test]
+fn made_up_prompts_have_their_exact_length_in_llama_2_tokens() {
+    let path = lora_hbm::workload::data_folder::llama2_tokenizer_file();
+    if !path.is_file() {
+        eprintln!("SKIPPED: no {}; run `lora-hbm fetch-data`", path.display());
+        return;
+    }
+    let tokenizer = lora_hbm::workload::tokenizer::Tokenizer::from_file(&path).unwrap();
+    for (number, tokens) in (0..).zip([2, 3, 17, 256, 700, 1024, 4096]) {
+        let text = lora_hbm::workload::prompts::synthesise(&tokenizer, tokens, 5, number).unwrap();
+        assert_eq!(tokenizer.encode(&text).unwrap().len(), tokens as usize);
+    }
+}

@@ -218,6 +218,66 @@ fn is_printable(text: &str) -> bool {
     !text.trim().is_empty() && text.chars().all(|c| !c.is_control() && c != char::REPLACEMENT_CHARACTER)
 }
 
+/// A small tokenizer with the pieces of Llama's: byte fallback, "▁" for spaces, `<s>` in front.
+#[cfg(test)]
+pub(crate) fn llama_like() -> (tempfile::TempDir, Tokenizer) {
+    let mut vocab = serde_json::Map::new();
+    let mut add = |token: &str| {
+        let id = vocab.len();
+        vocab.insert(token.to_owned(), id.into());
+    };
+    for token in ["<unk>", "<s>", "</s>"] {
+        add(token);
+    }
+    for byte in 0..=255u8 {
+        add(&format!("<0x{byte:02X}>"));
+    }
+    for token in ["▁", "a", "b", "▁a", "ab", "▁ab"] {
+        add(token);
+    }
+    let added: Vec<_> = ["<unk>", "<s>", "</s>"]
+        .iter()
+        .enumerate()
+        .map(|(id, token)| {
+            serde_json::json!({
+                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            })
+        })
+        .collect();
+    let json = serde_json::json!({
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]},
+        "pre_tokenizer": null,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": vocab, "merges": [["▁", "a"], ["a", "b"], ["▁a", "b"]],
+        },
+    });
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let tokenizer = Tokenizer::resolve(folder.path().to_str()).unwrap();
+    (folder, tokenizer)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -245,65 +305,6 @@ mod tests {
             assert!(!mask[id], "{id}");
         }
         assert_eq!(t.printable(4), vec![false; 4]);
-    }
-
-    /// A small tokenizer with the pieces of Llama's: byte fallback, "▁" for spaces, `<s>` in front.
-    fn llama_like() -> (tempfile::TempDir, Tokenizer) {
-        let mut vocab = serde_json::Map::new();
-        let mut add = |token: &str| {
-            let id = vocab.len();
-            vocab.insert(token.to_owned(), id.into());
-        };
-        for token in ["<unk>", "<s>", "</s>"] {
-            add(token);
-        }
-        for byte in 0..=255u8 {
-            add(&format!("<0x{byte:02X}>"));
-        }
-        for token in ["▁", "a", "b", "▁a", "ab", "▁ab"] {
-            add(token);
-        }
-        let added: Vec<_> = ["<unk>", "<s>", "</s>"]
-            .iter()
-            .enumerate()
-            .map(|(id, token)| {
-                serde_json::json!({
-                    "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                    "normalized": false, "special": true,
-                })
-            })
-            .collect();
-        let json = serde_json::json!({
-            "version": "1.0",
-            "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
-            "padding": null,
-            "added_tokens": added,
-            "normalizer": {"type": "Sequence", "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ]},
-            "pre_tokenizer": null,
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-            },
-            "decoder": {"type": "Sequence", "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"}, {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ]},
-            "model": {
-                "type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
-                "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-                "vocab": vocab, "merges": [["▁", "a"], ["a", "b"], ["▁a", "b"]],
-            },
-        });
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
-        let tokenizer = Tokenizer::resolve(folder.path().to_str()).unwrap();
-        (folder, tokenizer)
     }
 
     #[test]
