@@ -10,6 +10,8 @@ pub mod emulated;
 pub mod executor;
 mod facade;
 mod gauges;
+mod handle;
+pub mod memory;
 pub mod model;
 mod output;
 mod request;
@@ -19,7 +21,8 @@ pub mod setup;
 mod step_loop;
 mod warm_up;
 
-pub use facade::{Engine, EngineConfig, GenerateHandle, StartError};
+pub use facade::{Engine, EngineConfig, StartError};
 pub use gauges::{EngineStats, SlotView, SwapCounts, SwapStats};
+pub use handle::GenerateHandle;
 pub use request::{Delta, Finish, FirstToken, GenerateParams, GenerateRequest, Generated, SubmitError};
 pub use step_loop::LoopError;

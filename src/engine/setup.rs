@@ -11,6 +11,7 @@ use lora_sched::{AdapterSpec, Config, ConfigError, Evict, Nanos, Policy, SwapMod
 use super::adapters::{HostPool, PoolError};
 use super::batch::BatchLimits;
 use super::cpu::{CpuExecutor, CpuOptions, CpuStartError, MemoryPlan};
+use super::memory::{MemoryTable, free_memory, gb};
 use super::model::{self, Dtype, DummyWeights, Family, Model, ModelError, ModelSpec, Weights};
 use super::{Engine, EngineConfig, StartError};
 use crate::report::decision_log::{DecisionLog, LogHeader};
@@ -197,34 +198,6 @@ impl SetupError {
             _ => false,
         }
     }
-}
-
-/// What the memory goes to, by purpose.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MemoryTable {
-    /// Purpose and bytes.
-    pub rows: Vec<(String, u64)>,
-}
-
-impl MemoryTable {
-    /// Bytes of everything.
-    pub fn total(&self) -> u64 {
-        self.rows.iter().map(|r| r.1).sum()
-    }
-}
-
-impl std::fmt::Display for MemoryTable {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let width = self.rows.iter().map(|r| r.0.chars().count()).max().unwrap_or(0);
-        for (what, bytes) in &self.rows {
-            writeln!(f, "  {what:<width$} {:>10.3} GB", gb(*bytes))?;
-        }
-        write!(f, "  {:<width$} {:>10.3} GB", "total", gb(self.total()))
-    }
-}
-
-fn gb(bytes: u64) -> f64 {
-    bytes as f64 * 1e-9
 }
 
 /// What an engine needs that does not depend on `gpu_loras`.
@@ -480,24 +453,4 @@ fn fits(s: &EngineSettings, table: &MemoryTable) -> Result<(), SetupError> {
         share: s.memory_utilization * 100.0,
         table: table.clone(),
     })
-}
-
-/// Bytes that can be allocated without swapping: what the kernel says, or what is left of the control
-/// group's limit. None where neither is told.
-fn free_memory() -> Option<u64> {
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let info = std::fs::read_to_string("/proc/meminfo").ok();
-    let line = info.as_deref().and_then(|i| i.lines().find_map(|l| l.strip_prefix("MemAvailable:")));
-    let machine = line
-        .and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
-        .map(|kib| kib.saturating_mul(1024));
-    // Page cache counts against the group and is given back on demand; anonymous memory is not.
-    let stat = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").ok();
-    let anonymous =
-        stat.as_deref().and_then(|s| s.lines().find_map(|l| l.strip_prefix("anon ")?.parse().ok()));
-    let group = number("/sys/fs/cgroup/memory.max").map(|max| max.saturating_sub(anonymous.unwrap_or(0)));
-    match (machine, group) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    }
 }
