@@ -60,7 +60,7 @@ pub struct Cli {
 enum Command {
     /// Serve a base model with LoRA adapters over HTTP
     #[cfg(feature = "server")]
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Check that a server answers, swaps and counts as it should
     #[cfg(feature = "server")]
     SmokeTest(smoke_test::SmokeTestArgs),

@@ -55,7 +55,7 @@ pub(super) struct OutState {
     touched: bool,
     /// A stop string is complete; what comes after it is nobody's.
     stop_found: bool,
-    _open: OpenGuard,
+    open: Option<OpenGuard>,
 }
 
 impl OutState {
@@ -78,7 +78,7 @@ impl OutState {
             pending: Delta::default(),
             touched: false,
             stop_found: false,
-            _open: open,
+            open: Some(open),
         }
     }
 
@@ -119,6 +119,10 @@ impl OutState {
         let mut delta = std::mem::take(&mut self.pending);
         if let Some(first) = &mut delta.first {
             first.handed = clock.now();
+        }
+        if delta.finish.is_some() {
+            // Whoever sees the last piece must not find the request still counted.
+            self.open = None;
         }
         self.sender.send(StreamItem::Delta(delta));
     }

@@ -11,6 +11,7 @@ use lora_sched::{AdapterSpec, Config, ConfigError, Evict, Nanos, Policy, SwapMod
 use super::adapters::{HostPool, PoolError};
 use super::batch::BatchLimits;
 use super::cpu::{CpuExecutor, CpuOptions, CpuStartError, MemoryPlan};
+use super::memory::{MemoryTable, free_memory, gb};
 use super::model::{self, Dtype, DummyWeights, Family, Model, ModelError, ModelSpec, Weights};
 use super::{Engine, EngineConfig, StartError};
 use crate::report::decision_log::{DecisionLog, LogHeader};
@@ -101,6 +102,52 @@ impl Default for EngineSettings {
     }
 }
 
+impl EngineSettings {
+    /// Says what is impossible about these settings, as far as they alone tell.
+    ///
+    /// # Errors
+    /// If a value is out of its range or contradicts another.
+    pub fn check(&self) -> Result<(), SetupError> {
+        let s = self;
+        let fail = |what: String| Err(SetupError::Settings(what));
+        if s.total_loras == 0 {
+            return fail("total_loras must be at least 1".into());
+        }
+        if s.gpu_loras == 0 {
+            return fail("gpu_loras must be at least 1".into());
+        }
+        if s.gpu_loras > s.total_loras {
+            return fail(format!(
+                "gpu_loras ({}) is greater than total_loras ({}): lower gpu_loras",
+                s.gpu_loras, s.total_loras
+            ));
+        }
+        if s.max_r == 0 {
+            return fail("max_r must be at least 1".into());
+        }
+        if ![8, 16, 32].contains(&s.block_size) {
+            return fail(format!("block_size must be 8, 16 or 32, not {}", s.block_size));
+        }
+        if !(s.memory_utilization > 0.0 && s.memory_utilization <= 1.0) {
+            return fail(format!(
+                "gpu_memory_utilization must be above 0 and at most 1, not {}",
+                s.memory_utilization
+            ));
+        }
+        for (name, value) in
+            [("max_num_seqs", s.max_num_seqs), ("max_num_batched_tokens", s.max_num_batched_tokens)]
+        {
+            if value == 0 {
+                return fail(format!("{name} must be at least 1"));
+            }
+        }
+        if s.max_queue == 0 {
+            return fail("max_queue must be at least 1".into());
+        }
+        Ok(())
+    }
+}
+
 /// Why an engine cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
@@ -153,34 +200,6 @@ impl SetupError {
     }
 }
 
-/// What the memory goes to, by purpose.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MemoryTable {
-    /// Purpose and bytes.
-    pub rows: Vec<(String, u64)>,
-}
-
-impl MemoryTable {
-    /// Bytes of everything.
-    pub fn total(&self) -> u64 {
-        self.rows.iter().map(|r| r.1).sum()
-    }
-}
-
-impl std::fmt::Display for MemoryTable {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let width = self.rows.iter().map(|r| r.0.chars().count()).max().unwrap_or(0);
-        for (what, bytes) in &self.rows {
-            writeln!(f, "  {what:<width$} {:>10.3} GB", gb(*bytes))?;
-        }
-        write!(f, "  {:<width$} {:>10.3} GB", "total", gb(self.total()))
-    }
-}
-
-fn gb(bytes: u64) -> f64 {
-    bytes as f64 * 1e-9
-}
-
 /// What an engine needs that does not depend on `gpu_loras`.
 #[derive(Debug)]
 pub struct Loaded {
@@ -203,7 +222,7 @@ impl Loaded {
     /// # Errors
     /// If settings are impossible, files are missing or wrong, or memory does not suffice.
     pub fn load(settings: EngineSettings) -> Result<Self, SetupError> {
-        check(&settings)?;
+        settings.check()?;
         let Model { spec, weights, folder } =
             model::resolve(&settings.model, settings.dummy_weights, settings.seed)?;
         let (dummy, weights_said) = match &weights {
@@ -347,46 +366,6 @@ impl Loaded {
     }
 }
 
-/// What can be told from the settings alone.
-fn check(s: &EngineSettings) -> Result<(), SetupError> {
-    let fail = |what: String| Err(SetupError::Settings(what));
-    if s.total_loras == 0 {
-        return fail("total_loras must be at least 1".into());
-    }
-    if s.gpu_loras == 0 {
-        return fail("gpu_loras must be at least 1".into());
-    }
-    if s.gpu_loras > s.total_loras {
-        return fail(format!(
-            "gpu_loras ({}) is greater than total_loras ({}): lower gpu_loras",
-            s.gpu_loras, s.total_loras
-        ));
-    }
-    if s.max_r == 0 {
-        return fail("max_r must be at least 1".into());
-    }
-    if ![8, 16, 32].contains(&s.block_size) {
-        return fail(format!("block_size must be 8, 16 or 32, not {}", s.block_size));
-    }
-    if !(s.memory_utilization > 0.0 && s.memory_utilization <= 1.0) {
-        return fail(format!(
-            "gpu_memory_utilization must be above 0 and at most 1, not {}",
-            s.memory_utilization
-        ));
-    }
-    for (name, value) in
-        [("max_num_seqs", s.max_num_seqs), ("max_num_batched_tokens", s.max_num_batched_tokens)]
-    {
-        if value == 0 {
-            return fail(format!("{name} must be at least 1"));
-        }
-    }
-    if s.max_queue == 0 {
-        return fail("max_queue must be at least 1".into());
-    }
-    Ok(())
-}
-
 /// The longest request: what the settings say, checked; else what the model was made for.
 fn max_model_len(s: &EngineSettings, spec: &ModelSpec, dummy: bool) -> Result<usize, SetupError> {
     // Rotary positions go on past the configuration's; learned ones end. Past them, trained weights
@@ -474,24 +453,4 @@ fn fits(s: &EngineSettings, table: &MemoryTable) -> Result<(), SetupError> {
         share: s.memory_utilization * 100.0,
         table: table.clone(),
     })
-}
-
-/// Bytes that can be allocated without swapping: what the kernel says, or what is left of the control
-/// group's limit. None where neither is told.
-fn free_memory() -> Option<u64> {
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let info = std::fs::read_to_string("/proc/meminfo").ok();
-    let line = info.as_deref().and_then(|i| i.lines().find_map(|l| l.strip_prefix("MemAvailable:")));
-    let machine = line
-        .and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok())
-        .map(|kib| kib.saturating_mul(1024));
-    // Page cache counts against the group and is given back on demand; anonymous memory is not.
-    let stat = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").ok();
-    let anonymous =
-        stat.as_deref().and_then(|s| s.lines().find_map(|l| l.strip_prefix("anon ")?.parse().ok()));
-    let group = number("/sys/fs/cgroup/memory.max").map(|max| max.saturating_sub(anonymous.unwrap_or(0)));
-    match (machine, group) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    }
 }

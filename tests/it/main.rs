@@ -16,6 +16,10 @@ mod plot;
 #[cfg(feature = "engine")]
 mod rig;
 #[cfg(feature = "server")]
+mod serve_command;
+#[cfg(feature = "server")]
+mod server;
+#[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]
 mod support;

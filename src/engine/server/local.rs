@@ -82,7 +82,7 @@ impl LocalServer {
     }
 
     /// Runs a client on the server's own threads.
-    pub fn block_on<F: Future>(&self, client: F) -> F::Output
+    pub fn block_on<F>(&self, client: F) -> F::Output
     where
         F: Future,
     {

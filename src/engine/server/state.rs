@@ -55,10 +55,7 @@ impl ServerInfo {
             policy: settings.policy.to_string(),
             evict: settings.evict.to_string(),
             swap_mode: settings.swap_mode.to_string(),
-            adapter_names: (0..loaded.pool().len() as u32)
-                .filter_map(|id| loaded.pool().get(lora_sched::AdapterId(id)))
-                .map(|adapter| adapter.name.clone())
-                .collect(),
+            adapter_names: loaded.adapter_names(),
         }
     }
 }

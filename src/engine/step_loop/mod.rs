@@ -103,7 +103,7 @@ impl StepLoop {
             mailbox,
             outputs,
             gauges,
-            recorder: Recorder(log),
+            recorder: Recorder::new(log),
             eos,
             active: HashMap::new(),
             plan: StepPlan::default(),
@@ -127,6 +127,7 @@ impl StepLoop {
                 self.items.push(OutItem::Open(id, submission.out));
             }
         }
+        self.recorder.flush();
         self.items.push(OutItem::AbortAll);
         self.outputs.push(&mut self.items);
         outcome
@@ -150,6 +151,7 @@ impl StepLoop {
                 self.plan()?;
             }
             self.outputs.push(&mut self.items);
+            self.recorder.flush();
             self.publish();
         }
         Ok(())

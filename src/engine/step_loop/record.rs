@@ -4,13 +4,27 @@ use lora_sched::{Arrival, Ended, EventError, Nanos, Parts, RequestId, SlotId, St
 
 use crate::report::decision_log::{DecisionLog, LogLine, LoggedSeq};
 
-/// The log, if there is one.
-pub(super) struct Recorder(pub(super) Option<DecisionLog>);
+/// The log, if there is one, and the lines of this turn.
+pub(super) struct Recorder {
+    log: Option<DecisionLog>,
+    lines: Vec<LogLine>,
+}
 
 impl Recorder {
+    pub(super) fn new(log: Option<DecisionLog>) -> Self {
+        Self { log, lines: Vec::new() }
+    }
+
+    /// Hands the turn's lines over: after the next step is submitted, since it may wake a thread.
+    pub(super) fn flush(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.append(&mut self.lines);
+        }
+    }
+
     fn push(&mut self, line: impl FnOnce() -> LogLine) {
-        if let Some(log) = &mut self.0 {
-            log.push(line());
+        if self.log.is_some() {
+            self.lines.push(line());
         }
     }
 

@@ -1,22 +1,15 @@
-//! `lora-hbm serve`.
+//! `serve`'s flags, and the settings that they resolve to.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
 
-use super::failure::Failure;
-use super::lenient;
-use super::settings::Context;
-use crate::engine::Engine;
+use crate::cli::failure::Failure;
+use crate::cli::lenient;
 use crate::engine::model::DummyWeights;
-use crate::engine::server::{Ended, Server, ServerInfo, ServerOptions};
-use crate::engine::setup::{EngineSettings, Loaded, SetupError};
-use crate::report::decision_log::DecisionLog;
+use crate::engine::setup::EngineSettings;
 
 /// Flags; every one is optional, see `settings`.
 #[derive(Args, Debug, Serialize)]
@@ -161,7 +154,7 @@ pub struct ServeArgs {
     /// Key that clients must send as a bearer token (better in LORA_HBM_API_KEY)
     #[arg(long, value_name = "KEY")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    api_key: Option<String>,
+    pub(super) api_key: Option<String>,
     /// How long running requests get to end after SIGTERM [default: 30]
     #[arg(long, value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -179,12 +172,12 @@ pub struct ServeArgs {
 /// Resolved settings, as in a settings file's `[serve]` table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct ServeSettings {
+pub(super) struct ServeSettings {
     model: String,
     total_loras: Option<usize>,
     gpu_loras: Option<usize>,
-    host: String,
-    port: u16,
+    pub(super) host: String,
+    pub(super) port: u16,
     #[serde(deserialize_with = "lenient::text")]
     tokenizer: Option<String>,
     #[serde(deserialize_with = "lenient::text")]
@@ -220,9 +213,9 @@ struct ServeSettings {
     kv_memory: Option<String>,
     threads: usize,
     #[serde(deserialize_with = "lenient::text")]
-    api_key: Option<String>,
-    shutdown_timeout: f64,
-    decision_log: Option<PathBuf>,
+    pub(super) api_key: Option<String>,
+    pub(super) shutdown_timeout: f64,
+    pub(super) decision_log: Option<PathBuf>,
     emulate: Option<PathBuf>,
 }
 
@@ -274,7 +267,7 @@ impl Default for ServeSettings {
 
 impl ServeSettings {
     /// The engine's part, checked as far as flags go.
-    fn engine(&self) -> Result<EngineSettings, Failure> {
+    pub(super) fn engine(&self) -> Result<EngineSettings, Failure> {
         let required = |value: Option<usize>, flag| {
             value.ok_or_else(|| Failure::usage(format!("{flag} is required: say how many adapters")))
         };
@@ -370,7 +363,7 @@ impl ServeSettings {
     }
 }
 
-fn seconds(flag: &str, value: f64) -> Result<Duration, Failure> {
+pub(super) fn seconds(flag: &str, value: f64) -> Result<Duration, Failure> {
     Duration::try_from_secs_f64(value)
         .map_err(|_| Failure::usage(format!("{flag} {value}: give seconds, at least 0")))
 }
@@ -394,125 +387,6 @@ fn bytes(text: &str) -> Result<u64, Failure> {
         Ok(n) if n.is_finite() && n > 0.0 => Ok((n * factor as f64) as u64),
         _ => Err(wrong()),
     }
-}
-
-pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
-    let mut settings: ServeSettings = ctx.resolve("serve", args)?;
-    if args.api_key.is_none() {
-        // Settings from the environment are read as what they look like; a key is always text.
-        settings.api_key = std::env::var("LORA_HBM_API_KEY").ok().or(settings.api_key);
-    }
-    let engine = settings.engine()?;
-    let options = ServerOptions {
-        host: settings.host.clone(),
-        port: settings.port,
-        api_key: settings.api_key.clone(),
-        shutdown_timeout: seconds("--shutdown-timeout", settings.shutdown_timeout)?,
-    };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(serve(options, engine, settings.decision_log.clone()));
-    // Tokenising that is under way is nobody's any more.
-    runtime.shutdown_background();
-    ended
-}
-
-/// Binds, loads, serves, drains.
-async fn serve(
-    options: ServerOptions,
-    settings: EngineSettings,
-    decision_log: Option<PathBuf>,
-) -> Result<(), Failure> {
-    let server = Server::bind(options).await.map_err(|e| Failure::Failed(e.into()))?;
-    let address = server.address();
-    let handle = server.handle();
-    let (stop, stops) = mpsc::channel(2);
-    let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
-    let (loading, mut loaded) = mpsc::channel(1);
-    // Not a task: a model that is half loaded must not hold up the end of the program.
-    std::thread::Builder::new().name("load".into()).spawn(move || {
-        // Nobody listens any more when a signal came first.
-        let _ = loading.blocking_send(load(settings, decision_log.as_deref()));
-    })?;
-    let serving = server.run(stops);
-    tokio::pin!(serving);
-    let mut engine: Option<Arc<Engine>> = None;
-    let ended = loop {
-        let [terminate, interrupt] = &mut signals;
-        tokio::select! {
-            ended = &mut serving => break ended,
-            Some(outcome) = loaded.recv() => {
-                let (loaded, info) = outcome?;
-                let loaded = Arc::new(loaded);
-                handle.ready(loaded.clone(), info);
-                engine = Some(loaded);
-                tracing::info!("serving on http://{address}");
-            }
-            _ = terminate.recv() => { let _ = stop.try_send(()); }
-            _ = interrupt.recv() => { let _ = stop.try_send(()); }
-        }
-    };
-    match ended {
-        Ended::Cut(requests) => Err(Failure::failed(format!("{requests} requests were cut off"))),
-        Ended::Drained => {
-            if let Some(engine) = engine {
-                // Joins threads and writes the decision log out.
-                engine.shutdown();
-            }
-            Ok(())
-        }
-    }
-}
-
-/// Loads the model and starts the engine, saying what it is made of.
-fn load(
-    settings: EngineSettings,
-    decision_log: Option<&std::path::Path>,
-) -> Result<(Engine, ServerInfo), Failure> {
-    let failure = |e: SetupError| if e.is_usage() { Failure::usage(e) } else { Failure::Failed(e.into()) };
-    let loaded = Loaded::load(settings).map_err(failure)?;
-    let (s, spec) = (loaded.settings(), loaded.spec());
-    let gpu_loras = s.gpu_loras;
-    let scheduler = loaded.scheduler_config(gpu_loras);
-    tracing::info!(
-        "model {}: {:.1} M parameters, {} layers; {}",
-        spec.name,
-        spec.parameters() as f64 * 1e-6,
-        spec.layers,
-        loaded.weights_said
-    );
-    tracing::info!("tokenizer: {}", loaded.tokenizer_said);
-    tracing::info!(
-        "{} adapters of rank up to {}, {gpu_loras} slots; policy {}, eviction {}, swaps {}",
-        s.total_loras,
-        s.max_r,
-        s.policy,
-        s.evict,
-        s.swap_mode
-    );
-    tracing::info!("memory:\n{}", loaded.memory_table(gpu_loras));
-    let log = match decision_log {
-        Some(path) => {
-            let log = DecisionLog::to_file(path, &loaded.log_header(gpu_loras));
-            Some(log.map_err(|e| Failure::Failed(e.into()))?)
-        }
-        None => None,
-    };
-    let info = ServerInfo {
-        model: spec.name.clone(),
-        total_loras: s.total_loras,
-        gpu_loras,
-        dtype: "float32".into(),
-        max_num_seqs: s.max_num_seqs,
-        max_model_len: scheduler.max_model_len,
-        device: "cpu".into(),
-        policy: s.policy.to_string(),
-        evict: s.evict.to_string(),
-        swap_mode: s.swap_mode.to_string(),
-        adapter_names: loaded.adapter_names(),
-    };
-    let engine = loaded.start(gpu_loras, log).map_err(failure)?;
-    tracing::info!("adapters 0 to {} are in their slots; warm", gpu_loras - 1);
-    Ok((engine, info))
 }
 
 #[cfg(test)]

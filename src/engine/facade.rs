@@ -2,18 +2,18 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use lora_sched::{Config, ConfigError, EventError, Nanos, RequestId, Scheduler};
+use lora_sched::{Config, ConfigError, EventError, Scheduler};
 
-use super::channel::{Receiver, channel};
+use super::channel::channel;
 use super::clock::Clock;
 use super::executor::{Executor, ExecutorError, Sampling, TokenId};
 use super::gauges::{EngineStats, Gauges, SwapStats};
-use super::output::{self, OpenGuard, OutQueue, OutState, StreamItem};
-use super::request::{Delta, Finish, GenerateRequest, Generated, SubmitError};
+use super::handle::GenerateHandle;
+use super::output::{self, OpenGuard, OutQueue, OutState};
+use super::request::{GenerateRequest, SubmitError};
 use super::step_loop::{Active, LoopParts, Mailbox, StepLoop, Submission};
 use crate::report::decision_log::DecisionLog;
 use crate::workload::tokenizer::Tokenizer;
@@ -78,19 +78,19 @@ impl Drop for LoopEnd {
 }
 
 /// What the engine and its requests' handles share.
-struct Shared {
-    mailbox: Arc<Mailbox>,
-    outputs: Arc<OutQueue>,
-    gauges: Arc<Gauges>,
-    tokenizer: Tokenizer,
-    clock: Clock,
-    scheduler: Config,
-    vocab_size: usize,
-    eos: Vec<TokenId>,
-    seed: u64,
-    open: Arc<AtomicU64>,
-    draining: AtomicBool,
-    failure: OnceLock<String>,
+pub(super) struct Shared {
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) outputs: Arc<OutQueue>,
+    pub(super) gauges: Arc<Gauges>,
+    pub(super) tokenizer: Tokenizer,
+    pub(super) clock: Clock,
+    pub(super) scheduler: Config,
+    pub(super) vocab_size: usize,
+    pub(super) eos: Vec<TokenId>,
+    pub(super) seed: u64,
+    pub(super) open: Arc<AtomicU64>,
+    pub(super) draining: AtomicBool,
+    pub(super) failure: OnceLock<String>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -314,130 +314,5 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.shutdown();
-    }
-}
-
-/// A submitted request's stream of output. Dropping it cancels the request.
-pub struct GenerateHandle {
-    id: RequestId,
-    received: Nanos,
-    receiver: Receiver<StreamItem>,
-    shared: Arc<Shared>,
-    admitted: bool,
-    done: bool,
-}
-
-impl std::fmt::Debug for GenerateHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("GenerateHandle").field("id", &self.id).finish_non_exhaustive()
-    }
-}
-
-impl GenerateHandle {
-    /// The request's number, as in the decision log.
-    pub fn id(&self) -> RequestId {
-        self.id
-    }
-
-    /// When it was received, on the engine's clock.
-    pub fn received(&self) -> Nanos {
-        self.received
-    }
-
-    /// Waits until the scheduler has taken the request, or not.
-    ///
-    /// # Errors
-    /// If the scheduler did not take it.
-    pub async fn admitted(&mut self) -> Result<(), SubmitError> {
-        if self.admitted {
-            return Ok(());
-        }
-        let item = std::future::poll_fn(|cx| self.receiver.poll_recv(cx)).await;
-        self.take_admission(item)
-    }
-
-    fn take_admission(&mut self, item: Option<StreamItem>) -> Result<(), SubmitError> {
-        match item {
-            Some(StreamItem::Refused(error)) => {
-                self.done = true;
-                Err(SubmitError::Refused(error))
-            }
-            Some(StreamItem::Accepted) => {
-                self.admitted = true;
-                Ok(())
-            }
-            // The stream begins with one of the two unless the engine stopped.
-            Some(StreamItem::Delta(_)) | None => {
-                self.done = true;
-                Err(SubmitError::Stopped(
-                    self.shared.failure.get().cloned().unwrap_or_else(|| "shut down".into()),
-                ))
-            }
-        }
-    }
-
-    /// The next piece of output; none after the last. Call it when [`Self::admitted`] has said yes.
-    pub async fn next(&mut self) -> Option<Delta> {
-        std::future::poll_fn(|cx| self.poll_next(cx)).await
-    }
-
-    /// As [`Self::next`], for streams.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Delta>> {
-        loop {
-            if self.done {
-                return Poll::Ready(None);
-            }
-            match self.receiver.poll_recv(cx) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Some(StreamItem::Accepted)) => self.admitted = true,
-                Poll::Ready(Some(StreamItem::Delta(delta))) => return Poll::Ready(Some(self.seen(delta))),
-                Poll::Ready(Some(StreamItem::Refused(_)) | None) => self.done = true,
-            }
-        }
-    }
-
-    fn seen(&mut self, delta: Delta) -> Delta {
-        self.done |= delta.finish.is_some();
-        delta
-    }
-
-    /// Waits for the whole output, blocking the thread.
-    ///
-    /// # Errors
-    /// If the scheduler did not take the request or the engine stopped before it began.
-    pub fn wait(mut self) -> Result<Generated, SubmitError> {
-        if !self.admitted {
-            let item = self.receiver.recv();
-            self.take_admission(item)?;
-        }
-        let mut out = Generated {
-            text: String::new(),
-            tokens: Vec::new(),
-            finish: Finish::Abort,
-            first: None,
-            received: self.received,
-            ended: 0,
-        };
-        while let Some(StreamItem::Delta(delta)) = self.receiver.recv() {
-            out.text.push_str(&delta.text);
-            out.tokens.extend(delta.token);
-            out.first = out.first.or(delta.first);
-            if let Some(finish) = delta.finish {
-                out.finish = finish;
-                self.done = true;
-                break;
-            }
-        }
-        out.ended = self.shared.clock.now();
-        Ok(out)
-    }
-}
-
-impl Drop for GenerateHandle {
-    fn drop(&mut self) {
-        if !self.done {
-            tracing::debug!("request {}: its client has gone (499)", self.id);
-            self.shared.mailbox.cancel(self.id);
-        }
     }
 }

@@ -1,0 +1,137 @@
+//! `lora-hbm serve`.
+
+mod flags;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::failure::Failure;
+use super::settings::Context;
+use crate::engine::Engine;
+use crate::engine::server::{Ended, Server, ServerInfo, ServerOptions};
+use crate::engine::setup::{EngineSettings, Loaded, SetupError};
+use crate::report::decision_log::DecisionLog;
+pub use flags::ServeArgs;
+use flags::{ServeSettings, seconds};
+
+pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
+    let mut settings: ServeSettings = ctx.resolve("serve", args)?;
+    if args.api_key.is_none() {
+        // Settings from the environment are read as what they look like; a key is always text.
+        settings.api_key = std::env::var("LORA_HBM_API_KEY").ok().or(settings.api_key);
+    }
+    let engine = settings.engine()?;
+    engine.check().map_err(Failure::usage)?;
+    let options = ServerOptions {
+        host: settings.host.clone(),
+        port: settings.port,
+        api_key: settings.api_key.clone(),
+        shutdown_timeout: seconds("--shutdown-timeout", settings.shutdown_timeout)?,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(serve(options, engine, settings.decision_log.clone()));
+    // Tokenising that is under way is nobody's any more.
+    runtime.shutdown_background();
+    ended
+}
+
+/// Binds, loads, serves, drains.
+async fn serve(
+    options: ServerOptions,
+    settings: EngineSettings,
+    decision_log: Option<PathBuf>,
+) -> Result<(), Failure> {
+    let server = Server::bind(options).await.map_err(|e| Failure::Failed(e.into()))?;
+    let address = server.address();
+    let handle = server.handle();
+    let (stop, stops) = mpsc::channel(2);
+    let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let (loading, mut loaded) = mpsc::channel(1);
+    // Not a task: a model that is half loaded must not hold up the end of the program.
+    std::thread::Builder::new().name("load".into()).spawn(move || {
+        // Nobody listens any more when a signal came first.
+        let _ = loading.blocking_send(load(settings, decision_log.as_deref()));
+    })?;
+    let serving = server.run(stops);
+    tokio::pin!(serving);
+    let mut engine: Option<Arc<Engine>> = None;
+    let ended = loop {
+        let [terminate, interrupt] = &mut signals;
+        tokio::select! {
+            ended = &mut serving => break ended,
+            Some(outcome) = loaded.recv() => {
+                let (loaded, info) = outcome?;
+                let loaded = Arc::new(loaded);
+                handle.ready(loaded.clone(), info);
+                engine = Some(loaded);
+                tracing::info!("serving on http://{address}");
+            }
+            _ = terminate.recv() => { let _ = stop.try_send(()); }
+            _ = interrupt.recv() => { let _ = stop.try_send(()); }
+        }
+    };
+    if let Some(engine) = engine {
+        end(engine);
+    }
+    match ended {
+        Ended::Cut(requests) => Err(Failure::failed(format!("{requests} requests were cut off"))),
+        Ended::Drained => Ok(()),
+    }
+}
+
+/// Joins the engine's threads and writes the decision log out; a step that takes longer than is left to a
+/// program that was told to stop is not waited for.
+fn end(engine: Arc<Engine>) {
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        engine.shutdown();
+        // Nobody listens any more if it took too long.
+        let _ = done.send(());
+    });
+    if ended.recv_timeout(Duration::from_secs(2)).is_err() {
+        tracing::warn!("a step is still running: not waited for");
+    }
+}
+
+/// Loads the model and starts the engine, saying what it is made of.
+fn load(
+    settings: EngineSettings,
+    decision_log: Option<&std::path::Path>,
+) -> Result<(Engine, ServerInfo), Failure> {
+    let failure = |e: SetupError| if e.is_usage() { Failure::usage(e) } else { Failure::Failed(e.into()) };
+    let loaded = Loaded::load(settings).map_err(failure)?;
+    let (s, spec) = (loaded.settings(), loaded.spec());
+    let gpu_loras = s.gpu_loras;
+    tracing::info!(
+        "model {}: {:.1} M parameters, {} layers; {}",
+        spec.name,
+        spec.parameters() as f64 * 1e-6,
+        spec.layers,
+        loaded.weights_said
+    );
+    tracing::info!("tokenizer: {}", loaded.tokenizer_said);
+    tracing::info!(
+        "{} adapters of rank up to {}, {gpu_loras} slots; policy {}, eviction {}, swaps {}",
+        s.total_loras,
+        s.max_r,
+        s.policy,
+        s.evict,
+        s.swap_mode
+    );
+    tracing::info!("memory:\n{}", loaded.memory_table(gpu_loras));
+    let log = match decision_log {
+        Some(path) => {
+            let log = DecisionLog::to_file(path, &loaded.log_header(gpu_loras));
+            Some(log.map_err(|e| Failure::Failed(e.into()))?)
+        }
+        None => None,
+    };
+    let info = ServerInfo::of(&loaded, gpu_loras);
+    let engine = loaded.start(gpu_loras, log).map_err(failure)?;
+    tracing::info!("adapters 0 to {} are in their slots; warm", gpu_loras - 1);
+    Ok((engine, info))
+}
