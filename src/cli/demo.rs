@@ -55,9 +55,8 @@ pub fn run(args: &DemoArgs, ctx: &Context) -> Result<(), Failure> {
     println!("\n2. Choose a load at which the budget matters, by simulation.");
     let chosen = load(&plain, &simulator)?;
     println!(
-        "   {:.1} requests a second: {:.0} % of what the machine sustains with all adapters resident",
-        chosen.rate,
-        chosen.rho * 100.0
+        "   {:.1} requests a second: the smallest budget's median TTFT should be {:.1} times the full one's",
+        chosen.rate, chosen.effect
     );
     let experiment = experiment(&with_load(&chosen)?)?;
     println!("\n3. Measure: an engine, its HTTP server and a client, one budget after another.");
@@ -122,7 +121,7 @@ fn calibrated(cell: &Cell, folder: &Path) -> Result<Simulator, Failure> {
 
 struct Load {
     rate: f64,
-    rho: f64,
+    effect: f64,
     requests: u64,
 }
 
@@ -141,12 +140,11 @@ fn load(experiment: &Experiment, simulator: &Simulator) -> Result<Load, Failure>
         sources.trace(&full.engine, &workload, Some(rate), seed).map_err(|e| Failure::Failed(e.into()))
     };
     let most = simulator.saturation_rate(&full.engine, &trace(&mut sources, 1.0, 200)?).map_err(failed)?;
-    let mut load = Load { rate: 0.0, rho: 0.0, requests: 0 };
-    for percent in (40..=95).step_by(5) {
-        let rho = f64::from(percent) / 100.0;
-        let rate = rho * most;
-        load = Load { rate, rho, requests: (rate * ARRIVALS_S).ceil().max(50.0) as u64 };
-        let trace = trace(&mut sources, rate, load.requests)?;
+    let mut load = Load { rate: 0.0, effect: 0.0, requests: 0 };
+    for percent in (30..=95).step_by(5) {
+        let rate = most * f64::from(percent) / 100.0;
+        let requests = (rate * ARRIVALS_S).ceil().max(50.0) as u64;
+        let trace = trace(&mut sources, rate, requests)?;
         let median = |cell: &Cell| {
             let simulated = simulator.run(&cell.engine, &trace).map_err(failed)?;
             let ttft: Vec<f64> = simulated.records.iter().filter_map(|r| r.ttft_s).collect();
@@ -154,7 +152,8 @@ fn load(experiment: &Experiment, simulator: &Simulator) -> Result<Load, Failure>
                 crate::report::stats::median(&crate::report::stats::sorted(&ttft)).unwrap_or(0.0),
             )
         };
-        if median(small)? >= EFFECT * median(full)? {
+        load = Load { rate, effect: median(small)? / median(full)?, requests };
+        if load.effect >= EFFECT {
             break;
         }
     }
@@ -174,8 +173,11 @@ fn with_load(load: &Load) -> Result<String, Failure> {
 
 #[cfg(feature = "plot")]
 fn draw(run: &Sweep<'_>) -> Result<(), Failure> {
-    let (svg, png) =
-        super::plot::draw(&[run.csv.clone()], run.requests.as_deref(), &run.csv.with_file_name("ttft"))?;
+    let (svg, png) = super::plot::draw(
+        std::slice::from_ref(&run.csv),
+        run.requests.as_deref(),
+        &run.csv.with_file_name("ttft"),
+    )?;
     println!("\nplot: {}\n      {}", svg.display(), png.display());
     Ok(())
 }
