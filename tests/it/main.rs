@@ -13,6 +13,8 @@ mod load_support;
 mod parity;
 #[cfg(feature = "plot")]
 mod plot;
+#[cfg(feature = "server")]
+mod replay;
 #[cfg(feature = "engine")]
 mod rig;
 #[cfg(feature = "server")]
