@@ -258,11 +258,11 @@ mod tests {
     #[test]
     fn matrices_and_scale_are_read_and_b_is_transposed() {
         let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
-        let adapter = read(r#"{"r":2,"lora_alpha":8}"#, &[(&a, [2, 192]), (&b, [192, 2])]).unwrap();
+        let adapter = read(r#"{"r":2,"lora_alpha":8}"#, &[(&a, [2, 256]), (&b, [128, 2])]).unwrap();
         assert_eq!((adapter.layout.scale(), adapter.slab.len()), (4.0, 2 * 384));
         let part = adapter.layout.part(1, 0).unwrap();
         let (a, b) = adapter.layout.matrices(part, 0, &adapter.slab);
-        assert_eq!((a[1], b[0], b[1], b[192]), (1.0, 0.0, 2.0, 1.0));
+        assert_eq!((a[1], b[0], b[1], b[128]), (1.0, 0.0, 2.0, 1.0));
         let tensors = [("decoy", [1, 1])];
         assert!(read(r#"{"r":2,"lora_alpha":8}"#, &tensors).unwrap_err().contains("decoy"));
     }
@@ -271,13 +271,13 @@ mod tests {
     fn rank_stabilised_adapters_scale_by_the_root() {
         let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
         let config = r#"{"r":4,"lora_alpha":8,"use_rslora":true,"peft_type":"LORA","bias":"none"}"#;
-        assert_eq!(read(config, &[(&a, [4, 192]), (&b, [192, 4])]).unwrap().layout.scale(), 4.0);
+        assert_eq!(read(config, &[(&a, [4, 256]), (&b, [128, 4])]).unwrap().layout.scale(), 4.0);
     }
 
     #[test]
     fn what_cannot_be_served_is_named() {
         let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
-        let pair = [(a.as_str(), [2, 192]), (b.as_str(), [192, 2])];
+        let pair = [(a.as_str(), [2, 256]), (b.as_str(), [128, 2])];
         for (config, said) in [
             (r#"{"r":8,"lora_alpha":8}"#, "rank 8"),
             (r#"{"r":2,"lora_alpha":8,"use_dora":true}"#, "use_dora"),
@@ -295,8 +295,8 @@ mod tests {
         assert!(read(good, &pair[..1]).unwrap_err().contains("lora_B is missing"));
         let stray = "base_model.model.model.layers.9.self_attn.q_proj";
         let (a, b) = (format!("{stray}.lora_A.weight"), format!("{stray}.lora_B.weight"));
-        let message = read(good, &[(&a, [2, 192]), (&b, [192, 2])]).unwrap_err();
-        assert!(message.contains("layers.9") && message.contains("4 layers"), "{message}");
+        let message = read(good, &[(&a, [2, 256]), (&b, [128, 2])]).unwrap_err();
+        assert!(message.contains("layers.9") && message.contains("3 layers"), "{message}");
         assert!(read(good, &[("x.lora_C.weight", [1, 1])]).unwrap_err().contains("lora_C"));
     }
 }

@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn tiny_groups_its_queries() {
         let spec = preset("tiny").unwrap();
-        assert_eq!((spec.heads, spec.kv_heads, spec.q_dim(), spec.kv_dim()), (6, 3, 192, 96));
+        assert_eq!((spec.heads, spec.kv_heads, spec.q_dim(), spec.kv_dim()), (4, 1, 128, 32));
         let names: Vec<_> = spec.modules().iter().map(|m| m.name).collect();
         assert_eq!(names, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]);
     }
