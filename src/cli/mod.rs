@@ -74,7 +74,7 @@ enum Command {
     #[cfg(feature = "server")]
     Calibrate(calibrate::CalibrateArgs),
     /// Predict TTFT at every gpu_loras from a profile
-    Simulate(simulate::SimulateArgs),
+    Simulate(Box<simulate::SimulateArgs>),
     /// Run an experiment file: measured on an engine, or simulated from a profile
     Sweep(sweep::SweepArgs),
     /// Hold simulated results against measured ones
