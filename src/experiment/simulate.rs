@@ -128,8 +128,7 @@ impl Simulator {
         arrival: impl Fn(&crate::workload::trace::TraceRequest) -> Nanos,
     ) -> Result<Simulated, SimulateError> {
         let config = self.config(engine)?;
-        let mut ranks: Vec<u32> = config.adapters.iter().map(|a| a.rank).collect();
-        ranks.shrink_to_fit();
+        let ranks: Vec<u32> = config.adapters.iter().map(|a| a.rank).collect();
         let mut inputs: Vec<Input> = trace
             .requests
             .iter()

@@ -28,7 +28,7 @@ struct Step {
     /// Work without any slow-down, and what is left of it (waits for first layers included).
     work: f64,
     left: f64,
-    /// Time with a copy beside it, which the slow-down explains.
+    /// Slots that it reads and that are still being copied into.
     loading: Vec<SlotId>,
     last_landed: Option<SlotId>,
 }
@@ -60,11 +60,11 @@ impl ModelDevice {
         if self.copies.is_empty() { 1.0 } else { 1.0 / (1.0 + self.cost.step_slowdown) }
     }
 
-    /// Rate of the copies that are being served, and how many share it.
-    fn copy_rate(&self) -> (f64, usize) {
+    /// Rate of each copy that is being served: those share the copy engine.
+    fn copy_rate(&self) -> f64 {
         let rate = if self.step.is_some() { 1.0 / self.cost.busy_swap_factor() } else { 1.0 };
         let served = self.served().count().max(1);
-        (rate / served as f64, served)
+        rate / served as f64
     }
 
     /// Demand goes before prefetch; of one kind, all share (`layered`) or the first is served.
@@ -82,7 +82,7 @@ impl ModelDevice {
             return;
         }
         let step_rate = self.step_rate();
-        let (copy_rate, _) = self.copy_rate();
+        let copy_rate = self.copy_rate();
         if let Some(step) = &mut self.step {
             step.left -= passed * step_rate;
         }
@@ -112,7 +112,7 @@ impl Device for ModelDevice {
         let work = self.cost.step_ns(&shape) as f64;
         let mut step = Step { started: now, work, left: work, loading: Vec::new(), last_landed: None };
         // Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
-        let (rate, _) = self.copy_rate();
+        let rate = self.copy_rate();
         let mut head = 0.0f64;
         for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
             let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
@@ -134,7 +134,7 @@ impl Device for ModelDevice {
         // The last layer waits for the last layer: a step ends after the copies that it reads.
         let step = self.step.as_ref().filter(|s| s.loading.is_empty());
         let step = step.map(|s| (self.after(s.left, self.step_rate()), Done::Step));
-        let (rate, _) = self.copy_rate();
+        let rate = self.copy_rate();
         let copy = self
             .served()
             .map(|i| (self.after(self.copies[i].left, rate), Done::Swap(self.copies[i].slot)))

@@ -57,7 +57,6 @@ impl Scheduler {
             }
             let reading = self.queue.read_meter(self.requests[index].group, &self.clock);
             let request = &mut self.requests[index];
-            request.fresh = false;
             request.parts.queue += now.saturating_sub(request.since);
             request.reading = reading;
         }

@@ -45,8 +45,6 @@ pub(crate) struct Request {
     /// Since when the present cause is being counted where no meter does it: a fresh arrival's
     /// queueing for the running step's end, a running request's time between its chunks.
     pub(crate) since: Nanos,
-    /// Arrived during the step in flight.
-    pub(crate) fresh: bool,
     /// Meter readings when its metered wait began.
     pub(crate) reading: Reading,
 

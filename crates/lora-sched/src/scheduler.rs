@@ -202,7 +202,6 @@ impl Scheduler {
             holds_slot: false,
             parts: Parts { front: now.saturating_sub(arrival.received), ..Parts::default() },
             since: now,
-            fresh: self.step.active,
             reading,
             prev_in_group: NONE,
             next_in_group: NONE,
