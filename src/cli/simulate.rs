@@ -1,6 +1,7 @@
 //! `lora-hbm simulate`: TTFT at every budget, from a profile.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use clap::Args;
 use rayon::prelude::*;
@@ -15,7 +16,10 @@ use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
 use crate::profile::Profile;
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::{ResultRow, RunContext, append_rows};
-use crate::workload::spec::Amount;
+use crate::workload::spec::{Amount, Requests};
+
+/// Arrivals a second where nothing says otherwise.
+const DEFAULT_RATE: f64 = 2.0;
 
 #[derive(Args, Debug, Serialize)]
 pub struct SimulateArgs {
@@ -133,10 +137,12 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
         .map_err(Failure::failed)?;
     let work: Vec<(u64, u32)> =
         (0..simulation.settings.seeds).flat_map(|seed| budgets.iter().map(move |&b| (seed, b))).collect();
+    let started = Instant::now();
     let rows = pool.install(|| {
         work.par_iter().map(|&(seed, budget)| simulation.row(seed, budget)).collect::<Result<Vec<_>, _>>()
     })?;
 
+    let took = started.elapsed().as_secs_f64();
     manifest.seeds = rows.iter().filter_map(|r| r.seed).collect();
     manifest.seeds.dedup();
     if let Some(out) = &simulation.settings.out {
@@ -154,7 +160,16 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
                 println!("{}", serde_json::to_string(row).map_err(Failure::failed)?);
             }
         }
-        OutputFormat::Table => print(&rows, &budgets),
+        OutputFormat::Table => {
+            print(&rows, &budgets);
+            let requests: u64 = rows.iter().map(|r| r.total_requests).sum();
+            println!(
+                "{requests} requests in {}: {:.0} a second on {} threads",
+                ui::seconds(took),
+                requests as f64 / took,
+                pool.current_num_threads()
+            );
+        }
     }
     Ok(())
 }
@@ -215,37 +230,52 @@ impl Simulation {
         {
             engine.max_r = only;
         }
-        let asked = amount(self.settings.num_requests, None)?;
-        let trace = workload.trace(
-            &self.source,
-            &Run {
-                total_loras: total,
-                rate: None,
-                default_rate: 2.0,
-                amount: asked,
-                default_amount: Amount::Requests(200),
-                ranks: engine.ranks(),
-            },
-        )?;
-        let simulated = self.simulator.run(&engine, &trace).map_err(failed)?;
-        let saturation = self.simulator.saturation_rate(&engine, &trace).map_err(failed)?;
-        let rate = workload.arrival_rate.or(trace.mean_rate());
-        let cell = Cell::new(engine, crate::experiment::WorkloadSettings::default());
+        let how = Run {
+            total_loras: total,
+            rate: None,
+            default_rate: DEFAULT_RATE,
+            amount: amount(self.settings.num_requests, None)?,
+            default_amount: Amount::Requests(200),
+            ranks: engine.ranks(),
+        };
+        let cell = Cell::new(engine.clone(), crate::experiment::WorkloadSettings::default());
         let context = RunContext {
             prompt_regime: workload.regime_column(&self.source),
             arrivals: Some(workload.arrivals_column(&self.source)),
-            arrival_rate: workload.arrival_rate.or(Some(2.0).filter(|_| workload.trace.is_none())),
-            num_requests: Some(trace.requests.len() as u64),
+            arrival_rate: workload.arrival_rate.or(Some(DEFAULT_RATE).filter(|_| workload.trace.is_none())),
             max_tokens: workload.max_tokens.or(Some(16).filter(|_| workload.trace.is_none())),
-            popularity: Some(trace.header.popularity.clone()),
-            duration_seconds: Some(simulated.totals.end as f64 * 1e-9),
-            swap_count: Some(simulated.totals.swaps),
-            saturated: rate.map(|rate| is_saturated(rate, saturation)),
             rho: None,
             cell: None,
             ..cell.run_context(crate::report::results::Source::Simulated, workload.seed, 0)
         };
-        Ok(ResultRow::from_records(&simulated.records, &context))
+        let simulator = &self.simulator;
+        let (mut row, rate, saturation) = match &self.source {
+            // Made as they are simulated: a workload of any length.
+            Source::Pool(pool) => {
+                let spec = workload.spec(&how);
+                let requests = || Requests::new(&spec, pool).map_err(|e| Failure::Usage(e.into()));
+                let expected = match spec.amount {
+                    Amount::Requests(n) => n as usize,
+                    Amount::DurationS(_) => 0,
+                };
+                let context = RunContext { popularity: Some(spec.popularity.to_string()), ..context };
+                let row = simulator.stream(&engine, requests()?, expected, &context).map_err(failed)?;
+                let saturation = simulator.saturation_rate_of(&engine, requests()?).map_err(failed)?;
+                (row, Some(spec.rate), saturation)
+            }
+            Source::Trace { .. } => {
+                let trace = workload.trace(&self.source, &how)?;
+                let context = RunContext { popularity: Some(trace.header.popularity.clone()), ..context };
+                let requests = trace.requests.iter().cloned();
+                let row = simulator.stream(&engine, requests, trace.requests.len(), &context);
+                let rate = workload.arrival_rate.or(trace.mean_rate());
+                let saturation = simulator.saturation_rate(&engine, &trace).map_err(failed)?;
+                (row.map_err(failed)?, rate, saturation)
+            }
+        };
+        row.num_requests = Some(row.total_requests);
+        row.saturated = rate.map(|rate| is_saturated(rate, saturation));
+        Ok(row)
     }
 }
 

@@ -33,6 +33,7 @@ mod shard;
 mod simulate;
 mod source;
 mod sweep;
+mod tally;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -47,9 +48,10 @@ pub use cell::Cell;
 pub use measure::{Engines, MeasureError, Measured};
 pub use settings::{EngineSettings, WorkloadSettings};
 pub use shard::{Shard, UnknownShard};
-pub use simulate::{BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
+pub use simulate::{Asked, BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
 pub use source::{SourceError, Sources};
 pub use sweep::{Sweep, SweepError, SweepProgress};
+pub use tally::Tally;
 
 /// An experiment that cannot be read or makes no sense.
 #[derive(Debug, thiserror::Error)]

@@ -171,9 +171,19 @@ impl CostModel {
 
     /// A step's duration with nothing beside it.
     pub fn step_ns(&self, shape: &StepShape) -> Nanos {
-        let sum: u128 = self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * coef).sum();
-        // Nothing happens in no time: a clock that stands still could loop.
-        ((sum >> FRACTION_BITS) as Nanos).max(1)
+        whole_ns(self.step_sum(shape))
+    }
+
+    /// A step's duration in fixed point.
+    fn step_sum(&self, shape: &StepShape) -> u128 {
+        self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * coef).sum()
+    }
+
+    /// Durations of a decode step of this shape and of those after it, as long as the same sequences
+    /// run: each has read one position more. The shape has no prefills.
+    pub(crate) fn decode_run(&self, shape: StepShape) -> DecodeRun<'_> {
+        let sum = self.step_sum(&shape);
+        DecodeRun { cost: self, shape, sum, slope: 0, bend: shape.decode_context }
     }
 
     /// A swap's duration with no step running.
@@ -189,6 +199,59 @@ impl CostModel {
     /// From a request's receipt to the queue.
     pub fn front_ns(&self, prompt_tokens: u32) -> Nanos {
         self.front_ns + (f64::from(prompt_tokens) * self.front_ns_per_token).round() as Nanos
+    }
+}
+
+fn whole_ns(sum: u128) -> Nanos {
+    // Nothing happens in no time: a clock that stands still could loop.
+    ((sum >> FRACTION_BITS) as Nanos).max(1)
+}
+
+/// See [`CostModel::decode_run`]. Integer sums: to the nanosecond what each step alone would cost.
+#[derive(Clone, Debug)]
+pub(crate) struct DecodeRun<'a> {
+    cost: &'a CostModel,
+    shape: StepShape,
+    sum: u128,
+    /// What a step adds to the sum while the context stays under `bend`.
+    slope: u128,
+    bend: u64,
+}
+
+impl DecodeRun<'_> {
+    /// The present step's duration.
+    pub(crate) fn ns(&self) -> Nanos {
+        whole_ns(self.sum)
+    }
+
+    /// The present step's shape.
+    pub(crate) fn shape(&self) -> StepShape {
+        self.shape
+    }
+
+    /// Goes on to the next step and gives its duration.
+    pub(crate) fn next(&mut self) -> Nanos {
+        let context = self.shape.decode_context + self.shape.decodes;
+        if context > self.bend {
+            self.straighten(context);
+        }
+        self.shape.decode_context = context;
+        self.sum += self.slope;
+        self.ns()
+    }
+
+    /// Finds the slope from the present context to `context` and how far it holds.
+    fn straighten(&mut self, context: u64) {
+        let before = self.shape.decode_context;
+        let next = StepShape { decode_context: context, ..self.shape };
+        self.slope = self.cost.step_sum(&next) - self.sum;
+        let ends = self.cost.terms.iter().filter_map(|(feature, _)| match *feature {
+            Feature::DecodeContext { from, to } => Some([from, to.unwrap_or(u64::MAX)]),
+            _ => None,
+        });
+        // The first end past the present context: a step across it has a slope of its own.
+        let bend = ends.flatten().filter(|&end| end > before).min().unwrap_or(u64::MAX);
+        self.bend = if bend < context { context } else { bend };
     }
 }
 
@@ -225,5 +288,26 @@ mod tests {
         let shape = StepShape { tokens: 500, ..StepShape::default() };
         assert_eq!(cost.step_ns(&shape), 11_000_000);
         assert_eq!(cost.swap_ns(1_000_000), 1_000_000);
+    }
+
+    #[test]
+    fn a_run_of_decodes_costs_what_its_steps_cost() {
+        let mut profile = round();
+        for (name, coef) in
+            [("decode_context:0-700", 1.37), ("decode_context:700-1000", 0.0), ("decode_context:1000-", 5.01)]
+        {
+            profile.step.features.push(name.to_owned());
+            profile.step.coef_ns.push(coef);
+        }
+        let cost = CostModel::new(&profile.signed()).unwrap();
+        for decodes in [1, 3, 64, 400] {
+            let mut shape = StepShape { tokens: decodes, decodes, decode_context: 17, ..StepShape::default() };
+            let mut run = cost.decode_run(shape);
+            for _ in 0..1_200 {
+                assert_eq!((run.ns(), run.shape()), (cost.step_ns(&shape), shape));
+                shape.decode_context += decodes;
+                run.next();
+            }
+        }
     }
 }

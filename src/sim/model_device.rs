@@ -5,7 +5,7 @@
 
 use lora_sched::{Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
-use super::device::{Device, Done};
+use super::device::{Device, Done, Skipped};
 use crate::profile::{CostModel, StepShape};
 
 /// See the module's text.
@@ -25,6 +25,7 @@ pub struct ModelDevice {
 #[derive(Clone, Debug)]
 struct Step {
     started: Nanos,
+    shape: StepShape,
     /// Work without any slow-down, and what is left of it (waits for first layers included).
     work: f64,
     left: f64,
@@ -67,11 +68,16 @@ impl ModelDevice {
         rate / served as f64
     }
 
-    /// Demand goes before prefetch; of one kind, all share (`layered`) or the first is served.
-    fn served(&self) -> impl Iterator<Item = usize> + '_ {
-        let kind = self.copies.iter().map(|c| c.kind).find(|&k| k == SwapKind::Demand);
-        let kind = kind.unwrap_or(SwapKind::Prefetch);
-        let of_kind = self.copies.iter().enumerate().filter(move |(_, c)| c.kind == kind).map(|(i, _)| i);
+    /// Demand goes before prefetch.
+    fn served_kind(&self) -> SwapKind {
+        let demand = self.copies.iter().any(|c| c.kind == SwapKind::Demand);
+        if demand { SwapKind::Demand } else { SwapKind::Prefetch }
+    }
+
+    /// Of the kind that is served, all share (`layered`) or the first is.
+    fn served(&self) -> impl Iterator<Item = &Copy> + '_ {
+        let kind = self.served_kind();
+        let of_kind = self.copies.iter().filter(move |c| c.kind == kind);
         of_kind.take(if self.shared { usize::MAX } else { 1 })
     }
 
@@ -86,11 +92,13 @@ impl ModelDevice {
         if let Some(step) = &mut self.step {
             step.left -= passed * step_rate;
         }
-        if !self.copies.is_empty() {
-            let served: Vec<usize> = self.served().collect();
-            for i in served {
-                self.copies[i].left -= passed * copy_rate;
-            }
+        if self.copies.is_empty() {
+            return;
+        }
+        let kind = self.served_kind();
+        let of_kind = self.copies.iter_mut().filter(|c| c.kind == kind);
+        for copy in of_kind.take(if self.shared { usize::MAX } else { 1 }) {
+            copy.left -= passed * copy_rate;
         }
     }
 
@@ -110,7 +118,8 @@ impl Device for ModelDevice {
         let rank = |adapter: u32| ranks.get(adapter as usize).copied().unwrap_or(0);
         let shape = StepShape::of(plan, rank, &mut self.seen);
         let work = self.cost.step_ns(&shape) as f64;
-        let mut step = Step { started: now, work, left: work, loading: Vec::new(), last_landed: None };
+        let mut step =
+            Step { started: now, shape, work, left: work, loading: Vec::new(), last_landed: None };
         // Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
         let rate = self.copy_rate();
         let mut head = 0.0f64;
@@ -137,7 +146,7 @@ impl Device for ModelDevice {
         let rate = self.copy_rate();
         let copy = self
             .served()
-            .map(|i| (self.after(self.copies[i].left, rate), Done::Swap(self.copies[i].slot)))
+            .map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot)))
             .min();
         step.into_iter().chain(copy).min()
     }
@@ -169,6 +178,28 @@ impl Device for ModelDevice {
 
     fn stalled(&self) -> &[(SlotId, Nanos)] {
         &self.stalled
+    }
+
+    fn skip(&mut self, most: u64, before: Nanos, until: Nanos) -> Skipped {
+        let Some(step) = self.step.as_mut().filter(|_| self.copies.is_empty()) else {
+            return Skipped::default();
+        };
+        let mut skipped = Skipped { steps: 0, formed: step.started, busy: 0 };
+        let mut run = self.cost.decode_run(step.shape);
+        let mut work = run.ns();
+        while skipped.steps < most {
+            let formed = skipped.formed + work + self.cost.loop_ns;
+            if formed >= before || formed > until {
+                break;
+            }
+            skipped = Skipped { steps: skipped.steps + 1, formed, busy: skipped.busy + work };
+            work = run.next();
+        }
+        step.shape = run.shape();
+        step.started = skipped.formed;
+        (step.work, step.left) = (work as f64, work as f64);
+        self.now = skipped.formed;
+        skipped
     }
 }
 

@@ -9,6 +9,7 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod load_support;
+mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
 #[cfg(feature = "plot")]
@@ -21,6 +22,7 @@ mod rig;
 mod serve_command;
 #[cfg(feature = "server")]
 mod server;
+mod skipping;
 #[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]

@@ -34,6 +34,8 @@ pub struct Scheduler {
     pub(crate) fresh: Vec<(u32, RequestId)>,
     pub(crate) step: StepInFlight,
     pub(crate) next_step: u64,
+    /// Scratch: blocks that no plan tells of.
+    pub(crate) skipped_blocks: Vec<u32>,
 }
 
 /// What the scheduler remembers of the submitted plan.
@@ -71,6 +73,7 @@ impl Scheduler {
             fresh: Vec::new(),
             step: StepInFlight::default(),
             next_step: 0,
+            skipped_blocks: Vec::new(),
             config,
         };
         for adapter in 0..scheduler.config.gpu_loras as u32 {
