@@ -12,8 +12,8 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
-use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
-use crate::profile::Profile;
+use crate::experiment::{Cell, EngineSettings, Simulator, is_saturated, seed_budgets};
+use crate::profile::{Kind, Profile};
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::{ResultRow, RunContext, append_rows};
 use crate::workload::spec::{Amount, Requests};
@@ -23,10 +23,10 @@ const DEFAULT_RATE: f64 = 2.0;
 
 #[derive(Args, Debug, Serialize)]
 pub struct SimulateArgs {
-    /// Profile of the machine and model (required)
-    #[arg(long, value_name = "FILE")]
+    /// Profile of the machine and model: a file or the name of a shipped one (required)
+    #[arg(long, value_name = "PROFILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    profile: Option<PathBuf>,
+    profile: Option<String>,
     #[command(flatten)]
     #[serde(skip)]
     workload: WorkloadArgs,
@@ -66,7 +66,7 @@ pub struct SimulateArgs {
 #[derive(Serialize, Deserialize)]
 #[serde(default)]
 struct SimulateSettings {
-    profile: Option<PathBuf>,
+    profile: Option<String>,
     model: Option<String>,
     total_loras: u32,
     gpu_loras: String,
@@ -106,12 +106,7 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     let flags: EngineFlags = ctx.resolve("simulate", &args.engine)?;
     workload.check()?;
     amount(settings.num_requests, None)?;
-    let path = settings.profile.as_ref().ok_or_else(|| {
-        Failure::usage(
-            "simulate needs --profile: make one with `lora-hbm calibrate --model MODEL -o profile.json`",
-        )
-    })?;
-    let profile = Profile::load(path).map_err(|e| Failure::Failed(e.into()))?;
+    let profile = load_profile("simulate", settings.profile.as_deref())?;
     if let Some(model) = &settings.model {
         profile.expect_model(model).map_err(|e| Failure::Failed(e.into()))?;
     }
@@ -194,8 +189,31 @@ fn append_rows_to(path: &std::path::Path, rows: &[ResultRow]) -> Result<(), Fail
     append_rows(path, rows).map_err(|e| Failure::Failed(e.into()))
 }
 
+/// The profile that a subcommand cannot do without. A what-if copy is said to be one.
+pub(super) fn load_profile(subcommand: &str, named: Option<&str>) -> Result<Profile, Failure> {
+    let named = named.ok_or_else(|| {
+        Failure::usage(format!(
+            "{subcommand} needs --profile: make one with `lora-hbm calibrate --model MODEL -o profile.json`"
+        ))
+    })?;
+    let profile = Profile::named(named).map_err(|e| Failure::Failed(e.into()))?;
+    if profile.kind == Kind::Scaled {
+        tracing::warn!("{named} is a what-if copy of another profile: nothing of it was measured");
+    }
+    Ok(profile)
+}
+
+/// Where the profile is of one rank and no flag names another, that is the rank.
+pub(super) fn only_rank(flags: &EngineFlags, profile: &Profile, engine: &mut EngineSettings) {
+    if !flags.has_ranks()
+        && let [only] = profile.adapter.ranks[..]
+    {
+        engine.max_r = only;
+    }
+}
+
 /// `2,8,32`, or `seed` for the reference's budgets.
-fn budgets(text: &str, total: u32) -> Result<Vec<u32>, Failure> {
+pub(super) fn budgets(text: &str, total: u32) -> Result<Vec<u32>, Failure> {
     if total == 0 {
         return Err(Failure::usage("--total-loras is 0: it must be at least 1"));
     }
@@ -225,11 +243,7 @@ impl Simulation {
         let workload = WorkloadSettings { seed: self.workload.seed + seed, ..self.workload.clone() };
         let total = self.settings.total_loras;
         let mut engine = self.flags.settings(&self.simulator.profile().model, total, budget)?;
-        if !self.flags.has_ranks()
-            && let [only] = self.simulator.profile().adapter.ranks[..]
-        {
-            engine.max_r = only;
-        }
+        only_rank(&self.flags, self.simulator.profile(), &mut engine);
         let how = Run {
             total_loras: total,
             rate: None,

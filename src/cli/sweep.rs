@@ -9,7 +9,6 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress};
-use crate::profile::Profile;
 use crate::report::files::check_writable;
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::ResultRow;
@@ -23,10 +22,10 @@ pub struct SweepArgs {
     #[arg(long, value_name = "measured|simulated")]
     #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<String>,
-    /// Profile: for --mode simulated, and for loads given as rho
-    #[arg(long, value_name = "FILE")]
+    /// Profile, a file or the name of a shipped one: for --mode simulated, and for loads given as rho
+    #[arg(long, value_name = "PROFILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    profile: Option<PathBuf>,
+    profile: Option<String>,
     /// Go on where an earlier run of this sweep stopped
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -46,7 +45,7 @@ pub struct SweepArgs {
 struct SweepSettings {
     experiment: Option<PathBuf>,
     mode: Option<String>,
-    profile: Option<PathBuf>,
+    profile: Option<String>,
     resume: bool,
     shard: Option<String>,
     out: Option<PathBuf>,
@@ -120,8 +119,8 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(super) fn simulator(path: &Path) -> Result<Simulator, Failure> {
-    let profile = Profile::load(path).map_err(|e| Failure::Failed(e.into()))?;
+pub(super) fn simulator(named: &str) -> Result<Simulator, Failure> {
+    let profile = super::simulate::load_profile("sweep", Some(named))?;
     Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))
 }
 

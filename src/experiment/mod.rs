@@ -28,9 +28,11 @@ mod fields;
 #[cfg(feature = "server")]
 mod measure;
 mod parse;
+mod plan;
 mod settings;
 mod shard;
 mod simulate;
+mod slo;
 mod source;
 mod sweep;
 mod tally;
@@ -46,9 +48,11 @@ use crate::report::results::{ResultRow, RunKey, Source};
 pub use cell::Cell;
 #[cfg(feature = "server")]
 pub use measure::{Engines, MeasureError, Measured};
+pub use plan::{Binds, BudgetPlan, Plan, PlanError, Planner, Seen, Verdict};
 pub use settings::{EngineSettings, WorkloadSettings};
 pub use shard::{Shard, UnknownShard};
 pub use simulate::{Asked, BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
+pub use slo::{NotAnSlo, Slo};
 pub use source::{SourceError, Sources};
 pub use sweep::{Sweep, SweepError, SweepProgress};
 pub use tally::Tally;

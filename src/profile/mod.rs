@@ -1,7 +1,9 @@
 //! `profile.json`: the calibrated costs of one machine, model and engine, and the cost model they feed.
 
 mod cost;
+mod scale;
 mod shape;
+mod shipped;
 
 use std::path::Path;
 
@@ -9,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 pub use cost::{CostModel, Feature, FeatureError};
+pub use scale::{Scale, ScaleError};
 pub use shape::StepShape;
 
 /// The version that this program writes and reads.
@@ -186,6 +189,16 @@ pub enum ProfileError {
         /// Why.
         source: std::io::Error,
     },
+    /// Neither a file nor a shipped profile.
+    #[error(
+        "there is no profile '{name}': give a file that `lora-hbm calibrate` has made{}", shipped_names(shipped)
+    )]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        shipped: Vec<String>,
+    },
     /// It is not JSON of this form.
     #[error("{path} is not a profile: {source}")]
     Form {
@@ -258,6 +271,11 @@ pub enum ProfileError {
         /// What there is.
         available_gb: f64,
     },
+}
+
+/// The rest of a sentence that names the shipped profiles, if there are any.
+fn shipped_names(shipped: &[String]) -> String {
+    if shipped.is_empty() { String::new() } else { format!(", or one of {}", shipped.join(", ")) }
 }
 
 impl Profile {

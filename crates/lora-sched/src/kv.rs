@@ -34,15 +34,17 @@ impl BlockPool {
 
     /// Appends `count` blocks to the place's table and to `out`. The caller has checked [`Self::free`].
     pub(crate) fn allocate(&mut self, place: PlaceId, count: usize, out: &mut Vec<u32>) {
-        let table = &mut self.tables[place.0 as usize];
         for _ in 0..count {
-            let Some(block) = self.free.pop() else {
-                debug_assert!(false, "allocation was not checked against the free blocks");
-                return;
-            };
-            table.push(block);
-            out.push(block);
+            out.extend(self.grow(place));
         }
+    }
+
+    /// Appends a block to the place's table. The caller has checked [`Self::free`].
+    pub(crate) fn grow(&mut self, place: PlaceId) -> Option<u32> {
+        let block = self.free.pop();
+        debug_assert!(block.is_some(), "allocation was not checked against the free blocks");
+        self.tables[place.0 as usize].extend(block);
+        block
     }
 
     /// Takes back everything that the place holds.

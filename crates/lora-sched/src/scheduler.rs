@@ -34,8 +34,6 @@ pub struct Scheduler {
     pub(crate) fresh: Vec<(u32, RequestId)>,
     pub(crate) step: StepInFlight,
     pub(crate) next_step: u64,
-    /// Scratch: blocks that no plan tells of.
-    pub(crate) skipped_blocks: Vec<u32>,
 }
 
 /// What the scheduler remembers of the submitted plan.
@@ -73,7 +71,6 @@ impl Scheduler {
             fresh: Vec::new(),
             step: StepInFlight::default(),
             next_step: 0,
-            skipped_blocks: Vec::new(),
             config,
         };
         for adapter in 0..scheduler.config.gpu_loras as u32 {
@@ -260,12 +257,11 @@ impl Scheduler {
         self.slots.step_done(|adapter| out.notices.push(Notice::AdapterGone(adapter)));
 
         for (i, seq) in step.seqs.iter().enumerate() {
-            let group = self.requests[seq.index].group;
-            let slot = self.queue.group(group).slot;
             let request = &mut self.requests[seq.index];
             request.computed += seq.len;
             if request.before_first_token() {
                 let took = now.saturating_sub(step.formed);
+                let slot = self.queue.group(request.group).slot;
                 let waited = slot.map_or(0, |slot| {
                     if step.waits && step.loading.contains(&slot) {
                         step.swaps_done.saturating_sub(step.formed)

@@ -100,8 +100,7 @@ impl Scheduler {
                 if self.next_block(index) == next
                     && let Phase::Running { place, .. } = self.requests[index].phase
                 {
-                    self.skipped_blocks.clear();
-                    self.kv.allocate(place, 1, &mut self.skipped_blocks);
+                    self.kv.grow(place);
                 }
             }
         }
