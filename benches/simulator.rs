@@ -100,7 +100,7 @@ fn simulator(c: &mut Criterion) {
         group.bench_with_input(BenchmarkId::new("rho", rho), &spec, |b, spec| {
             b.iter(|| {
                 let drawn = Requests::new(spec, &pool).expect("a sound workload");
-                simulator.stream(&engine(32), drawn, requests as usize, &context).expect("a sound run")
+                simulator.stream(&engine(32), drawn, (requests as usize, 0), &context).expect("a sound run")
             });
         });
     }

@@ -49,6 +49,10 @@ pub struct SimulateArgs {
     #[arg(short = 'n', long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     num_requests: Option<u64>,
+    /// Requests at the start that are left out of the results [default: 0]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warm_up: Option<u64>,
     /// Traces, of seeds --seed, --seed + 1 … [default: 1]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -71,6 +75,7 @@ struct SimulateSettings {
     total_loras: u32,
     gpu_loras: String,
     num_requests: Option<u64>,
+    warm_up: u64,
     seeds: u64,
     jobs: usize,
     out: Option<PathBuf>,
@@ -84,6 +89,7 @@ impl Default for SimulateSettings {
             total_loras: 128,
             gpu_loras: "seed".to_owned(),
             num_requests: None,
+            warm_up: 0,
             seeds: 1,
             jobs: 0,
             out: None,
@@ -263,6 +269,7 @@ impl Simulation {
             ..cell.run_context(crate::report::results::Source::Simulated, workload.seed, 0)
         };
         let simulator = &self.simulator;
+        let warm_up = self.settings.warm_up;
         let (mut row, rate, saturation) = match &self.source {
             // Made as they are simulated: a workload of any length.
             Source::Pool(pool) => {
@@ -273,7 +280,7 @@ impl Simulation {
                     Amount::DurationS(_) => 0,
                 };
                 let context = RunContext { popularity: Some(spec.popularity.to_string()), ..context };
-                let row = simulator.stream(&engine, requests()?, expected, &context).map_err(failed)?;
+                let row = simulator.stream(&engine, requests()?, (expected, warm_up), &context).map_err(failed)?;
                 let saturation = simulator.saturation_rate_of(&engine, requests()?).map_err(failed)?;
                 (row, Some(spec.rate), saturation)
             }
@@ -281,13 +288,16 @@ impl Simulation {
                 let trace = workload.trace(&self.source, &how)?;
                 let context = RunContext { popularity: Some(trace.header.popularity.clone()), ..context };
                 let requests = trace.requests.iter().cloned();
-                let row = simulator.stream(&engine, requests, trace.requests.len(), &context);
+                let row = simulator.stream(&engine, requests, (trace.requests.len(), warm_up), &context);
                 let rate = workload.arrival_rate.or(trace.mean_rate());
                 let saturation = simulator.saturation_rate(&engine, &trace).map_err(failed)?;
                 (row.map_err(failed)?, rate, saturation)
             }
         };
         row.num_requests = Some(row.total_requests);
+        if row.total_requests == 0 {
+            return Err(Failure::usage(format!("--warm-up {warm_up} leaves no request to count: lower it")));
+        }
         row.saturated = rate.map(|rate| is_saturated(rate, saturation));
         Ok(row)
     }

@@ -1,5 +1,6 @@
 //! `lora-hbm sweep`: every cell of an experiment file, measured or simulated.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -12,6 +13,7 @@ use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepPr
 use crate::report::files::check_writable;
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::ResultRow;
+use crate::report::stats;
 
 #[derive(Args, Debug, Serialize)]
 pub struct SweepArgs {
@@ -176,21 +178,41 @@ pub(super) fn show(bar: &indicatif::ProgressBar, p: &SweepProgress<'_>) {
     bar.set_position(p.done as u64 * PARTS + share);
 }
 
+/// One line a cell: means over its runs, with 95 % intervals where there are several traces.
 fn print(rows: &[ResultRow]) {
+    let mut cells: Vec<&str> = Vec::new();
+    for cell in rows.iter().filter_map(|r| r.cell.as_deref()) {
+        if !cells.contains(&cell) {
+            cells.push(cell);
+        }
+    }
     let mut table =
-        ui::table(&["gpu_loras", "rate", "seed", "repeat", "TTFT median", "p90", "p99", "swaps", ""]);
-    let time = |s: Option<f64>| s.map_or_else(String::new, ui::seconds);
-    for row in rows {
+        ui::table(&["gpu_loras", "regime", "rate", "runs", "TTFT median", "mean", "p90", "p99", "swaps", ""]);
+    for cell in cells {
+        let runs: Vec<&ResultRow> = rows.iter().filter(|r| r.cell.as_deref() == Some(cell)).collect();
+        let values = |of: fn(&ResultRow) -> Option<f64>| runs.iter().filter_map(|r| of(r)).collect::<Vec<_>>();
+        let time = |of| {
+            let values = values(of);
+            let mean = stats::mean(&values).map_or_else(String::new, ui::seconds);
+            // Repeats of one trace tell of the machine, not of the traffic.
+            let traces: BTreeSet<_> = runs.iter().map(|r| r.seed).collect();
+            match stats::mean_interval(&values, 0.95).filter(|_| traces.len() == runs.len()) {
+                Some(i) => format!("{mean} ± {}", ui::seconds((i.high - i.low) / 2.0)),
+                None => mean,
+            }
+        };
         table.add_row([
-            row.gpu_loras.to_string(),
-            row.arrival_rate.map_or_else(String::new, |r| format!("{r:.2}")),
-            row.seed.map_or_else(String::new, |s| s.to_string()),
-            row.repeat.map_or_else(String::new, |r| r.to_string()),
-            time(row.ttft_median),
-            time(row.ttft_p90),
-            time(row.ttft_p99),
-            row.swap_count.map_or_else(String::new, |n| n.to_string()),
-            if row.saturated == Some(true) { "saturated" } else { "" }.to_owned(),
+            runs[0].gpu_loras.to_string(),
+            runs[0].prompt_regime.clone(),
+            stats::mean(&values(|r| r.arrival_rate)).map_or_else(String::new, |r| format!("{r:.2}")),
+            runs.len().to_string(),
+            time(|r| r.ttft_median),
+            time(|r| r.ttft_mean),
+            time(|r| r.ttft_p90),
+            time(|r| r.ttft_p99),
+            stats::mean(&values(|r| r.swap_count.map(|n| n as f64)))
+                .map_or_else(String::new, |n| format!("{n:.1}")),
+            if runs.iter().any(|r| r.saturated == Some(true)) { "saturated" } else { "" }.to_owned(),
         ]);
     }
     println!("{table}");

@@ -7,6 +7,8 @@ mod channel;
 pub mod clock;
 pub mod cpu;
 pub mod emulated;
+#[cfg(feature = "server")]
+pub mod emulation;
 pub mod executor;
 mod facade;
 mod gauges;

@@ -24,6 +24,7 @@
 mod cell;
 #[cfg(feature = "server")]
 mod engine;
+mod factor;
 mod fields;
 #[cfg(feature = "server")]
 mod measure;
@@ -46,6 +47,7 @@ use crate::report::files::{self, FileError};
 use crate::report::results::{ResultRow, RunKey, Source};
 
 pub use cell::Cell;
+pub use factor::{FactorError, Target, cost_factor};
 #[cfg(feature = "server")]
 pub use measure::{Engines, MeasureError, Measured};
 pub use plan::{Binds, BudgetPlan, Plan, PlanError, Planner, Seen, Verdict};

@@ -231,7 +231,7 @@ impl Planner<'_> {
         let row = |seed| {
             let workload = self.workload(rate, self.workload.seed + seed);
             let requests = Requests::new(&workload, self.pool)?;
-            Ok(self.simulator.stream(engine, requests, self.requests as usize, &context)?)
+            Ok(self.simulator.stream(engine, requests, (self.requests as usize, 0), &context)?)
         };
         (0..self.seeds).into_par_iter().map(row).collect()
     }

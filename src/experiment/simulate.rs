@@ -4,7 +4,7 @@ use lora_sched::{AdapterSpec, Config, ConfigError, EventError, Nanos, Scheduler}
 
 use super::tally::Tally;
 use super::{Cell, EngineSettings};
-use crate::profile::{CostModel, Profile, ProfileError};
+use crate::profile::{CostModel, Profile, ProfileError, Scale, ScaleError};
 use crate::report::record::{PartsS, RequestRecord, Status};
 use crate::report::results::{ResultRow, RunContext};
 use crate::sim::{FrontEnd, ModelDevice, Observer, Outcome, SimRequest, Totals, run};
@@ -19,6 +19,9 @@ pub enum SimulateError {
     /// The profile does not cover it.
     #[error(transparent)]
     Profile(#[from] ProfileError),
+    /// A factor on its costs that is none.
+    #[error(transparent)]
+    Scale(#[from] ScaleError),
     /// Impossible settings.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -63,6 +66,11 @@ impl Simulator {
     pub fn new(profile: Profile) -> Result<Self, ProfileError> {
         let cost = CostModel::new(&profile)?;
         Ok(Self { profile, cost })
+    }
+
+    /// A simulator of a machine with other rates.
+    pub fn scaled(&self, by: Scale) -> Result<Self, SimulateError> {
+        Ok(Self::new(self.profile.scaled(by)?)?)
     }
 
     /// The profile.
@@ -121,15 +129,16 @@ impl Simulator {
     }
 
     /// Simulates requests one by one as they come, for statistics alone: memory grows by the requests
-    /// that wait and by a TTFT each. `expected` is how many are expected.
+    /// that wait and by a TTFT each. `expected` is how many are expected, of which the first `warm_up`
+    /// are left out of the statistics.
     pub fn stream(
         &self,
         engine: &EngineSettings,
         requests: impl IntoIterator<Item = TraceRequest>,
-        expected: usize,
+        (expected, warm_up): (usize, u64),
         context: &RunContext,
     ) -> Result<ResultRow, SimulateError> {
-        let mut tally = Tally::new(expected, self.cost.deliver_ns);
+        let mut tally = Tally::new(expected, warm_up, self.cost.deliver_ns);
         let asked = requests.into_iter().map(|r| Asked::of(&r));
         let totals = self.observe(engine, asked, &mut tally)?;
         let mut row = tally.row(context);

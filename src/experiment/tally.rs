@@ -12,6 +12,8 @@ use crate::sim::{Observer, Outcome};
 /// Collects what a row says.
 #[derive(Debug)]
 pub struct Tally {
+    /// Requests of lower numbers are left out.
+    first: u64,
     deliver: Nanos,
     /// From receipt to the first token, delivery left out.
     ttft: Vec<Nanos>,
@@ -22,9 +24,11 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// For a run of about `requests`, each of whose tokens is delivered after `deliver`.
-    pub fn new(requests: usize, deliver: Nanos) -> Self {
+    /// For a run of about `requests`, of which the first `warm_up` are left out; tokens are delivered
+    /// after `deliver`.
+    pub fn new(requests: usize, warm_up: u64, deliver: Nanos) -> Self {
         Self {
+            first: warm_up,
             deliver,
             ttft: Vec::with_capacity(requests),
             latency: Latencies::default(),
@@ -85,6 +89,9 @@ impl Tally {
 impl Observer for Tally {
     fn outcome(&mut self, outcome: &Outcome) {
         let Outcome { request, first, last, parts, .. } = outcome;
+        if request.id < self.first {
+            return;
+        }
         self.ttft.push(first - request.received);
         self.latency.push(last - request.received);
         let (least, most, sum) = &mut self.prompt;

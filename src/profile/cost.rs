@@ -243,15 +243,16 @@ impl DecodeRun<'_> {
     /// Finds the slope from the present context to `context` and how far it holds.
     fn straighten(&mut self, context: u64) {
         let before = self.shape.decode_context;
-        let next = StepShape { decode_context: context, ..self.shape };
-        self.slope = self.cost.step_sum(&next) - self.sum;
-        let ends = self.cost.terms.iter().filter_map(|(feature, _)| match *feature {
-            Feature::DecodeContext { from, to } => Some([from, to.unwrap_or(u64::MAX)]),
-            _ => None,
-        });
-        // The first end past the present context: a step across it has a slope of its own.
-        let bend = ends.flatten().filter(|&end| end > before).min().unwrap_or(u64::MAX);
-        self.bend = if bend < context { context } else { bend };
+        self.slope = 0;
+        let mut bend = u64::MAX;
+        for &(feature, coef) in &self.cost.terms {
+            let Feature::DecodeContext { from, to } = feature else { continue };
+            self.slope += u128::from(within(context, from, to) - within(before, from, to)) * coef;
+            let ends = [from, to.unwrap_or(u64::MAX)];
+            bend = ends.into_iter().filter(|&end| end > before).fold(bend, u64::min);
+        }
+        // An end between the two contexts: the step across it has a slope of its own.
+        self.bend = bend.max(context);
     }
 }
 

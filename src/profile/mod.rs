@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 pub use cost::{CostModel, Feature, FeatureError};
 pub use scale::{Scale, ScaleError};
-pub use shape::StepShape;
+pub use shape::{SeenSlots, StepShape};
 
 /// The version that this program writes and reads.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -359,6 +359,13 @@ impl Profile {
         positive("engine.block_size", f64::from(self.engine.block_size))?;
         positive("engine.layers", f64::from(self.engine.layers))?;
         positive("number of calibrated ranks", self.adapter.ranks.len() as f64)?;
+        if let Some(w) = self.adapter.ranks.windows(2).find(|w| w[0] >= w[1]) {
+            return Err(ProfileError::Value {
+                what: "list of calibrated ranks".to_owned(),
+                value: f64::from(w[1]),
+                expected: "ranks must rise from one to the next",
+            });
+        }
         if self.adapter.ranks.len() != self.adapter.bytes.len() {
             return Err(ProfileError::Value {
                 what: "number of adapter sizes".to_owned(),

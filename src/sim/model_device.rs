@@ -6,7 +6,7 @@
 use lora_sched::{Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
 use super::device::{Device, Done, Skipped};
-use crate::profile::{CostModel, StepShape};
+use crate::profile::{CostModel, SeenSlots, StepShape};
 
 /// See the module's text.
 #[derive(Clone, Debug)]
@@ -19,7 +19,7 @@ pub struct ModelDevice {
     step: Option<Step>,
     copies: Vec<Copy>,
     stalled: Vec<(SlotId, Nanos)>,
-    seen: Vec<bool>,
+    seen: SeenSlots,
 }
 
 #[derive(Clone, Debug)]
@@ -53,7 +53,7 @@ impl ModelDevice {
             step: None,
             copies: Vec::new(),
             stalled: Vec::new(),
-            seen: Vec::new(),
+            seen: SeenSlots::default(),
         }
     }
 

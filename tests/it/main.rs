@@ -1,5 +1,7 @@
 //! Integration tests: one binary, a file per behaviour.
 
+#[cfg(feature = "server")]
+mod emulate;
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
@@ -12,6 +14,7 @@ mod load_support;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
+mod planning;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "server")]
@@ -22,6 +25,7 @@ mod rig;
 mod serve_command;
 #[cfg(feature = "server")]
 mod server;
+mod simulate;
 mod skipping;
 #[cfg(feature = "server")]
 mod step_loop;

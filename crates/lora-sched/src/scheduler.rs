@@ -252,14 +252,15 @@ impl Scheduler {
         }
         self.step.active = false;
         let now = self.now();
-        let mut step = std::mem::take(&mut self.step);
+        let mut seqs = std::mem::take(&mut self.step.seqs);
 
         self.slots.step_done(|adapter| out.notices.push(Notice::AdapterGone(adapter)));
 
-        for (i, seq) in step.seqs.iter().enumerate() {
+        for (i, seq) in seqs.iter().enumerate() {
             let request = &mut self.requests[seq.index];
             request.computed += seq.len;
             if request.before_first_token() {
+                let step = &self.step;
                 let took = now.saturating_sub(step.formed);
                 let slot = self.queue.group(request.group).slot;
                 let waited = slot.map_or(0, |slot| {
@@ -296,9 +297,9 @@ impl Scheduler {
                 self.end(seq.index, why, out);
             }
         }
-        step.seqs.clear();
-        step.loading.clear();
-        self.step = step;
+        seqs.clear();
+        self.step.seqs = seqs;
+        self.step.loading.clear();
         Ok(())
     }
 

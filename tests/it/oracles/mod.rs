@@ -223,7 +223,7 @@ pub fn machine(costs: &[(&str, f64)], swap: Nanos, gap: Nanos) -> Profile {
             workspace_bytes: 0,
             memory_bytes: None,
             kv_memory_bytes: Some(1 << 40),
-            max_model_len: 1 << 20,
+            max_model_len: 4352,
             max_num_batched_tokens: 4096,
             max_num_seqs: 16,
         },
