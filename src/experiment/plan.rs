@@ -198,21 +198,18 @@ impl Planner<'_> {
         saturation_rate: f64,
     ) -> Result<Option<(f64, Vec<ResultRow>)>, PlanError> {
         let (mut low, mut high) = (0.0, 0.95 * saturation_rate);
+        // The end of the range first: often it holds there.
+        let rows = self.rows(engine, high)?;
+        if self.verdict(&rows) == Verdict::Holds {
+            return Ok(Some((high, rows)));
+        }
         let mut best = None;
         for _ in 0..HALVINGS {
-            let rate = if best.is_none() && low == 0.0 && high == 0.95 * saturation_rate {
-                // The end of the range first: often it holds there.
-                high
-            } else {
-                (low + high) / 2.0
-            };
+            let rate = (low + high) / 2.0;
             let rows = self.rows(engine, rate)?;
             if self.verdict(&rows) == Verdict::Holds {
                 low = rate;
                 best = Some((rate, rows));
-                if rate == high {
-                    break;
-                }
             } else {
                 high = rate;
             }

@@ -122,12 +122,14 @@ impl FromStr for Feature {
 
 /// Fractions of a nanosecond in fixed point: 2⁻²⁰ ns.
 const FRACTION_BITS: u32 = 20;
+/// Nanoseconds that a unit of a feature may cost, at most: under three hours, and whole in fixed point.
+pub(super) const MOST_NS: f64 = 1e13;
 
 /// A profile made ready for evaluation. Every cost is an integer sum, so that it does not depend on
 /// the order of evaluation, nor on the machine.
 #[derive(Clone, Debug)]
 pub struct CostModel {
-    terms: Vec<(Feature, u128)>,
+    terms: Vec<(Feature, u64)>,
     swap_fixed: Nanos,
     ns_per_byte: f64,
     busy_ns_per_byte: f64,
@@ -150,7 +152,7 @@ impl CostModel {
         let terms = profile.step.features.iter().zip(&profile.step.coef_ns);
         let terms = terms
             .map(|(name, &coef)| {
-                let fixed = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u128;
+                let fixed = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u64;
                 Ok((name.parse()?, fixed))
             })
             .collect::<Result<_, FeatureError>>()?;
@@ -176,7 +178,7 @@ impl CostModel {
 
     /// A step's duration in fixed point.
     fn step_sum(&self, shape: &StepShape) -> u128 {
-        self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * coef).sum()
+        self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * u128::from(*coef)).sum()
     }
 
     /// Durations of a decode step of this shape and of those after it, as long as the same sequences
@@ -247,7 +249,8 @@ impl DecodeRun<'_> {
         let mut bend = u64::MAX;
         for &(feature, coef) in &self.cost.terms {
             let Feature::DecodeContext { from, to } = feature else { continue };
-            self.slope += u128::from(within(context, from, to) - within(before, from, to)) * coef;
+            let further = within(context, from, to) - within(before, from, to);
+            self.slope += u128::from(further) * u128::from(coef);
             let ends = [from, to.unwrap_or(u64::MAX)];
             bend = ends.into_iter().filter(|&end| end > before).fold(bend, u64::min);
         }

@@ -337,6 +337,13 @@ impl Profile {
         for (feature, &coef) in self.step.features.iter().zip(&self.step.coef_ns) {
             feature.parse::<Feature>()?;
             not_negative(&format!("step cost of '{feature}'"), coef)?;
+            if coef > cost::MOST_NS {
+                return Err(ProfileError::Value {
+                    what: format!("step cost of '{feature}'"),
+                    value: coef,
+                    expected: "it must be under 1e13 ns",
+                });
+            }
         }
         positive("number of step features", self.step.features.len() as f64)?;
         if self.step.features.len() != self.step.coef_ns.len() {

@@ -34,7 +34,7 @@ pub trait Device {
     fn submit_swap(&mut self, now: Nanos, swap: &SwapPlan);
 
     /// What ends next, and when: never before the last call's `now`. It may change with every submission.
-    fn next(&self) -> Option<(Nanos, Done)>;
+    fn next(&mut self) -> Option<(Nanos, Done)>;
 
     /// What [`Device::next`] told has come about.
     fn complete(&mut self, now: Nanos, done: Done);

@@ -20,6 +20,10 @@ pub struct ModelDevice {
     copies: Vec<Copy>,
     stalled: Vec<(SlotId, Nanos)>,
     seen: SeenSlots,
+    /// The last step's list of loading slots, for the next one: nothing is allocated an event.
+    spare: Vec<SlotId>,
+    /// What ends next, where it has been asked for since the last change.
+    next: Option<Option<(Nanos, Done)>>,
 }
 
 #[derive(Clone, Debug)]
@@ -54,6 +58,8 @@ impl ModelDevice {
             copies: Vec::new(),
             stalled: Vec::new(),
             seen: SeenSlots::default(),
+            spare: Vec::new(),
+            next: None,
         }
     }
 
@@ -81,19 +87,24 @@ impl ModelDevice {
         of_kind.take(if self.shared { usize::MAX } else { 1 })
     }
 
+    /// Lets time pass up to a change.
     fn advance(&mut self, now: Nanos) {
+        self.next = None;
         let passed = now.saturating_sub(self.now) as f64;
         self.now = now;
         if passed == 0.0 {
             return;
         }
         let step_rate = self.step_rate();
+        if self.copies.is_empty() {
+            if let Some(step) = &mut self.step {
+                step.left -= passed;
+            }
+            return;
+        }
         let copy_rate = self.copy_rate();
         if let Some(step) = &mut self.step {
             step.left -= passed * step_rate;
-        }
-        if self.copies.is_empty() {
-            return;
         }
         let kind = self.served_kind();
         let of_kind = self.copies.iter_mut().filter(|c| c.kind == kind);
@@ -103,7 +114,22 @@ impl ModelDevice {
     }
 
     fn after(&self, left: f64, rate: f64) -> Nanos {
-        self.now + (left.max(0.0) / rate).ceil() as Nanos
+        let left = if rate == 1.0 { left.max(0.0) } else { left.max(0.0) / rate };
+        // Rounded up; `f64::ceil` is a function call on plain x86-64.
+        let whole = left as Nanos;
+        self.now + whole + Nanos::from((whole as f64) < left)
+    }
+
+    fn find_next(&self) -> Option<(Nanos, Done)> {
+        // The last layer waits for the last layer: a step ends after the copies that it reads.
+        let step = self.step.as_ref().filter(|s| s.loading.is_empty());
+        let step = step.map(|s| (self.after(s.left, self.step_rate()), Done::Step));
+        if self.copies.is_empty() {
+            return step;
+        }
+        let rate = self.copy_rate();
+        let copy = self.served().map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot))).min();
+        step.into_iter().chain(copy).min()
     }
 }
 
@@ -119,16 +145,18 @@ impl Device for ModelDevice {
         let shape = StepShape::of(plan, rank, &mut self.seen);
         let work = self.cost.step_ns(&shape) as f64;
         let mut step =
-            Step { started: now, shape, work, left: work, loading: Vec::new(), last_landed: None };
-        // Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
-        let rate = self.copy_rate();
-        let mut head = 0.0f64;
-        for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
-            let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
-            head = head.max(first_layer.max(0.0) / rate);
-            step.loading.push(copy.slot);
+            Step { started: now, shape, work, left: work, loading: std::mem::take(&mut self.spare), last_landed: None };
+        if !plan.loading.is_empty() {
+            // Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
+            let rate = self.copy_rate();
+            let mut head = 0.0f64;
+            for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
+                let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
+                head = head.max(first_layer.max(0.0) / rate);
+                step.loading.push(copy.slot);
+            }
+            step.left += head;
         }
-        step.left += head;
         self.stalled.clear();
         self.step = Some(step);
     }
@@ -139,25 +167,26 @@ impl Device for ModelDevice {
         self.copies.push(Copy { slot: swap.slot, kind: swap.kind, work, left: work });
     }
 
-    fn next(&self) -> Option<(Nanos, Done)> {
-        // The last layer waits for the last layer: a step ends after the copies that it reads.
-        let step = self.step.as_ref().filter(|s| s.loading.is_empty());
-        let step = step.map(|s| (self.after(s.left, self.step_rate()), Done::Step));
-        let rate = self.copy_rate();
-        let copy = self
-            .served()
-            .map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot)))
-            .min();
-        step.into_iter().chain(copy).min()
+    #[inline]
+    fn next(&mut self) -> Option<(Nanos, Done)> {
+        match self.next {
+            Some(next) => next,
+            None => {
+                let next = self.find_next();
+                self.next = Some(next);
+                next
+            }
+        }
     }
 
     fn complete(&mut self, now: Nanos, done: Done) {
         self.advance(now);
         match done {
             Done::Step => {
-                if let Some(step) = self.step.take()
-                    && let Some(slot) = step.last_landed
-                {
+                let Some(mut step) = self.step.take() else { return };
+                step.loading.clear();
+                self.spare = std::mem::take(&mut step.loading);
+                if let Some(slot) = step.last_landed {
                     let took = now - step.started;
                     let stall = (took as f64 - step.work * (1.0 + self.cost.step_slowdown)).max(0.0);
                     self.stalled.push((slot, stall as Nanos));
@@ -199,6 +228,7 @@ impl Device for ModelDevice {
         step.started = skipped.formed;
         (step.work, step.left) = (work as f64, work as f64);
         self.now = skipped.formed;
+        self.next = None;
         skipped
     }
 }

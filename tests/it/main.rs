@@ -31,5 +31,6 @@ mod skipping;
 mod step_loop;
 #[cfg(feature = "server")]
 mod support;
+mod validation;
 #[cfg(feature = "engine")]
 mod workload;

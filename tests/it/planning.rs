@@ -39,7 +39,7 @@ const PLAN: [&str; 10] =
 #[test]
 fn plan_names_the_smallest_budget_and_the_highest_rates() {
     let (_dir, program) = set_up();
-    let args = [&PLAN[..], &["ttft_median<80ms", "--rate", "40", "--format", "json"]].concat();
+    let args = [&PLAN[..], &["ttft_median<30ms", "--rate", "40", "--format", "json"]].concat();
     let plan = json(&mut program(&args));
     let holds = |b: &Value| b["verdict"] == "holds";
     let budgets = plan["budgets"].as_array().unwrap();
@@ -85,17 +85,17 @@ fn compare_pairs_runs_on_the_same_traces() {
         let base = ["simulate", "--profile", "p.json", "-r", "40", "-n", "200", "--seeds", "6", "-o", out];
         program(&[&base[..], more].concat()).assert().success();
     };
-    simulate("skip.csv", &["--gpu-loras", "4,32"]);
-    simulate("fcfs.csv", &["--gpu-loras", "4,32", "--policy", "fcfs"]);
+    simulate("layered.csv", &["--gpu-loras", "2,32"]);
+    simulate("blocking.csv", &["--gpu-loras", "2,32", "--swap-mode", "blocking"]);
     simulate("one.csv", &["--gpu-loras", "64"]);
-    let found = json(&mut program(&["compare", "skip.csv", "fcfs.csv", "--format", "json"]));
+    let found = json(&mut program(&["compare", "layered.csv", "blocking.csv", "--format", "json"]));
     let found = found.as_array().unwrap();
     assert_eq!((found.len(), found[0]["pairs"].as_u64()), (2, Some(6)), "{found:?}");
     let mean = &found[0]["differences"][1];
     assert_eq!(mean["statistic"], "ttft_mean");
-    assert!(mean["difference_s"]["low"].as_f64() > Some(0.0), "fcfs blocks behind slots: {mean}");
-    program(&["compare", "skip.csv", "fcfs.csv"]).assert().success().stdout(contains("A is lower"));
-    program(&["compare", "skip.csv", "one.csv"]).assert().code(2).stderr(contains("one at a time"));
+    assert!(mean["difference_s"]["low"].as_f64() > Some(0.0), "steps wait for swaps: {mean}");
+    program(&["compare", "layered.csv", "blocking.csv"]).assert().success().stdout(contains("A is lower"));
+    program(&["compare", "layered.csv", "one.csv"]).assert().code(2).stderr(contains("one at a time"));
 }
 
 #[test]

@@ -42,6 +42,7 @@ impl Scheduler {
         self.next_step += 1;
         self.step.active = true;
         self.step.formed = plan.formed;
+        self.step.preempted = preempted;
         self.step.swaps_done = plan.formed;
         self.step.waits = plan.wait_for_swaps;
         self.step.loading.extend_from_slice(&plan.loading);

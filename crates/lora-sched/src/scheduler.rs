@@ -44,6 +44,8 @@ pub(crate) struct StepInFlight {
     pub(crate) seqs: Vec<StepSeq>,
     pub(crate) loading: Vec<SlotId>,
     pub(crate) waits: bool,
+    /// Whether its plan had to preempt, and so admitted nobody: the next one may.
+    pub(crate) preempted: bool,
     /// When the last swap that the step waited for was done.
     pub(crate) swaps_done: Nanos,
 }
@@ -61,7 +63,8 @@ impl Scheduler {
         config.validate()?;
         let mut scheduler = Self {
             requests: Requests::default(),
-            queue: Queue::new(&config.adapters),
+            // Only prefetching looks at requests in order of arrival whatever they lack.
+            queue: Queue::new(&config.adapters, config.prefetch > 0),
             slots: Slots::new(config.gpu_loras, config.evict),
             kv: BlockPool::new(config.kv_blocks, config.max_num_seqs),
             clock: GateClock::new(),

@@ -24,6 +24,7 @@ impl Scheduler {
     /// Whether the step in flight, just formed, begins a run of equal ones.
     pub fn steady(&self) -> Option<SteadyRun> {
         if !self.step.active
+            || self.step.preempted
             || self.step.seqs.len() != self.running.len()
             || !self.step.loading.is_empty()
             || !self.fresh.is_empty()
