@@ -148,8 +148,15 @@ pub fn run(args: &PlanArgs, ctx: &Context) -> Result<(), Failure> {
 
 fn print(plan: &Plan, planner: &Planner<'_>, rate: Option<f64>) {
     let metric = planner.slos[0].metric();
-    let mut table =
-        ui::table(&["gpu_loras", metric, "95 % interval", "verdict", "highest rate", "saturates at", "binds"]);
+    let mut table = ui::table(&[
+        "gpu_loras",
+        metric,
+        "95 % interval",
+        "verdict",
+        "highest rate",
+        "saturates at",
+        "binds",
+    ]);
     for b in &plan.budgets {
         let verdict = match b.verdict {
             Some(Verdict::Holds) => "holds",

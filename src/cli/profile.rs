@@ -144,8 +144,10 @@ fn show(name: &str, profile: &Profile, ctx: &Context) -> Result<(), Failure> {
     ];
     let seconds = |ns: u64| ns as f64 * 1e-9;
     if ctx.format == OutputFormat::Json {
-        let times: serde_json::Map<String, serde_json::Value> =
-            steps.iter().map(|(what, shape)| ((*what).to_owned(), seconds(cost.step_ns(shape)).into())).collect();
+        let times: serde_json::Map<String, serde_json::Value> = steps
+            .iter()
+            .map(|(what, shape)| ((*what).to_owned(), seconds(cost.step_ns(shape)).into()))
+            .collect();
         let report = serde_json::json!({
             "profile": name, "kind": profile.kind, "model": profile.model, "machine": profile.machine,
             "ranks": profile.adapter.ranks, "step_s": times, "holdout": profile.holdout,

@@ -280,7 +280,8 @@ impl Simulation {
                     Amount::DurationS(_) => 0,
                 };
                 let context = RunContext { popularity: Some(spec.popularity.to_string()), ..context };
-                let row = simulator.stream(&engine, requests()?, (expected, warm_up), &context).map_err(failed)?;
+                let row =
+                    simulator.stream(&engine, requests()?, (expected, warm_up), &context).map_err(failed)?;
                 let saturation = simulator.saturation_rate_of(&engine, requests()?).map_err(failed)?;
                 (row, Some(spec.rate), saturation)
             }

@@ -190,7 +190,8 @@ fn print(rows: &[ResultRow]) {
         ui::table(&["gpu_loras", "regime", "rate", "runs", "TTFT median", "mean", "p90", "p99", "swaps", ""]);
     for cell in cells {
         let runs: Vec<&ResultRow> = rows.iter().filter(|r| r.cell.as_deref() == Some(cell)).collect();
-        let values = |of: fn(&ResultRow) -> Option<f64>| runs.iter().filter_map(|r| of(r)).collect::<Vec<_>>();
+        let values =
+            |of: fn(&ResultRow) -> Option<f64>| runs.iter().filter_map(|r| of(r)).collect::<Vec<_>>();
         let time = |of| {
             let values = values(of);
             let mean = stats::mean(&values).map_or_else(String::new, ui::seconds);

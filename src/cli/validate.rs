@@ -135,9 +135,7 @@ pub fn run(args: &ValidateArgs, ctx: &Context) -> Result<(), Failure> {
 }
 
 fn verdict(settings: &ValidateSettings, validations: &[Validation]) -> Result<(), Failure> {
-    if let Some(bad) =
-        validations.iter().find(|v| !v.holds(settings.median, settings.p90, settings.skill))
-    {
+    if let Some(bad) = validations.iter().find(|v| !v.holds(settings.median, settings.p90, settings.skill)) {
         return Err(Failure::Unmet(format!(
             "does not hold of {}: median within {} % and p90 within {} % at every budget (or twice the repeats' spread), \
              skill {}",
@@ -379,12 +377,10 @@ fn print_beside(validation: &Validation) {
 /// Typical and worst over all cells that are not saturated: overload flatters.
 fn print_summary(validations: &[Validation]) {
     let open = |b: &&BudgetComparison| !b.saturated;
-    let cells: Vec<&BudgetComparison> =
-        validations.iter().flat_map(|v| &v.budgets).filter(open).collect();
+    let cells: Vec<&BudgetComparison> = validations.iter().flat_map(|v| &v.budgets).filter(open).collect();
     let errors: Vec<f64> = cells.iter().map(|b| b.median.error_percent().abs()).collect();
-    let worst = cells.iter().max_by(|a, b| {
-        a.median.error_percent().abs().total_cmp(&b.median.error_percent().abs())
-    });
+    let worst =
+        cells.iter().max_by(|a, b| a.median.error_percent().abs().total_cmp(&b.median.error_percent().abs()));
     if let (Some(typical), Some(worst)) = (stats::median(&stats::sorted(&errors)), worst) {
         println!(
             "{} unsaturated cells: the median's error is typically {typical:.1} %, at worst {:+.1} % (budget {})",

@@ -190,9 +190,7 @@ impl WorkloadSettings {
     pub fn trace(&self, source: &Source, how: &Run) -> Result<Trace, Failure> {
         let asked = how.rate.or(self.arrival_rate);
         let made = match source {
-            Source::Pool(pool) => {
-                generate_trace(&self.spec(how), pool)
-            }
+            Source::Pool(pool) => generate_trace(&self.spec(how), pool),
             Source::Trace { trace, .. } => {
                 let arrivals = self.arrivals.unwrap_or(Arrivals::Trace);
                 let default_rate = (arrivals != Arrivals::Trace).then_some(how.default_rate);

@@ -93,7 +93,7 @@ impl Emulation {
         let printable = self.tokenizer.printable(vocab_size);
         let letters: Vec<TokenId> = (0..).zip(&printable).filter(|(_, p)| **p).map(|(id, _)| id).collect();
         let token = move |request: RequestId, at: u32| {
-            let mixed = (request.0 ^ u64::from(at) << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+            let mixed = (request.0 ^ (u64::from(at) << 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
             letters.get(mixed as usize % letters.len().max(1)).copied().unwrap_or(0)
         };
         let costs = ProfileCosts { cost, ranks, seen: SeenSlots::default() };

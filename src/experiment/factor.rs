@@ -3,9 +3,9 @@
 //! Queueing amplifies an error of the costs by about 1 / (1 − ρ): what a calibration can be held to is
 //! the factor on its costs with which the simulation would have been right.
 
+use super::Cell;
 use super::simulate::{SimulateError, Simulator};
 use super::source::{SourceError, Sources};
-use super::Cell;
 use crate::profile::Scale;
 use crate::report::stats::mean;
 

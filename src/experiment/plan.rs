@@ -7,9 +7,9 @@
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::EngineSettings;
 use super::simulate::{SimulateError, Simulator, is_saturated};
 use super::slo::Slo;
-use super::EngineSettings;
 use crate::report::results::{ResultRow, RunContext, Source};
 use crate::report::stats::{Interval, mean, mean_interval};
 use crate::workload::pool::PromptPool;

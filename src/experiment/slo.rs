@@ -5,8 +5,11 @@ use std::str::FromStr;
 
 use crate::report::results::ResultRow;
 
-/// The statistics that an objective may bound, by their column.
-const METRICS: [(&str, fn(&ResultRow) -> Option<f64>); 10] = [
+/// A column's name, and its value in a row.
+type Metric = (&'static str, fn(&ResultRow) -> Option<f64>);
+
+/// The statistics that an objective may bound.
+const METRICS: [Metric; 10] = [
     ("ttft_median", |r| r.ttft_median),
     ("ttft_mean", |r| r.ttft_mean),
     ("ttft_p90", |r| r.ttft_p90),
@@ -88,7 +91,10 @@ mod tests {
     #[test]
     fn objectives_are_read_with_their_units() {
         let slo: Slo = "ttft_p99<500ms".parse().unwrap();
-        assert_eq!((slo.metric(), slo.limit_s, slo.to_string().as_str()), ("ttft_p99", 0.5, "ttft_p99<500ms"));
+        assert_eq!(
+            (slo.metric(), slo.limit_s, slo.to_string().as_str()),
+            ("ttft_p99", 0.5, "ttft_p99<500ms")
+        );
         assert_eq!("ttft_p50 <= 1.5 s".parse::<Slo>().unwrap().to_string(), "ttft_median<1500ms");
         assert_eq!("e2e_mean<250us".parse::<Slo>().unwrap().to_string(), "latency_mean<0.25ms");
     }

@@ -177,15 +177,15 @@ impl CostModel {
     }
 
     /// A step's duration in fixed point.
-    fn step_sum(&self, shape: &StepShape) -> u128 {
+    pub(crate) fn step_sum(&self, shape: &StepShape) -> u128 {
         self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * u128::from(*coef)).sum()
     }
 
-    /// Durations of a decode step of this shape and of those after it, as long as the same sequences
-    /// run: each has read one position more. The shape has no prefills.
-    pub(crate) fn decode_run(&self, shape: StepShape) -> DecodeRun<'_> {
-        let sum = self.step_sum(&shape);
-        DecodeRun { cost: self, shape, sum, slope: 0, bend: shape.decode_context }
+    /// Durations of the steps after a decode step of this shape, which costs `sum`, as long as the same
+    /// sequences run: each has read one position more. The shape has no prefills.
+    pub(crate) fn decode_run(&self, shape: StepShape, sum: u128) -> DecodeRun<'_> {
+        let (context, decodes) = (shape.decode_context, shape.decodes);
+        DecodeRun { cost: self, context, decodes, sum, slope: 0, bend: context }
     }
 
     /// A swap's duration with no step running.
@@ -204,7 +204,8 @@ impl CostModel {
     }
 }
 
-fn whole_ns(sum: u128) -> Nanos {
+/// Fixed point to nanoseconds.
+pub(crate) fn whole_ns(sum: u128) -> Nanos {
     // Nothing happens in no time: a clock that stands still could loop.
     ((sum >> FRACTION_BITS) as Nanos).max(1)
 }
@@ -213,7 +214,8 @@ fn whole_ns(sum: u128) -> Nanos {
 #[derive(Clone, Debug)]
 pub(crate) struct DecodeRun<'a> {
     cost: &'a CostModel,
-    shape: StepShape,
+    context: u64,
+    decodes: u64,
     sum: u128,
     /// What a step adds to the sum while the context stays under `bend`.
     slope: u128,
@@ -221,30 +223,26 @@ pub(crate) struct DecodeRun<'a> {
 }
 
 impl DecodeRun<'_> {
-    /// The present step's duration.
-    pub(crate) fn ns(&self) -> Nanos {
-        whole_ns(self.sum)
-    }
-
-    /// The present step's shape.
-    pub(crate) fn shape(&self) -> StepShape {
-        self.shape
+    /// The present step's context and its cost in fixed point.
+    pub(crate) fn reached(&self) -> (u64, u128) {
+        (self.context, self.sum)
     }
 
     /// Goes on to the next step and gives its duration.
+    #[inline]
     pub(crate) fn next(&mut self) -> Nanos {
-        let context = self.shape.decode_context + self.shape.decodes;
+        let context = self.context + self.decodes;
         if context > self.bend {
             self.straighten(context);
         }
-        self.shape.decode_context = context;
+        self.context = context;
         self.sum += self.slope;
-        self.ns()
+        whole_ns(self.sum)
     }
 
     /// Finds the slope from the present context to `context` and how far it holds.
     fn straighten(&mut self, context: u64) {
-        let before = self.shape.decode_context;
+        let before = self.context;
         self.slope = 0;
         let mut bend = u64::MAX;
         for &(feature, coef) in &self.cost.terms {
@@ -305,12 +303,13 @@ mod tests {
         }
         let cost = CostModel::new(&profile.signed()).unwrap();
         for decodes in [1, 3, 64, 400] {
-            let mut shape = StepShape { tokens: decodes, decodes, decode_context: 17, ..StepShape::default() };
-            let mut run = cost.decode_run(shape);
+            let mut shape =
+                StepShape { tokens: decodes, decodes, decode_context: 17, ..StepShape::default() };
+            let mut run = cost.decode_run(shape, cost.step_sum(&shape));
             for _ in 0..1_200 {
-                assert_eq!((run.ns(), run.shape()), (cost.step_ns(&shape), shape));
                 shape.decode_context += decodes;
-                run.next();
+                assert_eq!(run.next(), cost.step_ns(&shape));
+                assert_eq!(run.reached(), (shape.decode_context, cost.step_sum(&shape)));
             }
         }
     }

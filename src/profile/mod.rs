@@ -10,6 +10,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+pub(crate) use cost::whole_ns;
 pub use cost::{CostModel, Feature, FeatureError};
 pub use scale::{Scale, ScaleError};
 pub use shape::{SeenSlots, StepShape};
@@ -191,7 +192,8 @@ pub enum ProfileError {
     },
     /// Neither a file nor a shipped profile.
     #[error(
-        "there is no profile '{name}': give a file that `lora-hbm calibrate` has made{}", shipped_names(shipped)
+        "there is no profile '{name}': give a file that `lora-hbm calibrate` has made{}",
+        shipped_names(shipped)
     )]
     Unknown {
         /// What was asked for.

@@ -11,8 +11,11 @@ use super::stats::{Interval, mean, mean_interval, std_dev};
 /// Confidence of the intervals.
 const CONFIDENCE: f64 = 0.95;
 
-/// The statistics that are compared, by their column.
-const STATISTICS: [(&str, fn(&ResultRow) -> Option<f64>); 6] = [
+/// A column's name, and its value in a row.
+type Statistic = (&'static str, fn(&ResultRow) -> Option<f64>);
+
+/// The statistics that are compared.
+const STATISTICS: [Statistic; 6] = [
     ("ttft_median", |r| r.ttft_median),
     ("ttft_mean", |r| r.ttft_mean),
     ("ttft_p90", |r| r.ttft_p90),
@@ -25,7 +28,9 @@ const STATISTICS: [(&str, fn(&ResultRow) -> Option<f64>); 6] = [
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ComparisonError {
     /// Neither file has what the other has.
-    #[error("{a} and {b} share no setting of budget, workload and load, and have several each: compare one at a time")]
+    #[error(
+        "{a} and {b} share no setting of budget, workload and load, and have several each: compare one at a time"
+    )]
     NothingShared {
         /// Settings in the first.
         a: usize,
@@ -33,7 +38,9 @@ pub enum ComparisonError {
         b: usize,
     },
     /// Two runs where one is expected.
-    #[error("the rows of {what} have seed {seed} more than once: merge the file, or compare one configuration at a time")]
+    #[error(
+        "the rows of {what} have seed {seed} more than once: merge the file, or compare one configuration at a time"
+    )]
     Twice {
         /// The settings.
         what: String,
@@ -140,7 +147,7 @@ fn one(what: &str, a: &Runs<'_>, b: &Runs<'_>) -> Result<Comparison, ComparisonE
     if !paired && (a.len() < 2 || b.len() < 2) {
         return Err(ComparisonError::TooFew { what: what.to_owned(), a: a.len(), b: b.len() });
     }
-    let difference = |(statistic, of): (&'static str, fn(&ResultRow) -> Option<f64>)| {
+    let difference = |(statistic, of): Statistic| {
         let (va, vb): (Vec<f64>, Vec<f64>) = if paired {
             pairs.iter().filter_map(|(a, b)| Some((of(a)?, of(b)?))).unzip()
         } else {
@@ -169,8 +176,7 @@ fn welch(a: &[f64], b: &[f64]) -> Option<Interval> {
     if va + vb == 0.0 {
         return Some(Interval { low: middle, high: middle });
     }
-    let freedom = (va + vb).powi(2)
-        / (va.powi(2) / (a.len() - 1) as f64 + vb.powi(2) / (b.len() - 1) as f64);
+    let freedom = (va + vb).powi(2) / (va.powi(2) / (a.len() - 1) as f64 + vb.powi(2) / (b.len() - 1) as f64);
     let t = StudentsT::new(0.0, 1.0, freedom).ok()?.inverse_cdf(0.5 + CONFIDENCE / 2.0);
     let half = t * (va + vb).sqrt();
     Some(Interval { low: middle - half, high: middle + half })

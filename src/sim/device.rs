@@ -42,6 +42,11 @@ pub trait Device {
     /// How long the step that has just ended waited for layers of the adapter in each slot.
     fn stalled(&self) -> &[(SlotId, Nanos)];
 
+    /// Whether [`Device::skip`] could skip anything now.
+    fn may_skip(&self) -> bool {
+        false
+    }
+
     /// Runs through up to `most` steps of the sequences of the step just submitted, each a token
     /// further, as long as the next one is formed before `before` and not after `until`. The result is
     /// to the nanosecond what the same steps, submitted and completed one by one, come to. A device

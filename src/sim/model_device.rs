@@ -6,7 +6,7 @@
 use lora_sched::{Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
 use super::device::{Device, Done, Skipped};
-use crate::profile::{CostModel, SeenSlots, StepShape};
+use crate::profile::{CostModel, SeenSlots, StepShape, whole_ns};
 
 /// See the module's text.
 #[derive(Clone, Debug)]
@@ -16,22 +16,25 @@ pub struct ModelDevice {
     /// Copies under way share the engine layer by layer (`layered`) rather than one after another.
     shared: bool,
     now: Nanos,
-    step: Option<Step>,
+    /// Whether `step` is in flight. It stays where it is, so that an event moves no more than it changes.
+    running: bool,
+    step: Step,
     copies: Vec<Copy>,
     stalled: Vec<(SlotId, Nanos)>,
     seen: SeenSlots,
-    /// The last step's list of loading slots, for the next one: nothing is allocated an event.
-    spare: Vec<SlotId>,
-    /// What ends next, where it has been asked for since the last change.
-    next: Option<Option<(Nanos, Done)>>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Step {
     started: Nanos,
     shape: StepShape,
-    /// Work without any slow-down, and what is left of it (waits for first layers included).
-    work: f64,
+    /// Fixed-point cost of the shape.
+    sum: u128,
+    /// Work without any slow-down.
+    work: Nanos,
+    /// While no copy is under way: when the step ends.
+    ends: Nanos,
+    /// While copies are: what is left of the work at `now` (waits for first layers included).
     left: f64,
     /// Slots that it reads and that are still being copied into.
     loading: Vec<SlotId>,
@@ -54,22 +57,22 @@ impl ModelDevice {
             ranks,
             shared: mode == SwapMode::Layered,
             now: 0,
-            step: None,
+            running: false,
+            step: Step::default(),
             copies: Vec::new(),
             stalled: Vec::new(),
             seen: SeenSlots::default(),
-            spare: Vec::new(),
-            next: None,
         }
     }
 
+    /// Of a step beside copies.
     fn step_rate(&self) -> f64 {
-        if self.copies.is_empty() { 1.0 } else { 1.0 / (1.0 + self.cost.step_slowdown) }
+        1.0 / (1.0 + self.cost.step_slowdown)
     }
 
     /// Rate of each copy that is being served: those share the copy engine.
     fn copy_rate(&self) -> f64 {
-        let rate = if self.step.is_some() { 1.0 / self.cost.busy_swap_factor() } else { 1.0 };
+        let rate = if self.running { 1.0 / self.cost.busy_swap_factor() } else { 1.0 };
         let served = self.served().count().max(1);
         rate / served as f64
     }
@@ -87,24 +90,16 @@ impl ModelDevice {
         of_kind.take(if self.shared { usize::MAX } else { 1 })
     }
 
-    /// Lets time pass up to a change.
+    /// Lets time pass up to a change of rates.
     fn advance(&mut self, now: Nanos) {
-        self.next = None;
         let passed = now.saturating_sub(self.now) as f64;
         self.now = now;
-        if passed == 0.0 {
-            return;
-        }
-        let step_rate = self.step_rate();
-        if self.copies.is_empty() {
-            if let Some(step) = &mut self.step {
-                step.left -= passed;
-            }
+        if passed == 0.0 || self.copies.is_empty() {
             return;
         }
         let copy_rate = self.copy_rate();
-        if let Some(step) = &mut self.step {
-            step.left -= passed * step_rate;
+        if self.running {
+            self.step.left -= passed * self.step_rate();
         }
         let kind = self.served_kind();
         let of_kind = self.copies.iter_mut().filter(|c| c.kind == kind);
@@ -114,22 +109,10 @@ impl ModelDevice {
     }
 
     fn after(&self, left: f64, rate: f64) -> Nanos {
-        let left = if rate == 1.0 { left.max(0.0) } else { left.max(0.0) / rate };
+        let left = left.max(0.0) / rate;
         // Rounded up; `f64::ceil` is a function call on plain x86-64.
         let whole = left as Nanos;
         self.now + whole + Nanos::from((whole as f64) < left)
-    }
-
-    fn find_next(&self) -> Option<(Nanos, Done)> {
-        // The last layer waits for the last layer: a step ends after the copies that it reads.
-        let step = self.step.as_ref().filter(|s| s.loading.is_empty());
-        let step = step.map(|s| (self.after(s.left, self.step_rate()), Done::Step));
-        if self.copies.is_empty() {
-            return step;
-        }
-        let rate = self.copy_rate();
-        let copy = self.served().map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot))).min();
-        step.into_iter().chain(copy).min()
     }
 }
 
@@ -142,64 +125,64 @@ impl Device for ModelDevice {
         self.advance(now);
         let ranks = &self.ranks;
         let rank = |adapter: u32| ranks.get(adapter as usize).copied().unwrap_or(0);
-        let shape = StepShape::of(plan, rank, &mut self.seen);
-        let work = self.cost.step_ns(&shape) as f64;
-        let mut step =
-            Step { started: now, shape, work, left: work, loading: std::mem::take(&mut self.spare), last_landed: None };
-        if !plan.loading.is_empty() {
-            // Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
-            let rate = self.copy_rate();
-            let mut head = 0.0f64;
-            for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
-                let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
-                head = head.max(first_layer.max(0.0) / rate);
-                step.loading.push(copy.slot);
-            }
-            step.left += head;
-        }
+        self.step.shape = StepShape::of(plan, rank, &mut self.seen);
+        self.step.sum = self.cost.step_sum(&self.step.shape);
+        self.step.work = whole_ns(self.step.sum);
+        self.step.started = now;
+        self.step.ends = now + self.step.work;
+        self.step.last_landed = None;
+        self.step.loading.clear();
         self.stalled.clear();
-        self.step = Some(step);
+        if !self.copies.is_empty() {
+            self.step.left = self.step.work as f64;
+            self.wait_for_first_layers(plan);
+        }
+        self.running = true;
     }
 
     fn submit_swap(&mut self, now: Nanos, swap: &SwapPlan) {
         self.advance(now);
+        if self.copies.is_empty() {
+            self.step.left = self.step.ends.saturating_sub(now) as f64;
+        }
         let work = self.cost.swap_ns(swap.bytes) as f64;
         self.copies.push(Copy { slot: swap.slot, kind: swap.kind, work, left: work });
     }
 
     #[inline]
     fn next(&mut self) -> Option<(Nanos, Done)> {
-        match self.next {
-            Some(next) => next,
-            None => {
-                let next = self.find_next();
-                self.next = Some(next);
-                next
-            }
+        if self.copies.is_empty() {
+            return self.running.then_some((self.step.ends, Done::Step));
         }
+        // The last layer waits for the last layer: a step ends after the copies that it reads.
+        let step = (self.running && self.step.loading.is_empty())
+            .then(|| (self.after(self.step.left, self.step_rate()), Done::Step));
+        let rate = self.copy_rate();
+        let copy = self.served().map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot))).min();
+        step.into_iter().chain(copy).min()
     }
 
     fn complete(&mut self, now: Nanos, done: Done) {
         self.advance(now);
         match done {
             Done::Step => {
-                let Some(mut step) = self.step.take() else { return };
-                step.loading.clear();
-                self.spare = std::mem::take(&mut step.loading);
-                if let Some(slot) = step.last_landed {
-                    let took = now - step.started;
-                    let stall = (took as f64 - step.work * (1.0 + self.cost.step_slowdown)).max(0.0);
-                    self.stalled.push((slot, stall as Nanos));
+                self.running = false;
+                if let Some(slot) = self.step.last_landed {
+                    let took = now - self.step.started;
+                    let slowed = self.step.work as f64 * (1.0 + self.cost.step_slowdown);
+                    self.stalled.push((slot, (took as f64 - slowed).max(0.0) as Nanos));
                 }
             }
             Done::Swap(slot) => {
                 self.copies.retain(|c| c.slot != slot);
-                if let Some(step) = &mut self.step
-                    && let Some(at) = step.loading.iter().position(|&s| s == slot)
-                {
+                let step = &mut self.step;
+                if let Some(at) = step.loading.iter().position(|&s| s == slot).filter(|_| self.running) {
                     step.loading.swap_remove(at);
                     step.last_landed = Some(slot);
-                    step.left = step.left.max(step.work / self.cost.layers as f64);
+                    step.left = step.left.max(step.work as f64 / self.cost.layers as f64);
+                }
+                if self.copies.is_empty() {
+                    self.step.ends = self.after(self.step.left, 1.0);
                 }
             }
         }
@@ -209,13 +192,18 @@ impl Device for ModelDevice {
         &self.stalled
     }
 
+    fn may_skip(&self) -> bool {
+        self.running && self.copies.is_empty()
+    }
+
     fn skip(&mut self, most: u64, before: Nanos, until: Nanos) -> Skipped {
-        let Some(step) = self.step.as_mut().filter(|_| self.copies.is_empty()) else {
+        if !self.may_skip() {
             return Skipped::default();
-        };
+        }
+        let step = &mut self.step;
         let mut skipped = Skipped { steps: 0, formed: step.started, busy: 0 };
-        let mut run = self.cost.decode_run(step.shape);
-        let mut work = run.ns();
+        let mut run = self.cost.decode_run(step.shape, step.sum);
+        let mut work = step.work;
         while skipped.steps < most {
             let formed = skipped.formed + work + self.cost.loop_ns;
             if formed >= before || formed > until {
@@ -224,12 +212,26 @@ impl Device for ModelDevice {
             skipped = Skipped { steps: skipped.steps + 1, formed, busy: skipped.busy + work };
             work = run.next();
         }
-        step.shape = run.shape();
+        (step.shape.decode_context, step.sum) = run.reached();
         step.started = skipped.formed;
-        (step.work, step.left) = (work as f64, work as f64);
+        step.work = work;
+        step.ends = skipped.formed + work;
         self.now = skipped.formed;
-        self.next = None;
         skipped
+    }
+}
+
+impl ModelDevice {
+    /// Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
+    fn wait_for_first_layers(&mut self, plan: &StepPlan) {
+        let rate = self.copy_rate();
+        let mut head = 0.0f64;
+        for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
+            let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
+            head = head.max(first_layer.max(0.0) / rate);
+            self.step.loading.push(copy.slot);
+        }
+        self.step.left += head;
     }
 }
 

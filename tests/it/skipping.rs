@@ -149,7 +149,9 @@ fn results_do_not_depend_on_the_number_of_threads() {
     use rayon::prelude::*;
     let of = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| (0..60u64).into_par_iter().map(|seed| run::<false>(&case(seed)).0).collect::<Vec<_>>())
+        pool.install(|| {
+            (0..60u64).into_par_iter().map(|seed| run::<false>(&case(seed)).0).collect::<Vec<_>>()
+        })
     };
     assert_eq!(of(1), of(4));
 }

@@ -35,9 +35,6 @@ impl BlockPool {
     /// Appends `count` blocks to the place's table and to `out`. The caller has checked [`Self::free`].
     pub(crate) fn allocate(&mut self, place: PlaceId, count: usize, out: &mut Vec<u32>) {
         debug_assert!(count <= self.free.len(), "allocation was not checked against the free blocks");
-        if count == 0 {
-            return;
-        }
         let from = out.len();
         out.extend(self.free.drain(self.free.len().saturating_sub(count)..).rev());
         self.tables[place.0 as usize].extend_from_slice(&out[from..]);

@@ -201,6 +201,7 @@ impl Scheduler {
             computed: 0,
             fed: 0,
             phase: Phase::Waiting,
+            slot: None,
             arrived: now,
             holds_slot: false,
             parts: Parts { front: now.saturating_sub(arrival.received), ..Parts::default() },
@@ -265,8 +266,7 @@ impl Scheduler {
             if request.before_first_token() {
                 let step = &self.step;
                 let took = now.saturating_sub(step.formed);
-                let slot = self.queue.group(request.group).slot;
-                let waited = slot.map_or(0, |slot| {
+                let waited = request.slot.map_or(0, |slot| {
                     if step.waits && step.loading.contains(&slot) {
                         step.swaps_done.saturating_sub(step.formed)
                     } else {

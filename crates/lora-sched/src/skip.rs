@@ -34,7 +34,8 @@ impl Scheduler {
             return None;
         }
         let mut steps = u64::MAX;
-        for &index in &self.running {
+        // The latest first: if any is not past its prompt, it is among them.
+        for &index in self.running.iter().rev() {
             let request = &self.requests[index];
             let Phase::Running { cancelled: false, .. } = request.phase else { return None };
             if request.computed < request.fed {

@@ -55,11 +55,7 @@ enum What {
 }
 
 /// Binds, loads, serves, drains.
-async fn serve(
-    options: ServerOptions,
-    what: What,
-    decision_log: Option<PathBuf>,
-) -> Result<(), Failure> {
+async fn serve(options: ServerOptions, what: What, decision_log: Option<PathBuf>) -> Result<(), Failure> {
     let server = Server::bind(options).await.map_err(|e| Failure::Failed(e.into()))?;
     let address = server.address();
     let handle = server.handle();

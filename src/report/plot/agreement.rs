@@ -2,10 +2,10 @@
 
 use plotters::style::{Color as _, RGBColor};
 
+use super::PlotError;
 use super::axis::{Scale, number, seconds};
 use super::canvas::{self, Anchor, Canvas, Font, Marker};
 use super::render::{AXIS, FAINT_INK, GRID, INK};
-use super::PlotError;
 use crate::report::stats::sorted;
 
 const MEASURED: RGBColor = RGBColor(0x00, 0x72, 0xb2);
@@ -58,7 +58,12 @@ impl Square {
         let small = Font { size: 11.0, bold: false, color: FAINT_INK };
         let name = Font { size: 12.0, bold: false, color: INK };
         let bottom = TOP + SIDE;
-        canvas.text(title, (self.left, TOP - 12.0), Anchor::Start, Font { size: 13.0, bold: true, color: INK })?;
+        canvas.text(
+            title,
+            (self.left, TOP - 12.0),
+            Anchor::Start,
+            Font { size: 13.0, bold: true, color: INK },
+        )?;
         for &tick in &self.x.ticks {
             let x = self.left + SIDE * self.x.place(tick);
             canvas.line(&[(x, TOP), (x, bottom)], GRID.to_rgba(), 1.0)?;
@@ -85,7 +90,12 @@ pub fn svg(data: &Agreement) -> Result<String, PlotError> {
     let height = TOP + SIDE + FOOT;
     let mut text = String::new();
     let canvas = Canvas::new(&mut text, width, height)?;
-    canvas.text(&data.title, (MARGIN, MARGIN + 16.0), Anchor::Start, Font { size: 17.0, bold: true, color: INK })?;
+    canvas.text(
+        &data.title,
+        (MARGIN, MARGIN + 16.0),
+        Anchor::Start,
+        Font { size: 17.0, bold: true, color: INK },
+    )?;
     let left = |i: usize| MARGIN + GUTTER + i as f64 * (GUTTER + SIDE);
     scatter(&canvas, left(0), data)?;
     distributions(&canvas, left(1), data)?;
@@ -149,11 +159,17 @@ fn distributions(canvas: &Canvas<'_>, left: f64, data: &Agreement) -> Result<(),
 fn residuals(canvas: &Canvas<'_>, left: f64, data: &Agreement) -> Result<(), PlotError> {
     let most = data.residuals.iter().map(|r| r.1.abs()).fold(1.0, f64::max);
     let half = Scale::covering(std::iter::once(most), false, 4);
-    let ticks: Vec<f64> = half.ticks.iter().rev().map(|t| -t).chain(half.ticks.iter().skip(1).copied()).collect();
+    let ticks: Vec<f64> =
+        half.ticks.iter().rev().map(|t| -t).chain(half.ticks.iter().skip(1).copied()).collect();
     let error = Scale { log: false, low: -half.high, high: half.high, ticks };
     let square = Square { left, x: Scale::covering(data.residuals.iter().map(|r| r.0), false, 5), y: error };
     let percent = |v: f64| format!("{v:+} %").replace("+0 %", "0 %").replace("-0 %", "0 %");
-    square.draw(canvas, "Error of the median", [&data.load, "simulated over measured"], [&number, &percent])?;
+    square.draw(
+        canvas,
+        "Error of the median",
+        [&data.load, "simulated over measured"],
+        [&number, &percent],
+    )?;
     canvas.line(&[square.at(square.x.low, 0.0), square.at(square.x.high, 0.0)], AXIS.to_rgba(), 1.0)?;
     for &(load, error) in &data.residuals {
         canvas.marker(square.at(load, error), Marker::Circle, SIMULATED, false)?;

@@ -95,9 +95,8 @@ fn all_times_so_many_times_as_long_give_all_results_so_many_times_as_long() {
     }
     // Copies that share the copy engine end between nanoseconds and are rounded: to be compared as a
     // whole.
-    let mean = |times: &[(Nanos, Nanos)]| {
-        times.iter().map(|t| (t.0 + t.1) as f64).sum::<f64>() / times.len() as f64
-    };
+    let mean =
+        |times: &[(Nanos, Nanos)]| times.iter().map(|t| (t.0 + t.1) as f64).sum::<f64>() / times.len() as f64;
     let mode = SwapMode::Layered;
     let expected = mean(&serving(mode, 1, 4).times()) * scale as f64;
     let off = |seen: &[(Nanos, Nanos)]| (mean(seen) / expected - 1.0).abs();

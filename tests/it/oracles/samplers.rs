@@ -40,7 +40,8 @@ fn gaps_follow_their_laws() {
     for cv in [0.5, 2.0] {
         let shape = 1.0 / (cv * cv);
         let bursty = gaps(Arrivals::Gamma { cv }, rate);
-        kolmogorov(&bursty, &Gamma::new(shape, rate * shape).unwrap()).unwrap_or_else(|e| panic!("{cv}: {e}"));
+        kolmogorov(&bursty, &Gamma::new(shape, rate * shape).unwrap())
+            .unwrap_or_else(|e| panic!("{cv}: {e}"));
         let other_mean = Gamma::new(shape, rate * shape * 1.03).unwrap();
         assert!(kolmogorov(&bursty, &other_mean).is_err(), "a wrong mean went unnoticed at {cv}");
         let other_shape = Gamma::new(shape * 1.05, rate * shape * 1.05).unwrap();
@@ -57,7 +58,11 @@ fn pearson(counts: &[u64], probabilities: &[f64]) -> Result<(), String> {
         .map(|(&seen, p)| (seen as f64 - p * n as f64).powi(2) / (p * n as f64))
         .sum();
     let critical = ChiSquared::new((counts.len() - 1) as f64).unwrap().inverse_cdf(1.0 - LEVEL / CHECKS);
-    if statistic < critical { Ok(()) } else { Err(format!("statistic {statistic:.1}, critical {critical:.1}")) }
+    if statistic < critical {
+        Ok(())
+    } else {
+        Err(format!("statistic {statistic:.1}, critical {critical:.1}"))
+    }
 }
 
 /// Zipf's law of exponent `s` over `n` ranks.

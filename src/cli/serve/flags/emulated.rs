@@ -1,6 +1,6 @@
 //! The settings of `serve --emulate`: the flags that shape decisions, on the profile's machine.
 
-use super::ServeSettings;
+use super::{ServeSettings, bytes};
 use crate::cli::failure::Failure;
 use crate::cli::simulate::load_profile;
 use crate::engine::emulation::Emulation;
@@ -44,7 +44,8 @@ impl ServeSettings {
             swap_mode: checked.swap_mode,
             prefetch: self.prefetch as u32,
             max_skip_age: self.max_skip_age,
-            kv_memory: self.kv_memory.clone(),
+            // In bytes: a number alone is GiB to `serve` and bytes to experiments.
+            kv_memory: self.kv_memory.as_deref().map(bytes).transpose()?.map(|n| n.to_string()),
             seed: self.seed,
             ..EngineSettings::default()
         };
