@@ -27,6 +27,33 @@ pub struct StepShape {
 }
 
 impl StepShape {
+    pub(super) const ONE: usize = 0;
+    pub(super) const TOKENS: usize = 1;
+    pub(super) const PREFILLS: usize = 2;
+    pub(super) const PREFILL_PAIRS: usize = 3;
+    pub(super) const DECODES: usize = 4;
+    pub(super) const DECODE_CONTEXT: usize = 5;
+    pub(super) const SAMPLES: usize = 6;
+    pub(super) const ADAPTERS: usize = 7;
+    pub(super) const LORA_TOKENS: usize = 8;
+    pub(super) const LORA_TOKEN_RANKS: usize = 9;
+
+    /// One, and the counts in the order of the constants above.
+    pub(super) fn counts(&self) -> [u64; 10] {
+        [
+            1,
+            self.tokens,
+            self.prefills,
+            self.prefill_pairs,
+            self.decodes,
+            self.decode_context,
+            self.samples,
+            self.adapters,
+            self.lora_tokens,
+            self.lora_token_ranks,
+        ]
+    }
+
     /// The shape of a plan. `rank` gives an adapter's rank.
     pub fn of(plan: &StepPlan, rank: impl Fn(u32) -> u32, seen: &mut SeenSlots) -> Self {
         let mut shape = Self::default();

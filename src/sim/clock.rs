@@ -113,6 +113,9 @@ pub struct Totals {
     pub end: Nanos,
 }
 
+/// The time of what does not come. A plain number: the loop compares three of them at each event.
+const NEVER: Nanos = Nanos::MAX;
+
 /// A request that is in the scheduler.
 #[derive(Clone, Copy, Debug)]
 struct Live {
@@ -129,7 +132,7 @@ struct Run<'a, D, O> {
     plan: StepPlan,
     out: Outbox,
     /// When the scheduler is asked for the next plan.
-    plan_at: Option<Nanos>,
+    plan_at: Nanos,
     /// Swaps that the formed step waits for before it is submitted.
     awaited: usize,
     submitted: Nanos,
@@ -158,7 +161,7 @@ pub fn run<D: Device, O: Observer>(
         now: 0,
         plan: StepPlan::default(),
         out: Outbox::default(),
-        plan_at: None,
+        plan_at: NEVER,
         awaited: 0,
         submitted: 0,
         live: VecDeque::new(),
@@ -167,16 +170,18 @@ pub fn run<D: Device, O: Observer>(
     };
     let mut inputs = inputs.into_iter().peekable();
     loop {
-        let input_at = inputs.peek().map(Input::at);
-        let done = run.device.next();
-        let done_at = done.map(|d| d.0);
-        let Some(next) = [input_at, done_at, run.plan_at].into_iter().flatten().min() else { break };
+        let input_at = inputs.peek().map_or(NEVER, Input::at);
+        let (done_at, done) = run.device.next().unwrap_or((NEVER, Done::Step));
+        let next = input_at.min(done_at).min(run.plan_at);
+        if next == NEVER {
+            break;
+        }
         run.now = run.now.max(next);
-        if input_at == Some(next) {
+        if input_at == next {
             if let Some(input) = inputs.next() {
                 run.input(&input)?;
             }
-        } else if let Some((_, done)) = done.filter(|d| d.0 == next) {
+        } else if done_at == next {
             run.complete(done)?;
         } else {
             run.form_step(input_at);
@@ -239,8 +244,8 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
         Ok(())
     }
 
-    fn form_step(&mut self, input_at: Option<Nanos>) {
-        self.plan_at = None;
+    fn form_step(&mut self, input_at: Nanos) {
+        self.plan_at = NEVER;
         let formed = self.scheduler.plan(self.now, &mut self.plan, &mut self.out);
         self.submit_swaps();
         if formed {
@@ -263,9 +268,9 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     }
 
     /// Runs through the steps that are sure to follow the one in flight before the next input.
-    fn skip(&mut self, input_at: Option<Nanos>) {
+    fn skip(&mut self, input_at: Nanos) {
         let Some(run) = self.scheduler.steady() else { return };
-        let skipped = self.device.skip(run.steps, input_at.unwrap_or(Nanos::MAX), run.until);
+        let skipped = self.device.skip(run.steps, input_at, run.until);
         if skipped.steps > 0 {
             self.scheduler.skip(skipped.steps, skipped.formed);
             self.totals.steps += skipped.steps;
@@ -287,8 +292,8 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     fn after_event(&mut self) {
         self.submit_swaps();
         self.take_notices();
-        if !self.scheduler.step_in_flight() && self.plan_at.is_none() && !self.scheduler.is_idle() {
-            self.plan_at = Some(self.now + self.device.gap());
+        if !self.scheduler.step_in_flight() && self.plan_at == NEVER && !self.scheduler.is_idle() {
+            self.plan_at = self.now + self.device.gap();
         }
     }
 

@@ -20,6 +20,14 @@ pub struct ModelDevice {
     running: bool,
     step: Step,
     copies: Vec<Copy>,
+    /// Rate of a step beside copies.
+    step_rate: f64,
+    /// Rate of copying beside a step.
+    busy_rate: f64,
+    /// Whether the next two are what ends next while copies are under way.
+    known: bool,
+    next_at: Nanos,
+    next_done: Done,
     stalled: Vec<(SlotId, Nanos)>,
     seen: SeenSlots,
 }
@@ -53,6 +61,11 @@ impl ModelDevice {
     /// A device with these costs; `ranks[a]` is adapter `a`'s rank.
     pub fn new(cost: CostModel, ranks: Vec<u32>, mode: SwapMode) -> Self {
         Self {
+            step_rate: 1.0 / (1.0 + cost.step_slowdown),
+            busy_rate: 1.0 / cost.busy_swap_factor(),
+            known: false,
+            next_at: 0,
+            next_done: Done::Step,
             cost,
             ranks,
             shared: mode == SwapMode::Layered,
@@ -65,16 +78,13 @@ impl ModelDevice {
         }
     }
 
-    /// Of a step beside copies.
-    fn step_rate(&self) -> f64 {
-        1.0 / (1.0 + self.cost.step_slowdown)
-    }
-
     /// Rate of each copy that is being served: those share the copy engine.
     fn copy_rate(&self) -> f64 {
-        let rate = if self.running { 1.0 / self.cost.busy_swap_factor() } else { 1.0 };
-        let served = self.served().count().max(1);
-        rate / served as f64
+        let rate = if self.running { self.busy_rate } else { 1.0 };
+        match self.served().count() {
+            0 | 1 => rate,
+            served => rate / served as f64,
+        }
     }
 
     /// Demand goes before prefetch.
@@ -92,6 +102,7 @@ impl ModelDevice {
 
     /// Lets time pass up to a change of rates.
     fn advance(&mut self, now: Nanos) {
+        self.known = false;
         let passed = now.saturating_sub(self.now) as f64;
         self.now = now;
         if passed == 0.0 || self.copies.is_empty() {
@@ -99,7 +110,7 @@ impl ModelDevice {
         }
         let copy_rate = self.copy_rate();
         if self.running {
-            self.step.left -= passed * self.step_rate();
+            self.step.left -= passed * self.step_rate;
         }
         let kind = self.served_kind();
         let of_kind = self.copies.iter_mut().filter(|c| c.kind == kind);
@@ -154,12 +165,10 @@ impl Device for ModelDevice {
         if self.copies.is_empty() {
             return self.running.then_some((self.step.ends, Done::Step));
         }
-        // The last layer waits for the last layer: a step ends after the copies that it reads.
-        let step = (self.running && self.step.loading.is_empty())
-            .then(|| (self.after(self.step.left, self.step_rate()), Done::Step));
-        let rate = self.copy_rate();
-        let copy = self.served().map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot))).min();
-        step.into_iter().chain(copy).min()
+        if !self.known {
+            self.find_next();
+        }
+        Some((self.next_at, self.next_done))
     }
 
     fn complete(&mut self, now: Nanos, done: Done) {
@@ -222,6 +231,19 @@ impl Device for ModelDevice {
 }
 
 impl ModelDevice {
+    /// What ends next while copies are under way.
+    fn find_next(&mut self) {
+        // The last layer waits for the last layer: a step ends after the copies that it reads.
+        let step = (self.running && self.step.loading.is_empty())
+            .then(|| (self.after(self.step.left, self.step_rate), Done::Step));
+        let rate = self.copy_rate();
+        let copy = self.served().map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot)));
+        if let Some((at, done)) = copy.chain(step).min() {
+            (self.next_at, self.next_done) = (at, done);
+        }
+        self.known = true;
+    }
+
     /// Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
     fn wait_for_first_layers(&mut self, plan: &StepPlan) {
         let rate = self.copy_rate();

@@ -249,8 +249,11 @@ impl Scheduler {
         if self.config.swap_mode == SwapMode::Blocking || self.queue.len() == 0 {
             return;
         }
-        while self.clock.gate != Gate::Kv && self.slots.available() && self.places_ahead() > 0 {
-            let Some(index) = self.oldest(Readiness::NeedsSlot) else { break };
+        while self.clock.gate != Gate::Kv
+            && self.slots.available()
+            && let Some(index) = self.oldest(Readiness::NeedsSlot)
+            && self.places_ahead() > 0
+        {
             if self.config.blocks_for(self.requests[index].known() as usize) > self.kv.free() {
                 break;
             }
@@ -259,7 +262,9 @@ impl Scheduler {
             self.load(taken, group, SwapKind::Demand, out);
             self.hold(index);
         }
-        self.prefetch(out);
+        if self.config.prefetch > 0 {
+            self.prefetch(out);
+        }
     }
 
     /// Places left when everybody has started who lacks at most the end of a copy.
@@ -270,7 +275,7 @@ impl Scheduler {
     }
 
     fn prefetch(&mut self, out: &mut Outbox) {
-        let mut next = if self.config.prefetch > 0 { self.queue.head() } else { None };
+        let mut next = self.queue.head();
         for _ in 0..self.config.prefetch {
             let Some(index) = next else { return };
             let group = self.requests[index].group;

@@ -239,10 +239,13 @@ impl Queue {
         }
         g.waiting += 1;
         self.len += 1;
+        let first = g.head == index;
         if g.readiness == Readiness::Ready {
             self.ready_len += 1;
         }
-        self.rekey(group, requests);
+        if first {
+            self.rekey(group, requests);
+        }
     }
 
     /// Takes a request out of line.
@@ -274,6 +277,8 @@ impl Queue {
         if g.readiness == Readiness::Ready {
             self.ready_len -= 1;
         }
-        self.rekey(group, requests);
+        if prev == NONE {
+            self.rekey(group, requests);
+        }
     }
 }
