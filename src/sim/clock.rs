@@ -254,7 +254,7 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
             self.awaited = if self.plan.wait_for_swaps { self.plan.loading.len() } else { 0 };
             if self.awaited == 0 {
                 self.submit_step();
-                if !O::EVERY_STEP && self.device.may_skip() {
+                if !O::EVERY_STEP && self.device.may_skip(input_at) {
                     self.skip(input_at);
                 }
             }

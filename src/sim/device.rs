@@ -42,8 +42,8 @@ pub trait Device {
     /// How long the step that has just ended waited for layers of the adapter in each slot.
     fn stalled(&self) -> &[(SlotId, Nanos)];
 
-    /// Whether [`Device::skip`] could skip anything now.
-    fn may_skip(&self) -> bool {
+    /// Whether [`Device::skip`] could skip anything now that ends before `before`.
+    fn may_skip(&self, _before: Nanos) -> bool {
         false
     }
 

@@ -201,12 +201,12 @@ impl Device for ModelDevice {
         &self.stalled
     }
 
-    fn may_skip(&self) -> bool {
-        self.running && self.copies.is_empty()
+    fn may_skip(&self, before: Nanos) -> bool {
+        self.running && self.copies.is_empty() && self.step.ends + self.cost.loop_ns < before
     }
 
     fn skip(&mut self, most: u64, before: Nanos, until: Nanos) -> Skipped {
-        if !self.may_skip() {
+        if !self.may_skip(before) {
             return Skipped::default();
         }
         let step = &mut self.step;

@@ -81,7 +81,7 @@ impl Scheduler {
                 continue;
             }
             let place = *place;
-            let full = self.kv.held(place) * self.config.block_size <= request.computed as usize;
+            let full = request.capacity <= u64::from(request.computed);
             if full && self.kv.free() == 0 {
                 preempted = true;
                 // Admission order: the last is the latest. It may be this one.
@@ -305,6 +305,7 @@ impl Scheduler {
         let now = self.now();
         let request = &mut self.requests[index];
         request.slot = slot;
+        request.capacity = 0;
         if request.before_first_token() {
             reading.add_since(&request.reading, &mut request.parts);
         }
@@ -347,6 +348,7 @@ impl Scheduler {
         *in_step = true;
         let from = plan.blocks.len() as u32;
         if blocks > 0 {
+            request.capacity += (blocks * self.config.block_size) as u64;
             self.kv.allocate(place, blocks, &mut plan.blocks);
         }
         let adapter = slot.map(|slot| (AdapterId(request.group - 1), slot));

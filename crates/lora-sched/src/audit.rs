@@ -44,6 +44,8 @@ impl Scheduler {
             );
             let needed = self.config.blocks_for(request.computed as usize);
             hold!(self.kv.held(place) >= needed, "request {} has too few blocks", request.id);
+            let capacity = (self.kv.held(place) * self.config.block_size) as u64;
+            hold!(capacity == request.capacity, "request {} miscounts its blocks", request.id);
         }
         for &place in &self.places {
             hold!(

@@ -36,6 +36,8 @@ pub(crate) struct Request {
     /// Tokens that the driver feeds: those known when it was last admitted.
     pub(crate) fed: u32,
     pub(crate) phase: Phase,
+    /// While it runs: tokens that its blocks hold.
+    pub(crate) capacity: u64,
     /// While it runs: its adapter's slot, which it pins.
     pub(crate) slot: Option<SlotId>,
     /// When it entered the queue.

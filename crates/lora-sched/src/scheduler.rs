@@ -201,6 +201,7 @@ impl Scheduler {
             computed: 0,
             fed: 0,
             phase: Phase::Waiting,
+            capacity: 0,
             slot: None,
             arrived: now,
             holds_slot: false,
@@ -351,7 +352,9 @@ impl Scheduler {
         let Phase::Running { place, .. } = self.requests[index].phase else { return None };
         self.kv.release(place);
         self.places.push(place);
-        self.running.retain(|&r| r != index);
+        if let Some(at) = self.running.iter().position(|&r| r == index) {
+            self.running.remove(at);
+        }
         Some(place)
     }
 
