@@ -62,12 +62,12 @@ impl Module {
 
 impl Function {
     pub(crate) fn raw(&self) -> sys::CUfunction {
-        // SAFETY: the handle is used for launches only, while `self` keeps the module loaded.
-        unsafe { self.function.cu_function() }
+        self.function.cu_function()
     }
 }
 
-/// Pointers to a kernel's arguments.
+/// Pointers to a kernel's arguments. Only inside the call of [`crate::stream::Stream::launch`]: what it
+/// points to lives until the end of that statement.
 macro_rules! arguments {
     ($($value:expr),+ $(,)?) => {
         &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<std::ffi::c_void>()),+]
