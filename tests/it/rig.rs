@@ -7,7 +7,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use lora_hbm::engine::adapters::HostPool;
 use lora_hbm::engine::batch::BatchLimits;
-use lora_hbm::engine::cpu::{CpuExecutor, CpuOptions};
+use lora_hbm::engine::cpu::{CpuOptions, cpu_executor};
+use lora_hbm::engine::device::DeviceExecutor;
 use lora_hbm::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed};
 use lora_hbm::engine::model::{DummyWeights, resolve};
 use lora_sched::{AdapterId, PlaceId, RequestId, SeqStep, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
@@ -72,7 +73,7 @@ pub struct Share<'a> {
 
 /// An executor with block tables and slots kept by hand.
 pub struct Rig {
-    pub executor: CpuExecutor,
+    pub executor: DeviceExecutor,
     free: Vec<u32>,
     held: HashMap<u32, Vec<u32>>,
     /// Slot of each adapter.
@@ -88,7 +89,7 @@ impl Rig {
         let model = resolve(name.to_str().unwrap(), DummyWeights::Never, 0).unwrap();
         let pool = HostPool::load(&model.spec, 16, &folder.join("adapters"), None).unwrap();
         let kv_blocks = 80;
-        let mut executor = CpuExecutor::new(CpuOptions {
+        let mut executor = cpu_executor(CpuOptions {
             limits: BatchLimits {
                 max_num_seqs: 6,
                 max_num_batched_tokens: 256,
@@ -98,6 +99,7 @@ impl Rig {
             },
             spec: model.spec,
             weights: model.weights,
+            loaded: Default::default(),
             adapters: Arc::new(pool),
             gpu_loras,
             swap_mode: SwapMode::Layered,

@@ -19,10 +19,10 @@ mod stream;
 
 pub use device::{Device, DeviceInfo};
 pub use draw::{Draw, Uniform};
-pub use elementwise::{Elementwise, Tokens, WIDEST_NORM};
+pub use elementwise::{Elementwise, WIDEST_NORM};
 pub use error::CudaError;
 pub use gemm::{Gemm, Product, Weight};
 pub use half::bf16;
-pub use memory::{DeviceBuffer, Element, PinnedBuffer, View, ViewMut};
-pub use sample::{Argmax, Sampled};
+pub use memory::{DeviceBuffer, Element, PinnedBuffer, View, ViewMut, words};
+pub use sample::Argmax;
 pub use stream::{Event, Graph, Stream};

@@ -30,6 +30,16 @@ unsafe impl Element for f32 {}
 // SAFETY: a transparent u16.
 unsafe impl Element for half::bf16 {}
 
+/// Elements as 32-bit words, for a block of mixed descriptors.
+///
+/// # Panics
+/// If an element is no whole number of words.
+pub fn words<T: Element>(elements: &[T]) -> &[u32] {
+    assert!(size_of::<T>().is_multiple_of(4) && align_of::<T>() >= 4, "elements of {} bytes", size_of::<T>());
+    // SAFETY: an `Element` has no padding, and its alignment suffices.
+    unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements) / 4) }
+}
+
 /// Device memory of `len` elements. Dropping it waits for the device, so that no work still uses it.
 #[derive(Debug)]
 pub struct DeviceBuffer<T> {
@@ -129,6 +139,17 @@ impl<'a, T: Element> View<'a, T> {
             len: range.end - range.start,
             of: PhantomData,
         }
+    }
+
+    /// The same memory as elements of another type.
+    ///
+    /// # Panics
+    /// If it does not begin where one of them may, or does not hold a whole number of them.
+    pub fn cast<U: Element>(self) -> View<'a, U> {
+        let bytes = self.len * size_of::<T>();
+        assert!(self.at.is_multiple_of(align_of::<U>() as u64), "memory of another alignment");
+        assert!(bytes.is_multiple_of(size_of::<U>()), "{bytes} bytes as elements of {}", size_of::<U>());
+        View { at: self.at, len: bytes / size_of::<U>(), of: PhantomData }
     }
 
     /// The address, for kernels and descriptors.

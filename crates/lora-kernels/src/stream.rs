@@ -90,6 +90,18 @@ impl Stream {
         unsafe { result::memcpy_dtoh_async(to, from.address(), self.raw()) }.doing("copying to the host")
     }
 
+    /// Copies from an address on the device, as [`Stream::copy_out`].
+    ///
+    /// # Safety
+    /// As there, and the device memory at `from` must hold as many elements.
+    pub unsafe fn copy_out_from<T: Element>(&self, from: u64, to: &mut [T]) -> Result<(), CudaError> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: as the caller promises.
+        unsafe { result::memcpy_dtoh_async(to, from, self.raw()) }.doing("copying to the host")
+    }
+
     /// Copies on the device.
     pub fn copy<T: Element>(&self, from: View<'_, T>, to: ViewMut<'_, T>) -> Result<(), CudaError> {
         assert!(from.len() <= to.len(), "{} elements into {}", from.len(), to.len());

@@ -1,0 +1,18 @@
+//! What executors of real devices share: a compute thread and a copy thread behind `submit` and `wait`,
+//! the order of copies, sampling on the host.
+
+mod compute;
+mod copies;
+mod executor;
+mod loaded;
+mod reports;
+mod sample;
+
+pub use executor::DeviceExecutor;
+pub use loaded::LoadedModel;
+
+pub(in crate::engine) use compute::Compute;
+pub(in crate::engine) use copies::CopyQueue;
+pub(in crate::engine) use executor::{Parts, SlotMemory};
+pub(in crate::engine) use reports::Reports;
+pub(in crate::engine) use sample::SeqSampler;
