@@ -214,6 +214,18 @@ impl<'a, T: Element> ViewMut<'a, T> {
     }
 }
 
+impl<'a, T: Element> ViewMut<'a, T> {
+    /// Two parts of it that do not overlap.
+    ///
+    /// # Panics
+    /// If they overlap, or are not inside.
+    pub fn split(self, first: Range<usize>, second: Range<usize>) -> (ViewMut<'a, T>, ViewMut<'a, T>) {
+        assert!(first.end <= second.start || second.end <= first.start, "{first:?} overlaps {second:?}");
+        let whole = || ViewMut { at: self.at, len: self.len, of: PhantomData };
+        (whole().slice(first), whole().slice(second))
+    }
+}
+
 /// Page-locked host memory, which the copy engine reads and writes at the bus's speed.
 #[derive(Debug)]
 pub struct PinnedBuffer<T> {

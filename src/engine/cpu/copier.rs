@@ -9,8 +9,10 @@ pub(super) fn run(queue: &CopyQueue, slots: &Slots, reports: &Reports) {
         if copy.next_layer == 0 {
             copy.started = reports.now();
         }
-        slots.copy_layer(copy.slot, &copy.adapter, copy.next_layer);
-        copy.next_layer += 1;
+        for layer in copy.layers(1) {
+            slots.copy_layer(copy.slot, &copy.adapter, layer);
+            copy.next_layer = layer + 1;
+        }
         if copy.is_done() {
             reports.swap(copy.completion(reports.now()));
         } else {

@@ -3,12 +3,10 @@
 use std::sync::Arc;
 
 use half::bf16;
-use lora_kernels::attention::{Attention, AttentionShape, DecodeStep, PrefillStep};
-use lora_kernels::lora::{Lora, LoraLimits, LoraScratch, LoraStep, Out, Target};
-use lora_kernels::rope_kv::{RopeKv, rope_table};
 use lora_kernels::{
-    Argmax, CudaError, Device, DeviceBuffer, Draw, Elementwise, Event, Gemm, PinnedBuffer, Product, Stream,
-    View, Weight,
+    Argmax, Attention, AttentionShape, CudaError, DecodeWorkspace, Device, DeviceBuffer, Draw, Elementwise,
+    Event, Gemm, KvCache, KvCacheMut, Lora, LoraLimits, LoraScratch, LoraStep, Out, PinnedBuffer, Product,
+    Queries, RopeKv, Rotation, Stream, Target, View, Weight, rope_frequencies, rope_table,
 };
 use lora_sched::{AdapterId, Nanos, SlotId};
 
@@ -16,7 +14,7 @@ use super::graphs::{GraphKey, Graphs, padded, rounded, shapes};
 use super::meta::Meta;
 use super::slabs::on_device;
 use super::slots::CudaSlots;
-use crate::engine::backend::{Adapted, Backend, BackendShape, HostMatrix, Norm, StepBackend};
+use crate::engine::backend::{Adapted, Backend, BackendShape, HostMatrix, LoraTarget, Norm, StepBackend};
 use crate::engine::batch::{Batch, BatchLimits};
 use crate::engine::device::SeqSampler;
 use crate::engine::executor::{Sampling, TokenId};
@@ -74,7 +72,7 @@ pub struct CudaBackend {
     kv: DeviceBuffer<bf16>,
     /// `[positions, head_dim / 2, 2]`; empty for learned positions.
     rope: DeviceBuffer<f32>,
-    attention_scratch: DeviceBuffer<f32>,
+    attention_scratch: DecodeWorkspace,
     lora_scratch: LoraScratch,
     /// A bit for each id that may be sampled.
     allowed: Option<DeviceBuffer<u32>>,
@@ -84,14 +82,23 @@ pub struct CudaBackend {
     graphs: Graphs,
     /// What launches are shaped by.
     shape: LaunchShape,
-    /// Widths of a layer's modules: inputs + outputs of those before each, and of all.
-    before: Vec<usize>,
+    /// A layer's modules, and the sum of all their widths.
+    modules: Vec<ModuleWidths>,
     per_layer: usize,
-    modules: usize,
     samplers: Vec<Option<SeqSampler>>,
     last_tokens: Vec<TokenId>,
     pending: Pending,
     stalls: Stalls,
+}
+
+/// Modules that share an input, at most: query, key and value.
+const MOST_TARGETS: usize = 3;
+
+/// Where a module's part begins in an adapter that adapts all.
+struct ModuleWidths {
+    /// `inputs + outputs` of the modules before it in a layer.
+    before: usize,
+    outputs: usize,
 }
 
 /// What the launches of a step are shaped by: exact where they are made for it, bounds in a graph.
@@ -126,6 +133,12 @@ struct Stalls {
     used: Vec<SlotId>,
 }
 
+/// One layer's cache.
+fn kv_layer(kv: &DeviceBuffer<bf16>, half: usize, layer: usize) -> KvCache<'_> {
+    let (at, all) = (2 * layer * half, kv.view());
+    KvCache { keys: all.slice(at..at + half), values: all.slice(at + half..at + 2 * half) }
+}
+
 /// What a backend is made with, besides its shape.
 pub(super) struct BackendParts {
     pub device: Device,
@@ -134,9 +147,13 @@ pub(super) struct BackendParts {
     pub allowed: Option<Vec<bool>>,
 }
 
+/// No device has more: the more there are, the more shares a decode's attention is split into.
+const MULTIPROCESSORS: usize = 256;
+
 /// Bytes of attention's and LoRA's scratch memory; `limits` are rounded up.
 pub(super) fn scratch_bytes(spec: &ModelSpec, limits: &BatchLimits, max_rank: usize) -> u64 {
-    let attention = attention_shape(spec, limits).workspace_elements(limits.max_num_seqs, limits.max_model_len);
+    let shape = attention_shape(spec, limits);
+    let attention = shape.workspace_elements(MULTIPROCESSORS, limits.max_num_seqs, limits.max_model_len);
     4 * attention as u64 + lora_limits(limits, max_rank).bytes() as u64
 }
 
@@ -150,7 +167,7 @@ fn attention_shape(spec: &ModelSpec, limits: &BatchLimits) -> AttentionShape {
 }
 
 fn lora_limits(limits: &BatchLimits, max_rank: usize) -> LoraLimits {
-    LoraLimits { rows: limits.max_num_batched_tokens, segments: limits.max_num_seqs, max_rank }
+    LoraLimits { max_rows: limits.max_num_batched_tokens, max_small: limits.max_num_seqs, max_rank }
 }
 
 impl CudaBackend {
@@ -160,14 +177,16 @@ impl CudaBackend {
         let (spec, limits) = (shape.spec, padded(&shape.limits));
         let stream = device.stream()?;
         let attention_shape = attention_shape(&spec, &limits);
-        let scratch = attention_shape.workspace_elements(limits.max_num_seqs, limits.max_model_len);
-        let kv_layer = 2 * limits.kv_blocks * limits.block_size * spec.kv_dim();
+        let attention = Attention::load(&device, attention_shape)?;
+        let scratch = attention.workspace(&device, limits.max_num_seqs, limits.max_model_len)?;
+        let kv_elements = 2 * spec.layers * limits.kv_blocks * limits.block_size * spec.kv_dim();
         let mut rope = device.buffer(match spec.family {
             Family::Llama => limits.max_model_len * spec.head_dim,
             Family::Opt => 0,
         })?;
         if !rope.is_empty() {
-            rope.upload(&stream, &rope_table(limits.max_model_len, spec.head_dim, spec.rope_theta))?;
+            let frequencies = rope_frequencies(spec.head_dim, f64::from(spec.rope_theta));
+            rope.upload(&stream, &rope_table(limits.max_model_len, &frequencies))?;
         }
         let mut mask = None;
         if let Some(allowed) = &allowed {
@@ -186,14 +205,14 @@ impl CudaBackend {
         Ok(Self {
             elementwise: Elementwise::load(&device)?,
             gemm: Gemm::new(&device)?,
-            rope_kv: RopeKv::load(&device)?,
-            attention: Attention::load(&device, attention_shape)?,
+            rope_kv: RopeKv::load(&device, attention_shape)?,
+            attention,
             lora: Lora::load(&device)?,
             argmax: Argmax::load(&device, seqs)?,
             draw: Draw::load(&device)?,
-            kv: device.buffer(spec.layers * kv_layer)?,
+            kv: device.buffer(kv_elements)?,
             rope,
-            attention_scratch: device.buffer(scratch)?,
+            attention_scratch: scratch,
             lora_scratch: LoraScratch::new(&device, lora_limits(&limits, max_rank))?,
             allowed: mask,
             allowed_host: allowed,
@@ -201,9 +220,15 @@ impl CudaBackend {
             meta: Meta::new(&device, &limits)?,
             graphs: Graphs::new(limits.max_model_len),
             shape: LaunchShape::default(),
-            before: (0..modules.len()).map(|m| widths[..m].iter().sum()).collect(),
             per_layer: widths.iter().sum(),
-            modules: modules.len(),
+            modules: modules
+                .iter()
+                .enumerate()
+                .map(|(m, module)| ModuleWidths {
+                    before: widths[..m].iter().sum(),
+                    outputs: module.outputs,
+                })
+                .collect(),
             samplers: (0..seqs).map(|_| None).collect(),
             last_tokens: vec![0; seqs],
             pending: Pending {
@@ -311,11 +336,26 @@ impl CudaBackend {
         Ok(self.stream.record(ended)?)
     }
 
-    fn kv_layer(&self, layer: usize) -> (View<'_, bf16>, View<'_, bf16>) {
-        let half = self.limits.kv_blocks * self.limits.block_size * self.spec.kv_dim();
+    /// Elements of one layer's keys, or values.
+    fn kv_half(&self) -> usize {
+        self.limits.kv_blocks * self.limits.block_size * self.spec.kv_dim()
+    }
+
+    fn write(
+        &mut self,
+        layer: usize,
+        n: usize,
+        qkv: &mut DeviceBuffer<bf16>,
+        rotate: bool,
+    ) -> Result<(), CudaStepError> {
+        let half = self.kv_half();
         let at = 2 * layer * half;
-        let all = self.kv.view();
-        (all.slice(at..at + half), all.slice(at + half..at + 2 * half))
+        let (before, from) = (at..at + half, at + half..at + 2 * half);
+        let (keys, values) = self.kv.view_mut().split(before, from);
+        let rotation = Rotation { table: self.rope.view(), positions: self.meta.positions() };
+        let rotation = rotate.then_some(rotation);
+        let cache = KvCacheMut { keys, values };
+        Ok(self.rope_kv.apply(&self.stream, n, qkv.view_mut(), rotation, self.meta.kv_rows(), cache)?)
     }
 
     fn lora(
@@ -330,18 +370,16 @@ impl CudaBackend {
         if self.shape.small == 0 && counts.large == 0 {
             return Ok(());
         }
-        let mut targets = [None; 3];
-        for (to, target) in targets.iter_mut().zip(adapted.targets) {
-            let (index, module) = (adapted.layer * self.modules + target.module, target.module);
-            *to = Some(Target {
-                index,
-                elements_before: adapted.layer * self.per_layer + self.before[module],
-                column: target.column,
-                outputs: self.outputs(module),
-            });
+        let of = |target: &LoraTarget| Target {
+            index: adapted.layer * self.modules.len() + target.module,
+            elements_before: adapted.layer * self.per_layer + self.modules[target.module].before,
+            column: target.column,
+            outputs: self.modules[target.module].outputs,
+        };
+        let (mut targets, count) = ([Target::default(); MOST_TARGETS], adapted.targets.len());
+        for (to, from) in targets.iter_mut().zip(adapted.targets) {
+            *to = of(from);
         }
-        let count = adapted.targets.len();
-        let targets: [Target; 3] = std::array::from_fn(|i| targets[i].or(targets[0]).unwrap_or_default());
         let step = LoraStep {
             small: self.meta.small(self.shape.small),
             small_count: self.meta.small_count(),
@@ -349,12 +387,8 @@ impl CudaBackend {
             tiles: self.meta.lora_tiles(),
             max_rank: self.max_rank,
         };
-        self.lora.apply(&self.stream, &step, &targets[..count], inputs, x, width, out, &mut self.lora_scratch)?;
-        Ok(())
-    }
-
-    fn outputs(&self, module: usize) -> usize {
-        self.spec.modules()[module].outputs
+        let scratch = &mut self.lora_scratch;
+        Ok(self.lora.apply(&self.stream, scratch, &step, &targets[..count], inputs, x, width, out)?)
     }
 
     fn held(&mut self, values: Vec<Values>) -> Result<DeviceBuffer<bf16>, CudaError> {
@@ -534,7 +568,28 @@ impl Backend for CudaBackend {
         qkv: &DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
-        todo!()
+        let (counts, width) = (self.meta.counts, self.spec.qkv_dim());
+        let queries = Queries { rows: qkv.view(), width };
+        let half = self.kv_half();
+        let cache = kv_layer(&self.kv, half, layer);
+        if self.shape.singles > 0 {
+            self.attention.decode(
+                &self.stream,
+                self.shape.singles,
+                self.shape.longest,
+                self.meta.singles(),
+                &self.meta.sequences(self.shape.singles),
+                queries,
+                cache,
+                &mut self.attention_scratch,
+                out.view_mut(),
+            )?;
+        }
+        if counts.attention_tiles > 0 {
+            let (tiles, sequences) = (self.meta.attention_tiles(), self.meta.sequences(counts.seqs));
+            self.attention.prefill(&self.stream, n, tiles, &sequences, queries, cache, out.view_mut())?;
+        }
+        Ok(())
     }
 
     fn silu_mul(
@@ -599,7 +654,6 @@ impl StepBackend for CudaBackend {
             }
             self.launch(&key)?;
         } else {
-            let LaunchShape { .. } = self.shape;
             self.shape =
                 LaunchShape { singles: counts.singles, longest: counts.longest, small: counts.small };
             work(self, n, samples)?;

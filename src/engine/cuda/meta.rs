@@ -3,17 +3,16 @@
 
 use std::ops::Range;
 
-use lora_kernels::attention::{self, PrefillTile};
-use lora_kernels::lora::{self, Segment, Tile};
-use lora_kernels::{CudaError, Device, DeviceBuffer, PinnedBuffer, Stream, View, words};
+use lora_kernels::{
+    CudaError, Device, DeviceBuffer, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, SMALL_ROWS, Segment, Sequences,
+    Stream, TILE_ROWS, Tile, View, large_tiles, prefill_tiles, words,
+};
 
 use super::backend::CudaStepError;
 use super::slots::{CudaSlots, Resident};
 use crate::engine::batch::{Batch, BatchLimits, LAST_TOKEN};
 use crate::engine::executor::TokenId;
 
-/// In `kv_rows`: a row that is padding and writes nothing.
-const NO_ROW: u32 = u32::MAX;
 const SEGMENT_WORDS: usize = size_of::<Segment>() / 4;
 const TILE_WORDS: usize = 2;
 
@@ -63,8 +62,8 @@ impl MetaLayout {
             small: array(seqs * SEGMENT_WORDS),
             large: array(seqs * SEGMENT_WORDS),
             tables: array(seqs * blocks),
-            attention_tiles: array(TILE_WORDS * max_tiles(rows, seqs, attention::TILE_ROWS)),
-            lora_tiles: array(TILE_WORDS * max_tiles(rows, seqs, lora::TILE_ROWS)),
+            attention_tiles: array(TILE_WORDS * max_tiles(rows, seqs, PREFILL_ROWS)),
+            lora_tiles: array(TILE_WORDS * max_tiles(rows, seqs, TILE_ROWS)),
             tokens: array(rows),
             positions: array(rows),
             kv_rows: array(rows),
@@ -89,7 +88,7 @@ pub(super) struct Meta {
     small: Vec<Segment>,
     large: Vec<Segment>,
     lora_tiles: Vec<Tile>,
-    attention_tiles: Vec<PrefillTile>,
+    attention_tiles: Vec<[u32; 2]>,
     /// What the last batch was made of.
     pub counts: Counts,
 }
@@ -99,7 +98,9 @@ pub(super) struct Meta {
 pub(super) struct Counts {
     /// Rows, rounded up.
     pub rows: usize,
-    /// Sequences of one row.
+    /// Sequences.
+    pub seqs: usize,
+    /// Those of one row.
     pub singles: usize,
     /// The longest context among those.
     pub longest: usize,
@@ -127,15 +128,10 @@ impl Meta {
             lens: Vec::with_capacity(limits.max_num_seqs),
             small: Vec::with_capacity(limits.max_num_seqs),
             large: Vec::with_capacity(limits.max_num_seqs),
-            lora_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, lora::TILE_ROWS)),
-            attention_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, attention::TILE_ROWS)),
+            lora_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, TILE_ROWS)),
+            attention_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, PREFILL_ROWS)),
             counts: Counts::default(),
         })
-    }
-
-    /// Blocks of a sequence's row in [`Meta::tables`].
-    pub fn blocks_per_seq(&self) -> usize {
-        self.blocks_per_seq
     }
 
     fn layout(&self) -> &MetaLayout {
@@ -176,7 +172,7 @@ impl Meta {
         // Rows of padding: any token, at no place.
         host[at.tokens.start + real..at.tokens.start + rows].fill(0);
         host[at.positions.start + real..at.positions.start + rows].fill(0);
-        host[at.kv_rows.start + real..at.kv_rows.start + rows].fill(NO_ROW);
+        host[at.kv_rows.start + real..at.kv_rows.start + rows].fill(PADDING_ROW);
         let samples = batch.sample_rows.len();
         host[at.sample_rows.start + samples..at.sample_rows.end].fill(0);
 
@@ -194,24 +190,25 @@ impl Meta {
                 }
             };
             let of_its_size =
-                if segment.rows as usize <= lora::SMALL_ROWS { &mut self.small } else { &mut self.large };
+                if segment.rows as usize <= SMALL_ROWS { &mut self.small } else { &mut self.large };
             of_its_size.push(on_device(&resident, segment.start, segment.rows));
         }
-        lora::large_tiles(&self.large, &mut self.lora_tiles);
+        large_tiles(&self.large, &mut self.lora_tiles);
         let singles = (0..batch.seqs()).take_while(|s| batch.seq_rows(*s).len() == 1).count();
         let longest = batch.contexts[..singles].iter().max().map_or(0, |c| *c as usize);
         self.lens.clear();
-        self.lens.extend((singles..batch.seqs()).map(|s| batch.seq_rows(s).len() as u32));
-        attention::prefill_tiles(singles as u32, &self.lens, &mut self.attention_tiles);
+        self.lens.extend((0..batch.seqs()).map(|s| batch.seq_rows(s).len() as u32));
+        prefill_tiles(&self.lens, &batch.contexts, &mut self.attention_tiles);
         put(host, &at.small, words(&self.small));
         put(host, &at.large, words(&self.large));
         put(host, &at.lora_tiles, words(&self.lora_tiles));
-        put(host, &at.attention_tiles, words(&self.attention_tiles));
+        put(host, &at.attention_tiles, self.attention_tiles.as_flattened());
         let (small, large) = (self.small.len(), self.large.len());
         let (lora_tiles, attention_tiles) = (self.lora_tiles.len(), self.attention_tiles.len());
         host[SINGLES] = singles as u32;
         host[SMALL] = small as u32;
-        self.counts = Counts { rows, singles, longest, attention_tiles, small, large, lora_tiles };
+        let seqs = batch.seqs();
+        self.counts = Counts { rows, seqs, singles, longest, attention_tiles, small, large, lora_tiles };
         Ok(())
     }
 
@@ -220,7 +217,7 @@ impl Meta {
         self.decode = true;
         let at = self.layouts[1].clone();
         self.host[..at.words()].fill(0);
-        self.host[at.kv_rows.start..at.kv_rows.start + rows].fill(NO_ROW);
+        self.host[at.kv_rows.start..at.kv_rows.start + rows].fill(PADDING_ROW);
         self.counts = Counts { rows, ..Counts::default() };
     }
 
@@ -248,19 +245,17 @@ impl Meta {
         self.view(&(SMALL..SMALL + 1))
     }
 
-    /// `[seqs]`
-    pub fn places(&self) -> View<'_, u32> {
-        self.view(&self.layout().places)
-    }
-
-    /// `[seqs + 1]`
-    pub fn starts(&self) -> View<'_, u32> {
-        self.view(&self.layout().starts)
-    }
-
-    /// `[seqs]`
-    pub fn contexts(&self) -> View<'_, u32> {
-        self.view(&self.layout().contexts)
+    /// The first `seqs` sequences.
+    pub fn sequences(&self, seqs: usize) -> Sequences<'_> {
+        let at = self.layout();
+        let first = |range: &Range<usize>, len| self.view(&(range.start..range.start + len));
+        Sequences {
+            places: first(&at.places, seqs),
+            starts: first(&at.starts, seqs + 1),
+            contexts: first(&at.contexts, seqs),
+            block_tables: self.view(&at.tables),
+            blocks_per_seq: self.blocks_per_seq,
+        }
     }
 
     /// `[seqs]`
@@ -268,15 +263,10 @@ impl Meta {
         self.view(&self.layout().sample_rows)
     }
 
-    /// `[places, blocks_per_seq]`
-    pub fn tables(&self) -> View<'_, u32> {
-        self.view(&self.layout().tables)
-    }
-
     /// Tiles of the sequences of several rows.
-    pub fn attention_tiles(&self) -> View<'_, PrefillTile> {
+    pub fn attention_tiles(&self) -> View<'_, u32> {
         let start = self.layout().attention_tiles.start;
-        self.view(&(start..start + TILE_WORDS * self.counts.attention_tiles)).cast()
+        self.view(&(start..start + TILE_WORDS * self.counts.attention_tiles))
     }
 
     /// Segments of few rows: room for `count`.

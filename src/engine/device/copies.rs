@@ -84,6 +84,7 @@ impl CopyQueue {
     }
 
     /// The copy whose turn it is, if there is one now.
+    #[cfg(feature = "cuda")]
     pub fn try_next(&self) -> Option<Copy> {
         let mut state = self.lock();
         state.demand.pop_front().or_else(|| state.prefetch.pop_front())

@@ -50,6 +50,7 @@ impl Reports {
     }
 
     /// Swaps go on no more.
+    #[cfg(feature = "cuda")]
     pub fn fail(&self, message: String) {
         let mut state = self.lock();
         state.failure = Some(message);
