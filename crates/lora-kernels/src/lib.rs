@@ -9,12 +9,17 @@
 
 mod device;
 mod error;
+mod lora;
 mod memory;
 mod module;
 mod stream;
+pub mod twins;
 
 pub use device::{Device, DeviceInfo};
 pub use error::CudaError;
 pub use half::bf16;
+pub use lora::{
+    Lora, LoraLimits, LoraScratch, LoraStep, Out, SMALL_ROWS, Segment, TILE_ROWS, Target, Tile, large_tiles,
+};
 pub use memory::{DeviceBuffer, Element, PinnedBuffer, View, ViewMut};
 pub use stream::{Event, Graph, Stream};

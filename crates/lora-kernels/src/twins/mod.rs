@@ -1,0 +1,3 @@
+//! The kernels' twins: plain functions on the host that say what each kernel computes.
+
+pub mod lora;
