@@ -58,8 +58,11 @@ impl<T: Element> DeviceBuffer<T> {
             0
         } else {
             // SAFETY: the context is current; the memory is given back once, in `drop`.
-            let at = unsafe { result::malloc_sync(bytes) }
-                .map_err(|source| CudaError::OutOfMemory { bytes, kind: "device", source })?;
+            let at = unsafe { result::malloc_sync(bytes) }.map_err(|source| CudaError::OutOfMemory {
+                bytes,
+                kind: "device",
+                source,
+            })?;
             // SAFETY: fresh memory of that size.
             unsafe { result::memset_d8_sync(at, 0, bytes) }.doing("clearing memory")?;
             at

@@ -12,7 +12,7 @@ use super::slots::CudaSlots;
 use crate::engine::adapters::{HostPool, SlabMaker};
 use crate::engine::backend::BackendShape;
 use crate::engine::batch::BatchLimits;
-use crate::engine::device::{Compute, DeviceExecutor, LoadedModel, Parts};
+use crate::engine::device::{Ceilings, Compute, DeviceExecutor, LoadedModel, Parts};
 use crate::engine::model::{Decoder, Family, ModelSpec, WeightError, Weights};
 use crate::engine::setup::HostMemory;
 
@@ -102,6 +102,16 @@ impl CudaDevice {
     /// Bytes that an engine may use under a share of the device's memory.
     pub fn usable(&self, share: f64) -> u64 {
         ((self.device.info().memory as f64 * share) as u64).min(self.free)
+    }
+
+    /// What it can do at best, measured now.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn ceilings(&self) -> Result<Ceilings, CudaStartError> {
+        let measured = lora_kernels::ceilings(&self.device)?;
+        let lora_kernels::Ceilings { gemm_flops, read_bytes_s, pinned_bytes_s, pageable_bytes_s } = measured;
+        Ok(Ceilings { gemm_flops, read_bytes_s, pinned_bytes_s, pageable_bytes_s })
     }
 
     /// What makes the slabs that swaps are copied from.

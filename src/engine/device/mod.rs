@@ -1,6 +1,7 @@
 //! What executors of real devices share: a compute thread and a copy thread behind `submit` and `wait`,
 //! the order of copies, sampling on the host.
 
+mod ceilings;
 mod compute;
 mod copies;
 mod executor;
@@ -8,6 +9,7 @@ mod loaded;
 mod reports;
 mod sample;
 
+pub use ceilings::Ceilings;
 pub use executor::DeviceExecutor;
 pub use loaded::LoadedModel;
 

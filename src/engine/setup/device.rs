@@ -11,7 +11,7 @@ use crate::engine::batch::BatchLimits;
 use crate::engine::cpu::{self, CpuBackend, CpuOptions, cpu_executor};
 #[cfg(feature = "cuda")]
 use crate::engine::cuda::{CudaDevice, CudaOptions};
-use crate::engine::device::{DeviceExecutor, LoadedModel};
+use crate::engine::device::{Ceilings, DeviceExecutor, LoadedModel};
 use crate::engine::memory::MemoryPlan;
 use crate::engine::model::{Dtype, ModelSpec, Weights};
 
@@ -123,6 +123,15 @@ impl OpenDevice {
             Self::Cpu(_) => cpu::plan(spec, limits, max_rank, gpu_loras),
             #[cfg(feature = "cuda")]
             Self::Cuda(_) => crate::engine::cuda::plan(spec, limits, max_rank, gpu_loras),
+        }
+    }
+
+    /// What it can do at best.
+    pub fn ceilings(&self) -> Result<Option<Ceilings>, SetupError> {
+        match self {
+            Self::Cpu(_) => Ok(None),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(device) => Ok(Some(device.ceilings()?)),
         }
     }
 

@@ -13,7 +13,7 @@ use lora_sched::{AdapterSpec, Config};
 
 use super::adapters::HostPool;
 use super::batch::BatchLimits;
-use super::device::DeviceExecutor;
+use super::device::{Ceilings, DeviceExecutor};
 use super::memory::{MemoryPlan, MemoryTable, free_memory, gb};
 use super::model::{self, Family, Model, ModelSpec, Weights};
 use super::{Engine, EngineConfig};
@@ -145,6 +145,14 @@ impl Loaded {
     /// The device's memory by purpose with `gpu_loras` slots.
     pub fn memory_plan(&self, gpu_loras: usize) -> MemoryPlan {
         memory(&self.settings, &self.device, &self.spec, self.max_model_len, gpu_loras)
+    }
+
+    /// What the device can do at best, measured now; none where nothing measures it.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn ceilings(&self) -> Result<Option<Ceilings>, SetupError> {
+        self.device.ceilings()
     }
 
     /// Bytes of memory that weights, slots and KV cache share; none where each has its own.
