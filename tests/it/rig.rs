@@ -13,7 +13,7 @@ use lora_hbm::engine::model::{DummyWeights, resolve};
 use lora_sched::{AdapterId, PlaceId, RequestId, SeqStep, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
 /// Adapters of the fixtures in id order (the pool's order is the folders').
-pub const ADAPTERS: [&str; 4] = ["a-r4", "b-r8", "c-r16", "d-r2"];
+pub const ADAPTERS: [&str; 4] = ["a-r4", "b-r8", "c-r16", "d-r3"];
 
 /// The base model and every adapter.
 pub const EVERYONE: [Option<usize>; 5] = [None, Some(0), Some(1), Some(2), Some(3)];
