@@ -93,6 +93,10 @@ def randomise(module, generator, only=lambda name: True):
         noise = torch.randn(p.shape, generator=generator)
         if p.dim() == 1:
             noise = noise * 0.2 + (1.0 if name.endswith("norm.weight") else 0.0)
+            if name == "model.decoder.final_layer_norm.weight":
+                # The output is tied to the embedding, and a residual holds its token's embedding:
+                # without flipped signs in between, a model repeats its last token for ever.
+                noise = noise * torch.randint(2, p.shape, generator=generator).mul(2).sub(1)
         elif "lora_" in name:
             noise = noise * (0.5 / p.shape[1] ** 0.5)
         elif "embed" in name:
