@@ -34,7 +34,6 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
-from peft.utils import PeftType
 from safetensors.torch import save_file
 
 from peft_models import CLASSES, LINEAR, SHAPES, config_of, forced_logits, greedy, lora_config, tidy
@@ -130,7 +129,7 @@ def write_model(family, config, draw, folder):
 def write_adapter(family, weights, draw, folder, rank, alpha, stabilised):
     """A PEFT folder that adapts every linear layer of every decoder layer."""
     config = lora_config(rank, alpha, stabilised, LINEAR[family])
-    config.peft_type, config.inference_mode = PeftType.LORA, True
+    config.inference_mode = True
     config.save_pretrained(folder)
     scale = alpha / (rank**0.5 if stabilised else rank)
     tensors = {}
