@@ -50,7 +50,7 @@ unsafe impl Element for Tile {}
 const _: () = assert!(size_of::<Tile>() == 8);
 
 /// A projection that gets an adapter's product added.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
     /// Its place in an adapter's table of offsets: `layer * modules + module`.
     pub index: usize,
