@@ -294,7 +294,9 @@ fn uploaded<T: lora_kernels::Element>(
     values: &[T],
 ) -> Result<DeviceBuffer<T>, CudaError> {
     let mut buffer = device.buffer(values.len())?;
-    buffer.upload(stream, values)?;
+    if !values.is_empty() {
+        buffer.upload(stream, values)?;
+    }
     Ok(buffer)
 }
 

@@ -122,7 +122,7 @@ impl Batch {
             max_rank: rank,
         };
         let x = random_buffer(device, stream, turns * all_rows * group.inputs)?;
-        // Any bits do: an output of f32 is seen as pairs of bf16 while it is filled.
+        // The residual stream begins at zero and has values after the first round.
         let mut out_bf16 =
             random_buffer(device, stream, if group.residual { 0 } else { turns * all_rows * width })?;
         let mut out_f32 = device.buffer::<f32>(if group.residual { turns * all_rows * width } else { 0 })?;
