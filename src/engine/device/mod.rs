@@ -14,6 +14,8 @@ pub use executor::DeviceExecutor;
 pub use loaded::LoadedModel;
 
 pub(in crate::engine) use compute::Compute;
+#[cfg(feature = "cuda")]
+pub(in crate::engine) use copies::Copy;
 pub(in crate::engine) use copies::CopyQueue;
 pub(in crate::engine) use executor::{Parts, SlotMemory};
 pub(in crate::engine) use reports::Reports;
