@@ -2,11 +2,12 @@
 //!
 //! A [`Device`] loads every kernel once; launchers check shapes, put work on a [`Stream`] and return at once.
 //! Storage is bf16, arithmetic f32. Nothing allocates after the buffers have been made. Each kernel has a
-//! plain twin, against which the tests hold it on a GPU.
+//! plain twin in [`twins`], against which the tests hold it on a GPU.
 //!
 //! The driver and cuBLASLt are loaded at run time: a program with this crate starts where neither is, and
 //! [`Device::open`] says what is missing.
 
+mod attention;
 mod device;
 mod draw;
 mod elementwise;
@@ -14,9 +15,13 @@ mod error;
 mod gemm;
 mod memory;
 mod module;
+mod paged;
+mod rope_kv;
 mod sample;
 mod stream;
+pub mod twins;
 
+pub use attention::{Attention, DecodeWorkspace, Queries};
 pub use device::{Device, DeviceInfo};
 pub use draw::{Draw, Uniform};
 pub use elementwise::{Elementwise, Tokens, WIDEST_NORM};
@@ -24,5 +29,7 @@ pub use error::CudaError;
 pub use gemm::{Gemm, Product, Weight};
 pub use half::bf16;
 pub use memory::{DeviceBuffer, Element, PinnedBuffer, View, ViewMut};
+pub use paged::{AttentionShape, KvCache, KvCacheMut, PREFILL_ROWS, Sequences, prefill_tiles};
+pub use rope_kv::{PADDING_ROW, Rotation, RopeKv, rope_frequencies, rope_table};
 pub use sample::{Argmax, Sampled};
 pub use stream::{Event, Graph, Stream};
