@@ -28,7 +28,11 @@ impl AttentionShape {
         const KERNEL: &str = "attention";
         let Self { heads, kv_heads, head_dim, block_size } = *self;
         ensure!(KERNEL, kv_heads > 0, "no kv heads");
-        ensure!(KERNEL, heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads over {kv_heads} kv heads");
+        ensure!(
+            KERNEL,
+            heads > 0 && heads.is_multiple_of(kv_heads),
+            "{heads} heads over {kv_heads} kv heads"
+        );
         ensure!(KERNEL, heads + 2 * kv_heads <= 32_768, "{heads} heads and {kv_heads} kv heads are too many");
         ensure!(KERNEL, matches!(head_dim, 32 | 64 | 128), "a head of {head_dim} elements: 32, 64 or 128");
         ensure!(KERNEL, matches!(block_size, 8 | 16 | 32), "blocks of {block_size} tokens: 8, 16 or 32");
@@ -46,7 +50,12 @@ impl AttentionShape {
     }
 
     /// Tokens that a layer's cache holds.
-    pub(crate) fn cache_rows(&self, kernel: &'static str, keys: usize, values: usize) -> Result<usize, CudaError> {
+    pub(crate) fn cache_rows(
+        &self,
+        kernel: &'static str,
+        keys: usize,
+        values: usize,
+    ) -> Result<usize, CudaError> {
         let block = self.cache_elements(1);
         ensure!(
             kernel,

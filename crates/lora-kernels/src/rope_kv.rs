@@ -98,7 +98,11 @@ impl RopeKv {
             None => (&self.store, 2 * kv_heads),
         };
         let addresses = [qkv.address(), cache.keys.address(), cache.values.address()];
-        ensure!(KERNEL, addresses.iter().all(|a| a.is_multiple_of(16)), "a buffer is not aligned to 16 bytes");
+        ensure!(
+            KERNEL,
+            addresses.iter().all(|a| a.is_multiple_of(16)),
+            "a buffer is not aligned to 16 bytes"
+        );
         let arguments = Arguments {
             qkv: qkv.address(),
             keys: cache.keys.address(),

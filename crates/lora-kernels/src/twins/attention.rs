@@ -14,7 +14,13 @@ pub struct Cache<'a> {
 
 /// Attention of one row's queries, `[heads, head_dim]`, over the first `seen` tokens of a sequence whose blocks
 /// are `table`: softmax(q · K / sqrt(head_dim)) · V for each head, `[heads, head_dim]`.
-pub fn attend(shape: &AttentionShape, queries: &[bf16], cache: Cache<'_>, table: &[u32], seen: usize) -> Vec<f64> {
+pub fn attend(
+    shape: &AttentionShape,
+    queries: &[bf16],
+    cache: Cache<'_>,
+    table: &[u32],
+    seen: usize,
+) -> Vec<f64> {
     let &AttentionShape { heads, kv_heads, head_dim, block_size } = shape;
     let mut out = vec![0.0; heads * head_dim];
     for head in 0..heads {
