@@ -23,6 +23,7 @@ mod rig;
 mod serve_command;
 #[cfg(feature = "server")]
 mod server;
+mod simulate;
 #[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]
