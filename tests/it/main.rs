@@ -3,6 +3,8 @@
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
+#[cfg(feature = "cuda")]
+mod gpu;
 #[cfg(feature = "server")]
 mod load_commands;
 #[cfg(feature = "server")]
