@@ -48,8 +48,10 @@ BASE = "base"
 FORCED = 41
 PROMPTS = {BASE: 9, "a-r4": 17, "b-r8": 5, "c-r16": 23, "d-r3": 12}
 NEW_TOKENS = 12
-# What tests/it/parity.rs asks of a reference, with room: ten times its tolerance.
-LEAST_MARGIN = 2e-3
+# Prompts are drawn until no step of the continuation is closer than this: far more than float32 needs,
+# and room for most of what bfloat16 does to logits of this size.
+LEAST_MARGIN = 0.05
+TRIES = 200
 
 
 def models():
@@ -111,11 +113,14 @@ def reference(model, who, vocab, generator, out):
     tokens = draw(FORCED)
     out[f"tokens.{who}"] = tokens.int()
     out[f"logits.{who}"] = forced_logits(model, tokens)
-    prompt = draw(PROMPTS[who])
+    for _ in range(TRIES):
+        prompt = draw(PROMPTS[who])
+        new, margins = greedy(model, prompt, NEW_TOKENS)
+        if margins.min() >= LEAST_MARGIN:
+            break
+    else:
+        sys.exit(f"{who}: no prompt of {TRIES} keeps the two best tokens {LEAST_MARGIN} apart: take another seed")
     out[f"prompt.{who}"] = prompt.int()
-    new, margins = greedy(model, prompt, NEW_TOKENS)
-    if margins.min() < LEAST_MARGIN:
-        sys.exit(f"{who}: the two best tokens are only {margins.min():.1e} apart: take another seed")
     out[f"greedy.{who}"] = new.int()
     out[f"margin.{who}"] = margins
 
