@@ -33,6 +33,10 @@ pub enum Feature {
     Mixed,
     /// One a step in which some sequence has an adapter.
     Lora,
+    /// One a step with prefills in which some sequence has an adapter.
+    MixedLora,
+    /// [`StepShape::prefill_span`].
+    PrefillSpan,
     /// [`StepShape::prefills`].
     Prefills,
     /// [`StepShape::prefill_pairs`].
@@ -76,6 +80,8 @@ impl Feature {
             Self::PaddedTokens { .. } => 0,
             Self::Mixed => u64::from(shape.prefills > 0),
             Self::Lora => u64::from(shape.adapters > 0),
+            Self::MixedLora => u64::from(shape.prefills > 0 && shape.adapters > 0),
+            Self::PrefillSpan => shape.prefill_span,
             Self::Prefills => shape.prefills,
             Self::PrefillPairs => shape.prefill_pairs,
             Self::Decodes => shape.decodes,
@@ -96,10 +102,12 @@ fn within(count: u64, from: u64, to: Option<u64>) -> u64 {
     to.map_or(count, |to| count.min(to)).saturating_sub(from)
 }
 
-const NAMES: [(Feature, &str); 10] = [
+const NAMES: [(Feature, &str); 12] = [
     (Feature::Step, "step"),
     (Feature::Mixed, "mixed"),
     (Feature::Lora, "lora"),
+    (Feature::MixedLora, "mixed_lora"),
+    (Feature::PrefillSpan, "prefill_span"),
     (Feature::Prefills, "prefills"),
     (Feature::PrefillPairs, "prefill_pairs"),
     (Feature::Decodes, "decodes"),
