@@ -2,7 +2,7 @@
 """Times transformers + peft on a GPU, to have something to compare the engine with.
 
     python3 scripts/bench_peft.py --out peft.json
-    python3 scripts/bench_peft.py --shape tiny --device cpu          # tries the script itself
+    python3 scripts/bench_peft.py --shape tiny --layers 1 --runs 2 --device cpu     # tries the script
 
 Random bfloat16 weights of the shape are made on the device. Timed, without an adapter and with one of
 rank 16 on every linear layer:
@@ -52,8 +52,9 @@ MIB = 1 << 20
 class Clock:
     """Medians and quartiles of repeated runs of something, until the whole program's time is up."""
 
-    def __init__(self, device, limit_s):
+    def __init__(self, device, limit_s, runs):
         self.cuda = device.startswith("cuda")
+        self.runs = runs
         self.end = time.monotonic() + limit_s
         self.sync = torch.cuda.synchronize if self.cuda else lambda: None
 
@@ -61,8 +62,9 @@ class Clock:
         if time.monotonic() > self.end:
             raise TimeoutError("skipped: --limit-s is over")
 
-    def __call__(self, once, runs=RUNS, most_s=8.0):
+    def __call__(self, once, runs=None, most_s=8.0):
         """`once` is run up to `runs` times, fewer (five at least) if that takes longer than `most_s`."""
+        runs = runs or self.runs
         self.check()
         for _ in range(WARM_UPS):
             once()
@@ -94,7 +96,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.device = args, args.device
-        self.clock = Clock(args.device, args.limit_s)
+        self.clock = Clock(args.device, args.limit_s, args.runs)
         self.started = time.monotonic()
         self.report = {"made_by": "scripts/bench_peft.py", "environment": environment(args), "ceilings": {}, "items": []}
 
@@ -102,6 +104,7 @@ class Bench:
         """Records what `measure` gives, or why it gave nothing."""
         row = dict(facts)
         try:
+            self.clock.check()
             row |= measure()
         except Exception as error:  # whatever it is, the other items are still worth having
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:500]
@@ -196,8 +199,8 @@ class Bench:
         return timed | self.floor("products_flop_per_s", 2 * self.layer_parameters * count)
 
     def decode(self, batch, kind, mixed=False):
-        # The cache grows by a token with each run: by 23 of 512 in all.
-        room = CONTEXT + RUNS + WARM_UPS + 9
+        # The cache grows by a token with each run, warm-up ones too: by 23 of 512 in all.
+        room = CONTEXT + self.clock.runs + WARM_UPS + 1
         if kind == "static":
             cache = StaticCache(config=self.config, max_cache_len=room)
         else:
@@ -349,10 +352,13 @@ def arguments():
     parser.add_argument("--layers", type=int, help="this many decoder layers instead of the shape's")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit-s", type=float, default=240.0, help="items that have not begun by then are skipped")
+    parser.add_argument("--runs", type=int, default=RUNS, help="how many runs an item's median is of, at most")
     parser.add_argument("--out", type=Path, help="a file for the JSON that goes to standard output otherwise")
     a = parser.parse_args()
     if a.layers is not None and a.layers < 1:
         parser.error(f"--layers {a.layers}: at least 1")
+    if a.runs < 2:
+        parser.error(f"--runs {a.runs}: quartiles need at least 2")
     if a.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {a.device}: torch finds no such device here")
     return a

@@ -186,7 +186,8 @@ fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
 fn traces(args: &TraceBenchArgs, ctx: &Context) -> Result<(), Failure> {
     let common: BenchSettings = ctx.resolve("bench", &args.common)?;
     let budgets: BenchSettings = ctx.resolve("bench", &args.budgets)?;
-    let s = BenchSettings { model: common.model, total_loras: common.total_loras, out: common.out, ..budgets };
+    let s =
+        BenchSettings { model: common.model, total_loras: common.total_loras, out: common.out, ..budgets };
     let flags: EngineFlags = ctx.resolve("bench", &args.engine)?;
     check_writable(&s.out).map_err(Failure::failed)?;
     let mut manifest = Manifest::begin("bench trace", &(&s, &flags), &[]).map_err(Failure::failed)?;
@@ -239,7 +240,8 @@ fn print_engine(report: &EngineReport, out: &Path) {
             c.pageable_bytes_s * 1e-9
         );
     }
-    let mut table = ui::table(&["prefill: tokens", "prompts", "adapters", "ms", "quartiles", "floor", "× floor"]);
+    let mut table =
+        ui::table(&["prefill: tokens", "prompts", "adapters", "ms", "quartiles", "floor", "× floor"]);
     for r in &report.prefill {
         let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
         table.add_row([
@@ -253,7 +255,8 @@ fn print_engine(report: &EngineReport, out: &Path) {
         ]);
     }
     println!("{table}");
-    let mut table = ui::table(&["decode: batch", "context", "adapters", "ms", "quartiles", "floor", "× floor"]);
+    let mut table =
+        ui::table(&["decode: batch", "context", "adapters", "ms", "quartiles", "floor", "× floor"]);
     for r in &report.decode {
         let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
         table.add_row([
@@ -272,9 +275,7 @@ fn print_engine(report: &EngineReport, out: &Path) {
     for r in &report.swaps {
         let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
         let (alone, beside) = match &r.step {
-            Some((alone, beside)) => {
-                (format!("{:.3}", alone.median_ms), format!("{:.3}", beside.median_ms))
-            }
+            Some((alone, beside)) => (format!("{:.3}", alone.median_ms), format!("{:.3}", beside.median_ms)),
             None => ("–".into(), "–".into()),
         };
         let megabytes = format!("{:.1}", r.bytes as f64 * 1e-6);
@@ -285,8 +286,17 @@ fn print_engine(report: &EngineReport, out: &Path) {
 }
 
 fn print_traces(rows: &[TraceRow], out: &Path) {
-    let mut table =
-        ui::table(&["trace", "gpu_loras", "requests", "rps", "TTFT p50, ms", "mean", "p99", "all done, s", "swaps"]);
+    let mut table = ui::table(&[
+        "trace",
+        "gpu_loras",
+        "requests",
+        "rps",
+        "TTFT p50, ms",
+        "mean",
+        "p99",
+        "all done, s",
+        "swaps",
+    ]);
     for r in rows {
         table.add_row([
             r.trace.clone(),

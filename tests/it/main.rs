@@ -1,5 +1,7 @@
 //! Integration tests: one binary, a file per behaviour.
 
+#[cfg(feature = "server")]
+mod bench;
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
@@ -23,6 +25,7 @@ mod rig;
 mod serve_command;
 #[cfg(feature = "server")]
 mod server;
+mod simulate;
 #[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]
