@@ -73,7 +73,9 @@ pub(super) fn prefill(
             progress(&format!("prefill: {tokens} tokens, {adapters} adapters"));
             let mut ns = Vec::with_capacity(grid.runs);
             for run in 0..grid.runs + 2 {
-                let Some(sample) = bench.prefills(tokens / prompts, &slots(prompts, adapters))? else { break };
+                let Some(sample) = bench.prefills(tokens / prompts, &slots(prompts, adapters))? else {
+                    break;
+                };
                 if run >= 2 {
                     ns.push(sample.ns);
                 }

@@ -16,6 +16,10 @@ const BATCH: u32 = 16;
 /// Copies under one circumstance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SwapRow {
+    /// The order of copies and steps.
+    pub mode: String,
+    /// Where the host copies lie.
+    pub host_memory: String,
     /// alone, beside prefill, beside decode.
     pub beside: String,
     /// Bytes of one adapter.
@@ -81,6 +85,8 @@ pub(super) fn swaps(
         let floor_ms = floors.swap_ms(largest);
         let times = Times::of(ns);
         rows.extend(times.map(|times| SwapRow {
+            mode: loaded.settings().swap_mode.to_string(),
+            host_memory: loaded.settings().host_memory.to_string(),
             beside: beside.to_owned(),
             bytes: largest,
             times,

@@ -109,7 +109,11 @@ fn greedy_tokens_of_a_mixed_batch_are_those_of_each_alone() {
                 // From the first near tie on, another token is as right.
                 let sure = margins.iter().position(|m| *m < 0.1).unwrap_or(n);
                 assert!(sure > 0, "{family} {who:?}: the reference nearly ties at once");
-                assert_eq!(got[..sure], want[i][..sure], "{family} {who:?} {name}: {sure} sure tokens of {n}");
+                assert_eq!(
+                    got[..sure],
+                    want[i][..sure],
+                    "{family} {who:?} {name}: {sure} sure tokens of {n}"
+                );
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Integration tests: one binary, a file per behaviour.
 
+#[cfg(feature = "server")]
+mod bench;
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;

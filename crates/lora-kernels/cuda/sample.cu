@@ -1,9 +1,9 @@
 // The likeliest token of each row of logits, the lowest id on ties.
 #include "common.cuh"
 
-// A float's order as an unsigned integer's.
+// A float's order as an unsigned integer's; adding zero makes one of both zeros, which are as likely.
 __device__ __forceinline__ uint32_t ordered(float v) {
-    uint32_t bits = __float_as_uint(v);
+    uint32_t bits = __float_as_uint(v + 0.f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -128,7 +128,8 @@ impl Attention {
             _ => "attention_prefill_128",
         };
         Ok(Self {
-            decode: Module::load(device.context(), DECODE_IMAGE)?.function_with_shared(decode, DECODE_SHARED)?,
+            decode: Module::load(device.context(), DECODE_IMAGE)?
+                .function_with_shared(decode, DECODE_SHARED)?,
             prefill: Module::load(device.context(), PREFILL_IMAGE)?
                 .function_with_shared(prefill, prefill_shared(shape.head_dim))?,
             shape,
@@ -204,7 +205,8 @@ impl Attention {
         let (partials, counters) = (&mut workspace.partials, &mut workspace.counters);
         ensure!(
             DECODE,
-            partials.len() >= seqs * splits * heads * (head_dim + 2) && counters.len() >= seqs * kv_heads * parts,
+            partials.len() >= seqs * splits * heads * (head_dim + 2)
+                && counters.len() >= seqs * kv_heads * parts,
             "a workspace too small for {seqs} sequences of up to {max_context} tokens"
         );
         let arguments = DecodeArguments {
@@ -248,7 +250,12 @@ impl Attention {
         ensure!(PREFILL, count <= 65_535, "{count} tiles are too many");
         let seqs = sequences.contexts.len();
         let paged = Paged::new(PREFILL, &self.shape, seqs, sequences, cache)?;
-        ensure!(PREFILL, sequences.starts.len() > seqs, "{} starts of {seqs} sequences", sequences.starts.len());
+        ensure!(
+            PREFILL,
+            sequences.starts.len() > seqs,
+            "{} starts of {seqs} sequences",
+            sequences.starts.len()
+        );
         self.check_rows(PREFILL, rows, &q, &out)?;
         let arguments = PrefillArguments {
             paged,

@@ -51,13 +51,13 @@ impl Elementwise {
         ensure!("embed", tokens.len() >= n && out.len() >= n * width, "{n} rows of {width} do not fit");
         let (vocab, width) = ((table.len() / width) as u32, width as u32);
         // SAFETY: the parameters are the kernel's; ids are bounded by the table in the kernel.
-        unsafe { stream.launch(&self.embed, rows(n, width as usize), arguments![
-            tokens.address(),
-            table.address(),
-            out.address(),
-            width,
-            vocab
-        ]) }
+        unsafe {
+            stream.launch(
+                &self.embed,
+                rows(n, width as usize),
+                arguments![tokens.address(), table.address(), out.address(), width, vocab],
+            )
+        }
     }
 
     /// `x[i] += table[position of row i + offset]`; `x` is `[n, width]`.
@@ -73,10 +73,20 @@ impl Elementwise {
         x: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
         check_width("add_positions", width)?;
-        ensure!("add_positions", positions.len() >= n && x.len() >= n * width, "{n} rows of {width} do not fit");
+        ensure!(
+            "add_positions",
+            positions.len() >= n && x.len() >= n * width,
+            "{n} rows of {width} do not fit"
+        );
         let (grid, width, offset) = (rows(n, width), width as u32, offset as u32);
         // SAFETY: the parameters are the kernel's; positions are below the table's rows by the batch's checks.
-        unsafe { stream.launch(&self.add_positions, grid, arguments![positions.address(), table.address(), x.address(), width, offset]) }
+        unsafe {
+            stream.launch(
+                &self.add_positions,
+                grid,
+                arguments![positions.address(), table.address(), x.address(), width, offset],
+            )
+        }
     }
 
     /// `out = x / sqrt(mean(x²) + eps) · weight` by row; `x` and `out` are `[n, width]`.
@@ -93,7 +103,13 @@ impl Elementwise {
         check_norm("rms_norm", n, width, x.len(), out.len())?;
         let (grid, width) = (rows(n, width), width as u32);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
-        unsafe { stream.launch(&self.rms_norm, grid, arguments![x.address(), weight.address(), out.address(), width, eps]) }
+        unsafe {
+            stream.launch(
+                &self.rms_norm,
+                grid,
+                arguments![x.address(), weight.address(), out.address(), width, eps],
+            )
+        }
     }
 
     /// `out = (x − mean) / sqrt(variance + eps) · weight + bias` by row; `x` and `out` are `[n, width]`.
@@ -113,7 +129,13 @@ impl Elementwise {
         ensure!("layer_norm", bias.len() == width, "{} biases for {width} weights", bias.len());
         let (grid, width) = (rows(n, width), width as u32);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
-        unsafe { stream.launch(&self.layer_norm, grid, arguments![x.address(), weight.address(), bias.address(), out.address(), width, eps]) }
+        unsafe {
+            stream.launch(
+                &self.layer_norm,
+                grid,
+                arguments![x.address(), weight.address(), bias.address(), out.address(), width, eps],
+            )
+        }
     }
 
     /// `out = silu(gate) · up`; `gate_up` is `[n, 2 · width]`, gate first; `out` is `[n, width]`.
@@ -135,11 +157,19 @@ impl Elementwise {
         let threads = groups.min(256).next_multiple_of(32);
         let grid = Grid::new((groups.div_ceil(threads), n as u32, 1), threads);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
-        unsafe { stream.launch(&self.silu_mul, grid, arguments![gate_up.address(), out.address(), width as u32]) }
+        unsafe {
+            stream.launch(&self.silu_mul, grid, arguments![gate_up.address(), out.address(), width as u32])
+        }
     }
 
     /// `x = max(x, 0)`, `[n, width]`.
-    pub fn relu(&self, stream: &Stream, n: usize, width: usize, x: ViewMut<'_, bf16>) -> Result<(), CudaError> {
+    pub fn relu(
+        &self,
+        stream: &Stream,
+        n: usize,
+        width: usize,
+        x: ViewMut<'_, bf16>,
+    ) -> Result<(), CudaError> {
         check_width("relu", width)?;
         ensure!("relu", x.len() >= n * width, "{n} rows of {width} do not fit");
         let groups = (n * width / 8) as u32;
@@ -161,7 +191,13 @@ impl Elementwise {
         check_width("gather", width)?;
         ensure!("gather", which.len() >= n && out.len() >= n * width, "{n} rows of {width} do not fit");
         // SAFETY: the parameters are the kernel's; row numbers are below the batch's rows.
-        unsafe { stream.launch(&self.gather, rows(n, width), arguments![which.address(), x.address(), out.address(), width as u32]) }
+        unsafe {
+            stream.launch(
+                &self.gather,
+                rows(n, width),
+                arguments![which.address(), x.address(), out.address(), width as u32],
+            )
+        }
     }
 }
 

@@ -209,7 +209,12 @@ impl Gemm {
         let Weight { outputs, inputs, .. } = *weight;
         ensure!("gemm", x.len() >= n * inputs, "{n} rows of {inputs} in a buffer of {}", x.len());
         ensure!("gemm", out.len() >= n * outputs, "{n} rows of {outputs} in a buffer of {}", out.len());
-        ensure!("gemm", weight.values.len() == outputs * inputs, "a weight of {} values", weight.values.len());
+        ensure!(
+            "gemm",
+            weight.values.len() == outputs * inputs,
+            "a weight of {} values",
+            weight.values.len()
+        );
         Ok(Shape { n, outputs, inputs, kind: out.kind(), biased: weight.bias.is_some() })
     }
 
@@ -223,7 +228,8 @@ impl Gemm {
     ) -> Result<(), CudaError> {
         let said = || format!("{:?}", plan.shape);
         if let Some((narrow, wide)) = &weight.bias {
-            let bias = if plan.shape.kind == Kind::Store { narrow.view().address() } else { wide.view().address() };
+            let bias =
+                if plan.shape.kind == Kind::Store { narrow.view().address() } else { wide.view().address() };
             plan.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         let (one, beta) = (1.0f32, if plan.shape.kind == Kind::Add { 1.0f32 } else { 0.0 });
@@ -367,9 +373,6 @@ impl Drop for Plan {
     }
 }
 
-fn blas<T>(
-    result: Result<T, result::CublasError>,
-    doing: impl FnOnce() -> String,
-) -> Result<T, CudaError> {
+fn blas<T>(result: Result<T, result::CublasError>, doing: impl FnOnce() -> String) -> Result<T, CudaError> {
     result.map_err(|source| CudaError::Blas { doing: doing(), source })
 }
