@@ -217,7 +217,7 @@ fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
         for (swap_mode, host_memory) in others {
             bar.set_message(format!("rank {max_r}: swaps, {swap_mode}, {host_memory}"));
             let loaded = load(setup::EngineSettings { swap_mode, host_memory, ..settings.clone() })?;
-            report.swaps.extend(run_swaps(&loaded, slots, report.ceilings).map_err(failed)?);
+            report.swaps.extend(run_swaps(&loaded, slots, &steps, report.ceilings).map_err(failed)?);
         }
         reports.push(report);
     }
