@@ -41,25 +41,28 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     return warp_sum(v);
 }
 
-// Eight bf16 in a 16-byte register quad.
+// Eight bf16 in a 16-byte register quad. Not an array of pairs: those are copied one by one, by 4 bytes.
 struct alignas(16) Bf16x8 {
-    __nv_bfloat162 v[4];
+    uint4 bits;
 };
 
 __device__ __forceinline__ void unpack(const Bf16x8& p, float (&out)[8]) {
+    const uint32_t v[4] = {p.bits.x, p.bits.y, p.bits.z, p.bits.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        float2 f = __bfloat1622float2(p.v[i]);
-        out[2 * i] = f.x;
-        out[2 * i + 1] = f.y;
+        out[2 * i] = __uint_as_float(v[i] << 16);
+        out[2 * i + 1] = __uint_as_float(v[i] & 0xffff0000u);
     }
 }
 
 __device__ __forceinline__ Bf16x8 pack(const float (&in)[8]) {
-    Bf16x8 p;
+    uint32_t v[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) p.v[i] = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
-    return p;
+    for (int i = 0; i < 4; i++) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+        v[i] = *reinterpret_cast<uint32_t*>(&pair);
+    }
+    return {make_uint4(v[0], v[1], v[2], v[3])};
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

@@ -67,7 +67,8 @@ extern "C" __global__ void rms_norm(const float* x, const bf16* __restrict__ wei
 #pragma unroll
     for (int k = 0; k < KEPT; k++) {
         uint32_t i = threadIdx.x + k * blockDim.x;
-        if (i < groups) scales[k] = reinterpret_cast<const Bf16x8*>(weight)[i];
+        // By a load that is not moved: it is to be on its way when x is waited for.
+        if (i < groups) scales[k].bits = load_fresh(reinterpret_cast<const uint4*>(weight) + i);
     }
     wait_for_previous();
     load_row(x + size_t(blockIdx.x) * width, groups, v);
@@ -146,11 +147,11 @@ extern "C" __global__ void relu(bf16* x, uint32_t groups) {
     wait_for_previous();
     uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= groups) return;
-    Bf16x8 v = reinterpret_cast<Bf16x8*>(x)[i];
-    __nv_bfloat162 zero = __floats2bfloat162_rn(0.f, 0.f);
+    float v[8];
+    unpack(reinterpret_cast<Bf16x8*>(x)[i], v);
 #pragma unroll
-    for (int j = 0; j < 4; j++) v.v[j] = __hmax2(v.v[j], zero);
-    reinterpret_cast<Bf16x8*>(x)[i] = v;
+    for (int j = 0; j < 8; j++) v[j] = fmaxf(v[j], 0.f);
+    reinterpret_cast<Bf16x8*>(x)[i] = pack(v);
 }
 
 // out[j] = x[rows[j]]

@@ -216,6 +216,7 @@ __device__ __forceinline__ void expand_small(const Segment* segments, const uint
     bf16* tile = reinterpret_cast<bf16*>(shared);
     float* h = reinterpret_cast<float*>(tile + min(pitch, static_cast<uint32_t>(EXPAND_RANKS)) * EXPAND_COLUMNS);
 
+    let_next_begin();
     // Blocks without work wait too: what follows this kernel relies on the shrink's being over.
     const Target& target = targets.of[blockIdx.y];
     const uint32_t column_0 = blockIdx.x * EXPAND_COLUMNS;

@@ -207,6 +207,15 @@ impl<'a, T: Element> ViewMut<'a, T> {
         self.at
     }
 
+    /// The same memory as elements of another type.
+    ///
+    /// # Panics
+    /// As [`View::cast`].
+    pub fn cast<U: Element>(self) -> ViewMut<'a, U> {
+        let View { at, len, .. } = View::<T> { at: self.at, len: self.len, of: PhantomData }.cast::<U>();
+        ViewMut { at, len, of: PhantomData }
+    }
+
     /// Copies host values to its beginning and waits for that.
     pub fn upload(self, stream: &Stream, values: &[T]) -> Result<(), CudaError> {
         assert!(values.len() <= self.len, "{} elements into {}", values.len(), self.len);

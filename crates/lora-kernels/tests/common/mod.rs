@@ -1,6 +1,8 @@
 //! What the GPU tests share.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod layer;
+
 use lora_kernels::{CudaError, Device, DeviceBuffer, Element, Stream, bf16};
 use rand::RngExt as _;
 use rand::SeedableRng as _;
