@@ -2,6 +2,8 @@
 
 #[cfg(feature = "server")]
 mod bench;
+#[cfg(feature = "server")]
+mod device_choice;
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
@@ -27,8 +29,12 @@ mod serve_command;
 mod server;
 mod simulate;
 #[cfg(feature = "server")]
+mod soak;
+#[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]
 mod support;
+#[cfg(feature = "server")]
+mod traffic;
 #[cfg(feature = "engine")]
 mod workload;
