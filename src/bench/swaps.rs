@@ -26,7 +26,7 @@ pub struct SwapRow {
     pub mode: String,
     /// Where the host copies lie.
     pub host_memory: String,
-    /// alone, beside prefill, beside decode.
+    /// alone; one, or one after another, while a prefill or a decode runs.
     pub beside: String,
     /// Bytes of one adapter.
     pub bytes: u64,
@@ -104,7 +104,7 @@ pub(super) fn swaps(
     };
     row("alone", &copies.ns[2..], None);
 
-    for decode in [false, true] {
+    for (decode, again) in [(false, false), (false, true), (true, false), (true, true)] {
         copies.ns.clear();
         let (mut alone, mut beside) = (Vec::new(), Vec::new());
         let step = Beside {
@@ -122,12 +122,21 @@ pub(super) fn swaps(
             copies.start(bench.executor())?;
             beside.extend(step.run(bench, |executor, _| {
                 copies.ended(executor.clock());
-                copies.start(executor)
+                if again { copies.start(executor) } else { Ok(()) }
             })?);
-            while !matches!(bench.executor().wait()?, Completion::Swap { .. }) {}
+            if again || copies.ns.len() < beside.len() {
+                while !matches!(bench.executor().wait()?, Completion::Swap { .. }) {}
+                copies.ended(bench.executor().clock());
+            }
         }
         let steps = Times::of(&alone).zip(Times::of(&beside));
-        row(if decode { "beside decode" } else { "beside prefill" }, &copies.ns, steps);
+        let what = match (decode, again) {
+            (false, false) => "one, beside prefill",
+            (false, true) => "all along a prefill",
+            (true, false) => "one, beside decode",
+            (true, true) => "all along a decode",
+        };
+        row(what, &copies.ns, steps);
     }
     Ok(rows)
 }

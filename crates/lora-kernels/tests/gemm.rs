@@ -57,28 +57,6 @@ fn layers_of_other_shapes_with_and_without_a_chosen_algorithm() -> Result<(), Cu
     Ok(())
 }
 
-/// Prints only: how the library fares below the widths that models have.
-#[test]
-#[ignore = "needs an NVIDIA GPU"]
-fn tiny_shapes() -> Result<(), CudaError> {
-    let (device, stream) = device();
-    for (n, outputs, inputs) in
-        [(1, 8, 8), (2, 8, 8), (1, 16, 8), (1, 8, 16), (1, 16, 16), (1, 32, 32), (4, 8, 64)]
-    {
-        let layer = Layer::new(&device, &stream, (n, outputs, inputs), false, 7);
-        let mut gemm = Gemm::new(&device)?;
-        let x = upload(&device, &stream, &layer.x[..n * inputs]);
-        let mut out = device.buffer::<bf16>(n * outputs)?;
-        for _ in 0..2 {
-            gemm.run(&stream, n, &layer.weight, x.view(), &mut Product::Store(out.view_mut()))?;
-            let mut got = vec![bf16::ZERO; n * outputs];
-            out.download(&stream, &mut got)?;
-            println!("{n} rows, {outputs} of {inputs}: {:?}", &got[..4]);
-        }
-    }
-    Ok(())
-}
-
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn a_product_does_not_write_past_a_buffer() -> Result<(), CudaError> {
