@@ -17,7 +17,7 @@ const TINY: [&str; 8] = ["--model", "tiny", "--device", "cpu", "--max-r", "4", "
 fn engine_times_every_shape_that_fits_and_says_how() {
     let dir = tempfile::tempdir().unwrap();
     let shape = ["--gpu-loras", "3", "--prompts", "16,32", "--batches", "1,2", "--contexts", "40"];
-    let adapters = ["--adapters", "0,1,2", "--runs", "2"];
+    let adapters = ["--adapters", "0,1,2", "--runs", "2", "--all-modes"];
     bench(&dir, &[&["engine"][..], &TINY, &shape, &adapters].concat()).success();
     let report = &json(&dir, "bench.json")["engine"][0];
     let of = |key: &str, part: &str| -> Vec<u64> {
