@@ -11,9 +11,12 @@ pub mod settings;
 pub mod ui;
 
 #[cfg(feature = "server")]
+mod bench;
+#[cfg(feature = "server")]
 mod calibrate;
 #[cfg(feature = "server")]
 mod client;
+mod compare;
 mod completions;
 #[cfg(feature = "server")]
 mod demo;
@@ -23,10 +26,12 @@ mod fetch_data;
 #[cfg(feature = "server")]
 mod measure;
 mod merge;
+mod plan;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "server")]
 mod probe;
+mod profile;
 mod replay;
 #[cfg(feature = "server")]
 mod serve;
@@ -73,8 +78,17 @@ enum Command {
     /// Time this machine's steps, swaps and host: a profile
     #[cfg(feature = "server")]
     Calibrate(calibrate::CalibrateArgs),
+    /// Time the engine's own steps and swaps, or traces in-process
+    #[cfg(feature = "server")]
+    Bench(bench::BenchArgs),
     /// Predict TTFT at every gpu_loras from a profile
     Simulate(Box<simulate::SimulateArgs>),
+    /// Find the budget that meets a service-level objective
+    Plan(Box<plan::PlanArgs>),
+    /// Tell two configurations apart, with an interval
+    Compare(compare::CompareArgs),
+    /// Check a profile, or make a what-if copy of it
+    Profile(profile::ProfileArgs),
     /// Run an experiment file: measured on an engine, or simulated from a profile
     Sweep(sweep::SweepArgs),
     /// Hold simulated results against measured ones
@@ -111,7 +125,12 @@ impl Command {
             Self::Measure(args) => measure::run(args, ctx),
             #[cfg(feature = "server")]
             Self::Calibrate(args) => calibrate::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Bench(args) => bench::run(args, ctx),
             Self::Simulate(args) => simulate::run(args, ctx),
+            Self::Plan(args) => plan::run(args, ctx),
+            Self::Compare(args) => compare::run(args, ctx),
+            Self::Profile(args) => profile::run(args, ctx),
             Self::Sweep(args) => sweep::run(args, ctx),
             Self::Validate(args) => validate::run(args, ctx),
             Self::Replay(args) => replay::run(args, ctx),

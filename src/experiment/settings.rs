@@ -49,11 +49,19 @@ pub struct EngineSettings {
     pub kv_memory: Option<String>,
     /// Number type.
     pub dtype: String,
+    /// Where it runs: auto, cpu or cuda.
+    #[serde(skip_serializing_if = "is_auto")]
+    pub device: String,
     /// Seed of dummy weights and generated adapters.
     pub seed: u64,
     /// Compute threads; none is all cores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
+}
+
+/// The default: left out, so that runs keep the keys that they had before there was a choice.
+fn is_auto(device: &str) -> bool {
+    device == "auto"
 }
 
 impl Default for EngineSettings {
@@ -75,6 +83,7 @@ impl Default for EngineSettings {
             max_skip_age: 2.0,
             kv_memory: None,
             dtype: "auto".to_owned(),
+            device: "auto".to_owned(),
             seed: 0,
             threads: None,
         }
@@ -134,6 +143,9 @@ pub struct WorkloadSettings {
     pub rho: Option<f64>,
     /// Requests.
     pub num_requests: u64,
+    /// Of them, the first so many are left out of results: the run starts with nothing in it.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub warm_up: u64,
     /// Output tokens of each.
     pub max_tokens: u32,
     /// How adapters are drawn.
@@ -158,6 +170,7 @@ impl Default for WorkloadSettings {
             arrival_rate: None,
             rho: None,
             num_requests: 200,
+            warm_up: 0,
             max_tokens: 16,
             popularity: Popularity::Uniform,
             arrivals: Arrivals::Poisson,
@@ -190,6 +203,12 @@ impl WorkloadSettings {
         if self.num_requests == 0 || self.max_tokens == 0 {
             return Err("num_requests and max_tokens must be at least 1".to_owned());
         }
+        if self.warm_up >= self.num_requests {
+            return Err(format!(
+                "warm_up ({}) leaves none of num_requests ({}): lower it or raise num_requests",
+                self.warm_up, self.num_requests
+            ));
+        }
         if self.dataset.is_some() && self.trace.is_some() {
             return Err("dataset and trace both say where requests come from: give one".to_owned());
         }
@@ -198,6 +217,11 @@ impl WorkloadSettings {
         }
         Ok(())
     }
+}
+
+/// A warm-up of nothing has no place in a cell's key, which is older than it.
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// Choices of the scheduler as the words that users type: that crate knows no serde.

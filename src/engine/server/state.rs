@@ -56,10 +56,10 @@ impl ServerInfo {
             model: loaded.spec().name.clone(),
             total_loras: loaded.pool().len(),
             gpu_loras,
-            dtype: "float32".to_owned(),
+            dtype: loaded.dtype().to_string(),
             max_num_seqs: config.max_num_seqs,
             max_model_len: config.max_model_len,
-            device: "cpu".to_owned(),
+            device: loaded.device_said(),
             policy: settings.policy.to_string(),
             evict: settings.evict.to_string(),
             swap_mode: settings.swap_mode.to_string(),
@@ -76,7 +76,7 @@ impl ServerInfo {
 }
 
 /// The shortest beginning of `ranks` that gives all of them when it is gone through again and again.
-fn cycle(mut ranks: Vec<u32>) -> Vec<u32> {
+pub(in crate::engine) fn cycle(mut ranks: Vec<u32>) -> Vec<u32> {
     let repeats = |length: &usize| ranks.iter().zip(&ranks[*length..]).all(|(a, b)| a == b);
     if let Some(length) = (1..ranks.len()).find(repeats) {
         ranks.truncate(length);
