@@ -238,7 +238,9 @@ fn gpu_features() -> Vec<Feature> {
     let others = [
         Feature::Mixed,
         Feature::Lora,
+        Feature::MixedLora,
         Feature::Prefills,
+        Feature::PrefillSpan,
         Feature::PrefillPairs,
         Feature::Decodes,
         Feature::Samples,

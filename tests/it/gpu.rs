@@ -256,15 +256,17 @@ impl Large {
         for (who, d) in self.everyone.iter().zip(worst) {
             let who = self.reference.name(*who);
             let Distances { rows, from_narrow, from_exact, own } = *d;
-            let (held, to) = match self.exact {
-                Some(_) => (from_exact, "f32"),
-                None => (from_narrow, "bf16"),
+            // Where bf16 alone costs transformers more than the tolerance (a random model of this size, with
+            // sharp attention and strong adapters), the engine is to be nearer to f32 than that.
+            let (held, to, most) = match self.exact {
+                Some(_) => (from_exact, "f32", TOLERANCE.max(0.8 * own)),
+                None => (from_narrow, "bf16", TOLERANCE),
             };
             println!(
                 "{name}, {who}: {rows} rows, worst {from_narrow:.2e} from bf16, {from_exact:.2e} from f32; \
                  the reference's own {own:.2e}"
             );
-            if rows == 0 || held >= TOLERANCE {
+            if rows == 0 || held >= most {
                 self.failures.push(format!("{name}, {who}: {rows} rows, worst {held:e} from {to}"));
             }
         }
@@ -280,7 +282,8 @@ impl Large {
 /// Rows of a model of a real size in the folder `LORA_HBM_REFERENCE`, made by `scripts/reference.py` on the same
 /// device. The engine computes in bf16 with a residual stream in f32; transformers in bf16 throughout, which alone
 /// may be further from f32 than the tolerance. So what rows are held to is transformers and peft in f32 with the
-/// same weights, where the folder has that; the distance from its bf16 run is printed.
+/// same weights, where the folder has that: within the tolerance, or within 0.8 of what bf16 costs transformers
+/// itself; the distance from its bf16 run is printed.
 #[test]
 #[ignore = "needs an NVIDIA GPU, and a folder made by scripts/reference.py in LORA_HBM_REFERENCE"]
 fn large_reference() {
@@ -344,5 +347,5 @@ fn large_reference() {
             }
         });
     }
-    assert!(large.failures.is_empty(), "over {TOLERANCE:e}: {:#?}", large.failures);
+    assert!(large.failures.is_empty(), "too far off: {:#?}", large.failures);
 }

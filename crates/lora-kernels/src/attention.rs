@@ -225,7 +225,7 @@ impl Attention {
         let grid = Grid { blocks, threads: DECODE_THREADS, shared: DECODE_SHARED };
         // SAFETY: the parameter is the kernel's; buffers hold the rows, the workspace the shares; places, blocks
         // and contexts are bounded in the kernel.
-        unsafe { stream.launch(&self.decode, grid, arguments![arguments]) }
+        unsafe { stream.launch_next(&self.decode, grid, arguments![arguments]) }
     }
 
     /// Causal attention of the rows that `tiles` names over the cache, which holds them and what came before.

@@ -76,6 +76,15 @@ impl FromStr for DtypeChoice {
     }
 }
 
+impl std::fmt::Display for HostMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Pinned => "pinned",
+            Self::Pageable => "pageable",
+        })
+    }
+}
+
 impl FromStr for HostMemory {
     type Err = String;
 
