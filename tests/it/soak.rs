@@ -15,14 +15,13 @@ use lora_sched::{Config, SwapMode};
 use crate::support::{config, engine, letter};
 use crate::traffic::{Fate, Length, Traffic, drive};
 
-/// How swaps are ordered and how far they run ahead.
-const MODES: [(SwapMode, usize); 6] = [
+/// How swaps are ordered and how far they run ahead: nothing does where they block.
+const MODES: [(SwapMode, usize); 5] = [
     (SwapMode::Layered, 0),
     (SwapMode::Layered, 2),
     (SwapMode::Overlap, 0),
     (SwapMode::Overlap, 2),
     (SwapMode::Blocking, 0),
-    (SwapMode::Blocking, 2),
 ];
 
 const ADAPTERS: usize = 12;
@@ -143,6 +142,7 @@ impl Soak {
 
         let recorded = Recorded::new(&header, &lines).unwrap();
         let report = replay(&recorded, Config::try_from(&header.config).unwrap()).unwrap();
+        if !report.holds() { for l in &lines { eprintln!("DBG {}", serde_json::to_string(l).unwrap()); } }
         assert!(report.holds(), "{name}: {report:#?}");
         assert_eq!(report.steps as u64, stats.steps, "{name}");
         Did {
