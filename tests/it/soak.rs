@@ -142,7 +142,6 @@ impl Soak {
 
         let recorded = Recorded::new(&header, &lines).unwrap();
         let report = replay(&recorded, Config::try_from(&header.config).unwrap()).unwrap();
-        if !report.holds() { for l in &lines { eprintln!("DBG {}", serde_json::to_string(l).unwrap()); } }
         assert!(report.holds(), "{name}: {report:#?}");
         assert_eq!(report.steps as u64, stats.steps, "{name}");
         Did {
@@ -304,6 +303,7 @@ fn tiny_under_random_load_says_what_it_says_alone() {
         soak.settle();
         did.add(&soak.end());
     }
+    println!("tiny: {did:?}");
     assert!(did.preempted > 0 && did.swaps > 0 && did.finished > 0, "{did:?}");
     assert!(did.cancels.waiting > 0 && did.cancels.decoding > 0, "{did:?}");
 }
