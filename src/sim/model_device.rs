@@ -117,7 +117,7 @@ impl ModelDevice {
 }
 
 impl Device for ModelDevice {
-    fn gap(&self) -> Nanos {
+    fn gap(&mut self) -> Nanos {
         self.cost.loop_ns
     }
 

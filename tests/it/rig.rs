@@ -159,7 +159,7 @@ impl Rig {
             allowed_tokens: None,
             keep_logits: true,
         });
-        Self::over(executor.unwrap(), gpu_loras, &LIMITS)
+        Self::over(executor.unwrap(), gpu_loras.min(ADAPTERS.len()), &LIMITS)
     }
 
     /// The same on the first GPU.
@@ -190,7 +190,7 @@ impl Rig {
             allowed_tokens: None,
             keep_logits: true,
         });
-        Self::over(executor.unwrap(), gpu_loras, &limits)
+        Self::over(executor.unwrap(), gpu_loras.min(adapter_folders(folder).len()), &limits)
     }
 
     fn model(folder: &Path) -> Model {
@@ -198,9 +198,9 @@ impl Rig {
         resolve(name.to_str().unwrap(), DummyWeights::Never, 0).unwrap()
     }
 
-    fn over(mut executor: DeviceExecutor, gpu_loras: usize, limits: &BatchLimits) -> Self {
+    /// Adapters `0..preloaded` in the slots of their numbers.
+    fn over(mut executor: DeviceExecutor, preloaded: usize, limits: &BatchLimits) -> Self {
         let BatchLimits { kv_blocks, block_size, .. } = *limits;
-        let preloaded = gpu_loras.min(ADAPTERS.len());
         let ids: Vec<_> = (0..preloaded as u32).map(AdapterId).collect();
         executor.preload(&ids).unwrap();
         // A stride that is prime to the number of blocks shuffles them.

@@ -15,14 +15,13 @@ use lora_sched::{Config, SwapMode};
 use crate::support::{config, engine, letter};
 use crate::traffic::{Fate, Length, Traffic, drive};
 
-/// How swaps are ordered and how far they run ahead.
-const MODES: [(SwapMode, usize); 6] = [
+/// How swaps are ordered and how far they run ahead: nothing does where they block.
+const MODES: [(SwapMode, usize); 5] = [
     (SwapMode::Layered, 0),
     (SwapMode::Layered, 2),
     (SwapMode::Overlap, 0),
     (SwapMode::Overlap, 2),
     (SwapMode::Blocking, 0),
-    (SwapMode::Blocking, 2),
 ];
 
 const ADAPTERS: usize = 12;
@@ -304,6 +303,7 @@ fn tiny_under_random_load_says_what_it_says_alone() {
         soak.settle();
         did.add(&soak.end());
     }
+    println!("tiny: {did:?}");
     assert!(did.preempted > 0 && did.swaps > 0 && did.finished > 0, "{did:?}");
     assert!(did.cancels.waiting > 0 && did.cancels.decoding > 0, "{did:?}");
 }
