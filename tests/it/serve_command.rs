@@ -319,7 +319,7 @@ fn an_emulated_engine_serves_a_profile_s_machine() {
     let (mut serve, said) = start(&["--total-loras", "8", "--gpu-loras", "2", "--emulate", path]);
     assert!(said.iter().any(|line| line.contains("nothing is computed")), "{said:?}");
     let health: Value = serde_json::from_str(&get(&format!("{}/health", serve.url))).unwrap();
-    assert!(health["device"].as_str().is_some_and(|d| d.starts_with("emulated")), "{health}");
+    assert!(health["config"]["device"].as_str().is_some_and(|d| d.starts_with("emulated")), "{health}");
 
     let (status, message) = refused(&["--total-loras", "8", "--gpu-loras", "2", "--emulate", "no-such"]);
     assert!(status == 1 && message.contains("'no-such'"), "{message}");
