@@ -49,11 +49,19 @@ pub struct EngineSettings {
     pub kv_memory: Option<String>,
     /// Number type.
     pub dtype: String,
+    /// Where it runs: auto, cpu or cuda.
+    #[serde(skip_serializing_if = "is_auto")]
+    pub device: String,
     /// Seed of dummy weights and generated adapters.
     pub seed: u64,
     /// Compute threads; none is all cores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
+}
+
+/// The default: left out, so that runs keep the keys that they had before there was a choice.
+fn is_auto(device: &str) -> bool {
+    device == "auto"
 }
 
 impl Default for EngineSettings {
@@ -75,6 +83,7 @@ impl Default for EngineSettings {
             max_skip_age: 2.0,
             kv_memory: None,
             dtype: "auto".to_owned(),
+            device: "auto".to_owned(),
             seed: 0,
             threads: None,
         }

@@ -51,8 +51,13 @@ impl Profile {
                 | Feature::Decodes
                 | Feature::DecodeContext { .. }
                 | Feature::Samples
-                | Feature::Adapters => by.bandwidth,
+                | Feature::Adapters
+                | Feature::Mixed
+                | Feature::Lora
+                | Feature::MixedLora => by.bandwidth,
                 Feature::Tokens { .. }
+                | Feature::PaddedTokens { .. }
+                | Feature::PrefillSpan
                 | Feature::Prefills
                 | Feature::PrefillPairs
                 | Feature::LoraTokens

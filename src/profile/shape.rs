@@ -3,6 +3,8 @@
 use lora_sched::StepPlan;
 use serde::{Deserialize, Serialize};
 
+use super::cost::PADDED_TO;
+
 /// A step's composition in integers, so that sums come out the same in any order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepShape {
@@ -12,6 +14,10 @@ pub struct StepShape {
     pub prefills: u64,
     /// Σ over prefill tokens of the positions that each attends to.
     pub prefill_pairs: u64,
+    /// The most positions that a prefill attends to: few long prompts are bound by the longest, not by
+    /// the sum.
+    #[serde(default)]
+    pub prefill_span: u64,
     /// Sequences whose input is their last sampled token.
     pub decodes: u64,
     /// Σ over decodes of the positions that each attends to.
@@ -37,9 +43,15 @@ impl StepShape {
     pub(super) const ADAPTERS: usize = 7;
     pub(super) const LORA_TOKENS: usize = 8;
     pub(super) const LORA_TOKEN_RANKS: usize = 9;
+    pub(super) const PADDED_TOKENS: usize = 10;
+    pub(super) const MIXED: usize = 11;
+    pub(super) const LORA: usize = 12;
+    pub(super) const MIXED_LORA: usize = 13;
+    pub(super) const PREFILL_SPAN: usize = 14;
 
-    /// One, and the counts in the order of the constants above.
-    pub(super) fn counts(&self) -> [u64; 10] {
+    /// One, the counts, and what follows from them, in the order of the constants above.
+    pub(super) fn counts(&self) -> [u64; 15] {
+        let (mixed, lora) = (u64::from(self.prefills > 0), u64::from(self.adapters > 0));
         [
             1,
             self.tokens,
@@ -51,6 +63,11 @@ impl StepShape {
             self.adapters,
             self.lora_tokens,
             self.lora_token_ranks,
+            self.tokens.next_multiple_of(PADDED_TO) * mixed,
+            mixed,
+            lora,
+            mixed * lora,
+            self.prefill_span,
         ]
     }
 
@@ -68,6 +85,7 @@ impl StepShape {
             } else {
                 shape.prefills += 1;
                 shape.prefill_pairs += len * start + len * (len + 1) / 2;
+                shape.prefill_span = shape.prefill_span.max(start + len);
             }
             if let Some((adapter, slot)) = seq.adapter {
                 shape.adapters += u64::from(seen.first(slot.0 as usize));

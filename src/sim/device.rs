@@ -24,8 +24,9 @@ pub struct Skipped {
 
 /// Durations of submitted work on the virtual clock.
 pub trait Device {
-    /// Time from the event that made planning possible to the plan, for the plan that comes next.
-    fn gap(&self) -> Nanos;
+    /// Time from the event that made planning possible to the plan. Asked once for each plan, of a step or of
+    /// nothing.
+    fn gap(&mut self) -> Nanos;
 
     /// A step starts.
     fn submit_step(&mut self, now: Nanos, plan: &StepPlan);

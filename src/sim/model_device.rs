@@ -128,7 +128,7 @@ impl ModelDevice {
 }
 
 impl Device for ModelDevice {
-    fn gap(&self) -> Nanos {
+    fn gap(&mut self) -> Nanos {
         self.cost.loop_ns
     }
 

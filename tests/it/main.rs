@@ -1,10 +1,16 @@
 //! Integration tests: one binary, a file per behaviour.
 
 #[cfg(feature = "server")]
+mod bench;
+#[cfg(feature = "server")]
+mod device_choice;
+#[cfg(feature = "server")]
 mod emulate;
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
+#[cfg(feature = "cuda")]
+mod gpu;
 #[cfg(feature = "server")]
 mod load_commands;
 #[cfg(feature = "server")]
@@ -28,9 +34,13 @@ mod server;
 mod simulate;
 mod skipping;
 #[cfg(feature = "server")]
+mod soak;
+#[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]
 mod support;
+#[cfg(feature = "server")]
+mod traffic;
 mod validation;
 #[cfg(feature = "engine")]
 mod workload;
