@@ -285,5 +285,5 @@ pub fn mean_is_between(what: &str, values: &[f64], low: f64, high: f64) -> Resul
 /// `measure` of `count` seeds, on all cores.
 pub fn replicates(count: u64, measure: impl Fn(u64) -> f64 + Sync) -> Vec<f64> {
     use rayon::prelude::*;
-    (0..count).into_par_iter().map(|seed| measure(seed)).collect()
+    (0..count).into_par_iter().map(&measure).collect()
 }
