@@ -2,7 +2,7 @@
 //!
 //! The models of [`super::model`] are written once over [`Backend`]. All buffers are made before the
 //! first step; an operation writes into buffers that it is given and allocates nothing. What a step
-//! computes is described by a [`Batch`], which the device takes in [`Backend::begin`] and which every
+//! computes is described by a [`Batch`], which the device takes in [`StepBackend::run`] and which every
 //! later operation of the step refers to. The KV cache and the adapter slots belong to the backend:
 //! operations name a layer, and the batch's block tables and segments say where to look.
 //!
@@ -19,7 +19,7 @@ use super::batch::Batch;
 use super::executor::{Sampling, TokenId};
 use super::model::{ModelSpec, Values};
 
-/// A linear module inside a fused projection, for [`Backend::lora`].
+/// A linear module inside a fused projection, for [`Adapted`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoraTarget {
     /// Its index in [`ModelSpec::modules`].

@@ -21,7 +21,7 @@ pub enum Feature {
         /// Upper end; none is unbounded.
         to: Option<u64>,
     },
-    /// The tokens of a step with prefills, rounded up to [`PADDED_TO`] rows, likewise in a range: what a
+    /// The tokens of a step with prefills, rounded up to a multiple of 64 rows, likewise in a range: what a
     /// device computes that runs such steps in a finite set of shapes.
     PaddedTokens {
         /// Lower end.

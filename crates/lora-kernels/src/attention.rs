@@ -229,7 +229,7 @@ impl Attention {
     }
 
     /// Causal attention of the rows that `tiles` names over the cache, which holds them and what came before.
-    /// `tiles` is what [`prefill_tiles`] wrote, `[tiles, 2]`; `out` is `[rows, heads · head_dim]`, of which
+    /// `tiles` is what [`prefill_tiles`](crate::prefill_tiles) wrote, `[tiles, 2]`; `out` is `[rows, heads · head_dim]`, of which
     /// rows that no tile names are left alone.
     #[expect(clippy::too_many_arguments, reason = "a launch")]
     pub fn prefill(

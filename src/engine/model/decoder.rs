@@ -56,7 +56,7 @@ pub(super) struct Workspace<B: Backend> {
     pub logits: B::Wide,
 }
 
-/// Elements of the buffers of [`Workspace`].
+/// Elements of the buffers of `Workspace`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkspaceElements {
     residual: usize,
