@@ -239,7 +239,7 @@ impl CostModel {
 
     /// A swap's duration with no step running.
     pub fn swap_ns(&self, bytes: u64) -> Nanos {
-        self.swap_fixed + (bytes as f64 * self.ns_per_byte).round() as Nanos
+        self.swap_fixed + nearest(bytes as f64 * self.ns_per_byte)
     }
 
     /// How much longer copying takes while a step runs, as a factor.
@@ -249,8 +249,16 @@ impl CostModel {
 
     /// From a request's receipt to the queue.
     pub fn front_ns(&self, prompt_tokens: u32) -> Nanos {
-        self.front_ns + (f64::from(prompt_tokens) * self.front_ns_per_token).round() as Nanos
+        self.front_ns + nearest(f64::from(prompt_tokens) * self.front_ns_per_token)
     }
+}
+
+/// What [`f64::round`] gives, of a number that is not negative. On plain x86-64 that is a call of the C
+/// library, twice or three times a request.
+#[inline]
+pub(crate) fn nearest(x: f64) -> u64 {
+    let whole = x as u64;
+    whole + u64::from(x - whole as f64 >= 0.5)
 }
 
 /// Fixed point to nanoseconds.
@@ -338,6 +346,15 @@ mod tests {
         let at = |tokens, prefills| feature.of(&StepShape { tokens, prefills, ..StepShape::default() });
         assert_eq!([at(64, 1), at(65, 1), at(500, 2), at(900, 1)], [0, 64, 448, 448]);
         assert_eq!(at(500, 0), 0);
+    }
+
+    #[test]
+    fn the_nearest_whole_number_is_that_of_the_library() {
+        for base in [0.0, 1.0, 2.0, 1e6, 4503599627370495.0, 9007199254740992.0] {
+            for part in [0.0, 0.25, 0.49999999999999994, 0.5, 0.75, 1.0 - f64::EPSILON] {
+                assert_eq!(nearest(base + part), (base + part).round() as u64, "{base} + {part}");
+            }
+        }
     }
 
     #[test]

@@ -11,8 +11,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-pub(crate) use cost::whole_ns;
 pub use cost::{CostModel, Feature, FeatureError};
+pub(crate) use cost::{nearest, whole_ns};
 pub use error::ProfileError;
 pub use scale::{Scale, ScaleError};
 pub use shape::{SeenSlots, StepShape};

@@ -281,7 +281,10 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     }
 
     fn submit_swaps(&mut self) {
-        self.totals.swap_calls += u64::from(!self.out.swaps.is_empty());
+        if self.out.swaps.is_empty() {
+            return;
+        }
+        self.totals.swap_calls += 1;
         self.totals.swaps += self.out.swaps.len() as u64;
         for swap in self.out.swaps.drain(..) {
             self.observer.swap(self.now, &swap);
@@ -298,6 +301,9 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     }
 
     fn take_notices(&mut self) {
+        if self.out.notices.is_empty() && !matches!(self.live.front(), Some(None)) {
+            return;
+        }
         let now = self.now;
         for notice in self.out.notices.drain(..) {
             match notice {

@@ -370,6 +370,7 @@ impl Scheduler {
     }
 
     /// The step reads this slot, which may still be loading.
+    #[inline]
     fn read_slot(&mut self, slot: SlotId, plan: &mut StepPlan) {
         if self.slots.read_in_step(slot) && self.slots.is_loading(slot) {
             plan.loading.push(slot);

@@ -23,39 +23,42 @@ pub(crate) enum Phase {
 }
 
 /// One request.
+///
+/// Laid out as written, on cache lines of its own: a decode step touches the first one alone.
 #[derive(Clone, Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Request {
-    pub(crate) id: RequestId,
-    /// Index of its group: 0 is the base model, adapter `a` is `a + 1`.
-    pub(crate) group: u32,
-    pub(crate) prompt: u32,
-    pub(crate) max_tokens: u32,
-    pub(crate) generated: u32,
+    pub(crate) phase: Phase,
     /// Tokens in the KV cache.
     pub(crate) computed: u32,
     /// Tokens that the driver feeds: those known when it was last admitted.
     pub(crate) fed: u32,
-    pub(crate) phase: Phase,
-    /// While it runs: tokens that its blocks hold.
-    pub(crate) capacity: u64,
+    pub(crate) generated: u32,
+    pub(crate) max_tokens: u32,
+    pub(crate) prompt: u32,
+    /// Index of its group: 0 is the base model, adapter `a` is `a + 1`.
+    pub(crate) group: u32,
     /// While it runs: its adapter's slot, which it pins.
     pub(crate) slot: Option<SlotId>,
-    /// When it entered the queue.
-    pub(crate) arrived: Nanos,
+    pub(crate) id: RequestId,
+    /// While it runs: tokens that its blocks hold.
+    pub(crate) capacity: u64,
     /// A demand load of its adapter pins the slot for it until it starts.
     pub(crate) holds_slot: bool,
 
-    pub(crate) parts: Parts,
+    /// When it entered the queue.
+    pub(crate) arrived: Nanos,
     /// Since when the present cause is being counted where no meter does it: a fresh arrival's
     /// queueing for the running step's end, a running request's time between its chunks.
     pub(crate) since: Nanos,
     /// Meter readings when its metered wait began.
     pub(crate) reading: Reading,
-
     pub(crate) prev_in_group: u32,
     pub(crate) next_in_group: u32,
     pub(crate) prev: u32,
     pub(crate) next: u32,
+
+    pub(crate) parts: Parts,
 }
 
 impl Request {

@@ -269,6 +269,17 @@ impl Scheduler {
         for (i, seq) in seqs.iter().enumerate() {
             let request = &mut self.requests[seq.index];
             request.computed += seq.len;
+            // The most common case first: a token on the way from the first to the last.
+            if let Phase::Running { in_step, cancelled: false, .. } = &mut request.phase
+                && seq.samples
+                && request.generated > 0
+                && request.generated + 1 < request.max_tokens
+                && stopped.is_empty()
+            {
+                *in_step = false;
+                request.generated += 1;
+                continue;
+            }
             if request.before_first_token() {
                 let step = &self.step;
                 let took = now.saturating_sub(step.formed);

@@ -204,6 +204,7 @@ impl Slots {
     }
 
     /// The step about to be submitted reads this slot. True the first time.
+    #[inline]
     pub(crate) fn read_in_step(&mut self, slot: SlotId) -> bool {
         let view = &mut self.slots[slot.0 as usize].view;
         let first = !view.in_step;
