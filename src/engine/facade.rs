@@ -223,7 +223,7 @@ impl Engine {
     }
 
     /// What can be told without asking the scheduler.
-    fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
+    pub(super) fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
         let config = &self.shared.scheduler;
         let tokens = request.prompt.len() + request.params.max_tokens as usize;
         if tokens > config.max_model_len {

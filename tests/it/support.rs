@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lora_hbm::engine::emulated::EmulatedExecutor;
-use lora_hbm::engine::server::{Ended, Server, ServerInfo, ServerOptions};
+use lora_hbm::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
 use lora_hbm::engine::{Engine, EngineConfig, EngineStats, GenerateParams, GenerateRequest};
 use lora_hbm::report::decision_log::DecisionLog;
 use lora_hbm::workload::tokenizer::Tokenizer;
@@ -98,6 +98,7 @@ pub fn options() -> ServerOptions {
         port: 0,
         api_key: None,
         shutdown_timeout: Duration::from_secs(20),
+        limits: Limits::default(),
     }
 }
 

@@ -13,11 +13,14 @@ use super::failure::Failure;
 use super::settings::Context;
 use crate::engine::Engine;
 use crate::engine::emulation::Emulation;
-use crate::engine::server::{Ended, Server, ServerInfo, ServerOptions};
+use crate::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
 pub use flags::ServeArgs;
 use flags::{ServeSettings, seconds};
+
+/// Open files that are asked for; the system's hard limit is never passed.
+const OPEN_FILES: u64 = 1 << 16;
 
 pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
     let mut settings: ServeSettings = ctx.resolve("serve", args)?;
@@ -38,7 +41,13 @@ pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
         port: settings.port,
         api_key: settings.api_key.clone(),
         shutdown_timeout: seconds("--shutdown-timeout", settings.shutdown_timeout)?,
+        limits: Limits::default(),
     };
+    // A connection is an open file, and many systems begin with room for a thousand.
+    match rlimit::increase_nofile_limit(OPEN_FILES) {
+        Ok(files) => tracing::debug!("up to {files} open files"),
+        Err(e) => tracing::warn!("the limit on open files stays as it is: {e}"),
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let ended = runtime.block_on(serve(options, what, settings.decision_log.clone()));
     // Tokenising that is under way is nobody's any more.

@@ -4,10 +4,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use lora_sched::AdapterId;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::body::Limits;
 use super::error::ApiError;
+use super::observed::Observed;
 use crate::engine::Engine;
 use crate::engine::setup::Loaded;
 use crate::workload::tokenizer::TokenizerSource;
@@ -84,6 +87,11 @@ pub(in crate::engine) fn cycle(mut ranks: Vec<u32>) -> Vec<u32> {
     ranks
 }
 
+/// Seconds since 1970.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
 /// Where a server is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -103,11 +111,13 @@ pub(super) struct State {
     key: Option<[u8; 32]>,
     /// When the server started, seconds since 1970.
     pub(super) created: u64,
+    pub(super) limits: Limits,
+    pub(super) observed: Observed,
 }
 
 impl State {
-    pub(super) fn new(api_key: Option<&str>) -> Self {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    pub(super) fn new(api_key: Option<&str>, limits: Limits) -> Self {
+        let created = unix_seconds();
         Self {
             info: OnceLock::new(),
             engine: OnceLock::new(),
@@ -115,6 +125,8 @@ impl State {
             in_flight: AtomicUsize::new(0),
             key: api_key.map(|k| Sha256::digest(k).into()),
             created,
+            limits,
+            observed: Observed::new(),
         }
     }
 
@@ -158,6 +170,29 @@ impl State {
         }
     }
 
+    /// Which adapter a client means by a model's name: none is the base model. No name is the base model,
+    /// too.
+    pub(super) fn model(&self, name: Option<&str>) -> Result<Option<AdapterId>, ApiError> {
+        let (_, info) = self.loaded()?;
+        match name {
+            None => Ok(None),
+            Some(name) if name == info.model => Ok(None),
+            Some(name) => match info.adapter_names.iter().position(|n| n == name) {
+                Some(at) => Ok(Some(AdapterId(at as u32))),
+                None => {
+                    let message = format!("there is no model '{name}': GET /v1/models lists those that there are");
+                    Err(ApiError::not_found(Some("model"), message))
+                }
+            },
+        }
+    }
+
+    /// What clients call an adapter.
+    pub(super) fn adapter_name(&self, adapter: AdapterId) -> String {
+        let named = self.info.get().and_then(|info| info.adapter_names.get(adapter.0 as usize));
+        named.cloned().unwrap_or_else(|| adapter.to_string())
+    }
+
     pub(super) fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)
     }
@@ -166,7 +201,10 @@ impl State {
     /// compared, to their ends.
     pub(super) fn lets_in(&self, authorization: Option<&[u8]>) -> bool {
         let Some(key) = self.key else { return true };
-        let given = authorization.and_then(|a| a.strip_prefix(b"Bearer ")).unwrap_or_default();
+        const SCHEME: &[u8] = b"Bearer ";
+        let given = authorization.and_then(|a| a.split_at_checked(SCHEME.len()));
+        let given = given.filter(|(scheme, _)| scheme.eq_ignore_ascii_case(SCHEME));
+        let given = given.map_or(&[][..], |(_, key)| key);
         let digest: [u8; 32] = Sha256::digest(given).into();
         digest.iter().zip(key).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
     }
@@ -204,11 +242,11 @@ mod tests {
 
     #[test]
     fn only_the_key_lets_in() {
-        let state = State::new(Some("secret"));
-        assert!(state.lets_in(Some(b"Bearer secret")));
+        let state = State::new(Some("secret"), Limits::default());
+        assert!(state.lets_in(Some(b"Bearer secret")) && state.lets_in(Some(b"bearer secret")));
         for wrong in [None, Some(&b"Bearer secre"[..]), Some(b"secret"), Some(b"Bearer secret ")] {
             assert!(!state.lets_in(wrong));
         }
-        assert!(State::new(None).lets_in(None));
+        assert!(State::new(None, Limits::default()).lets_in(None));
     }
 }

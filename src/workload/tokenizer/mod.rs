@@ -164,9 +164,24 @@ impl Tokenizer {
 
     /// Ids of `text`, BOS included.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_with(text, true)
+    }
+
+    /// Ids of `text` alone, nothing put in front: of a text that brings its own BOS, or is a part of one.
+    pub fn encode_as_is(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_with(text, false)
+    }
+
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         match &self.inner.kind {
-            Kind::Bytes => Ok(byte_level::encode(text)),
-            Kind::Hf(hf) => match hf.encode_fast(text, true) {
+            Kind::Bytes => {
+                let mut ids = byte_level::encode(text);
+                if !special {
+                    ids.remove(0);
+                }
+                Ok(ids)
+            }
+            Kind::Hf(hf) => match hf.encode_fast(text, special) {
                 Ok(encoding) => Ok(encoding.get_ids().to_vec()),
                 Err(e) => Err(TokenizerError::Encode {
                     source_name: self.inner.source.to_string(),
