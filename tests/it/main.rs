@@ -17,6 +17,8 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod load_support;
+#[cfg(feature = "server")]
+mod openai;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
@@ -31,6 +33,8 @@ mod rig;
 mod serve_command;
 #[cfg(feature = "server")]
 mod server;
+#[cfg(feature = "server")]
+mod server_robust;
 mod simulate;
 mod skipping;
 #[cfg(feature = "server")]

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::body::Limits;
 use super::error::ApiError;
 use super::observed::Observed;
+use super::openai::{Plain, Template};
 use crate::engine::Engine;
 use crate::engine::setup::Loaded;
 use crate::workload::tokenizer::TokenizerSource;
@@ -113,6 +114,8 @@ pub(super) struct State {
     pub(super) created: u64,
     pub(super) limits: Limits,
     pub(super) observed: Observed,
+    /// How conversations become prompts.
+    pub(super) template: Box<dyn Template>,
 }
 
 impl State {
@@ -127,6 +130,7 @@ impl State {
             created,
             limits,
             observed: Observed::new(),
+            template: Box::new(Plain),
         }
     }
 

@@ -37,7 +37,7 @@ pub(in crate::engine::server) async fn chat_completions(
     f.refuse(NOT_HERE)?;
     let mut common = Common::parse(f, &["max_completion_tokens", "max_tokens"], None)?;
     let adapter = state.model(common.model.as_deref())?;
-    let prompt = template::prompt(f.get("messages"), engine)?;
+    let prompt = template::prompt(f.get("messages"), state.template.as_ref())?;
     let prompts = tokenize(vec![prompt], engine, "messages").await?;
     none_empty(&prompts, "messages")?;
     common.fill_room(&prompts, info.max_model_len, "messages")?;

@@ -10,4 +10,5 @@ mod tokens;
 
 pub(super) use chat::chat_completions;
 pub(super) use completions::completions;
+pub(super) use template::{Plain, Template};
 pub(super) use tokens::{detokenize, tokenize};

@@ -3,20 +3,19 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::engine::Engine;
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::kind;
 use crate::engine::server::intake::Prompt;
 
 /// One message, its content as one text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Message {
-    pub(super) role: String,
-    pub(super) content: String,
+pub(in crate::engine::server) struct Message {
+    pub(in crate::engine::server) role: String,
+    pub(in crate::engine::server) content: String,
 }
 
 /// A way to write a conversation down.
-pub(super) trait Template {
+pub(in crate::engine::server) trait Template: std::fmt::Debug + Send + Sync {
     /// The conversation with the beginning of the assistant's next turn.
     ///
     /// # Errors
@@ -25,7 +24,8 @@ pub(super) trait Template {
 }
 
 /// For tokenizers that bring no template: `role: content`, a line a message.
-pub(super) struct Plain;
+#[derive(Clone, Copy, Debug)]
+pub(in crate::engine::server) struct Plain;
 
 impl Template for Plain {
     fn prompt(&self, messages: &[Message]) -> Result<Prompt, String> {

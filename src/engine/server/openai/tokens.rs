@@ -24,7 +24,7 @@ pub(in crate::engine::server) async fn tokenize(
     let special = f.flag("add_special_tokens", true)?;
     let (prompt, param) = match (f.text("prompt")?, f.get("messages")) {
         (Some(text), None) => (Prompt::Text { text: text.to_owned(), special }, "prompt"),
-        (None, Some(messages)) => (template::prompt(Some(messages), engine)?, "messages"),
+        (None, Some(messages)) => (template::prompt(Some(messages), state.template.as_ref())?, "messages"),
         (None, None) => return Err(ApiError::bad("prompt", "prompt or messages is missing")),
         (Some(_), Some(_)) => {
             return Err(ApiError::bad("prompt", "prompt and messages are given: leave one of them out"));
