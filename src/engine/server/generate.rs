@@ -71,6 +71,7 @@ pub(super) async fn generate(
         turn: 0,
         handles,
         aborted: false,
+        failure: None,
         received,
         clock,
         _guard: guard,
@@ -86,14 +87,9 @@ pub(super) async fn generate(
 
 fn adapter(body: &GenerateBody, engine: &Engine) -> Result<Option<AdapterId>, ApiError> {
     let Some(id) = body.model_id else { return Ok(None) };
-    let total = engine.scheduler_config().adapters.len();
-    match u32::try_from(id) {
-        Ok(n) if (n as usize) < total => Ok(Some(AdapterId(n))),
-        _ => {
-            let message = format!("there is no adapter {id}: model_id is 0 to {}", total.saturating_sub(1));
-            Err(ApiError::not_found(Some("model_id"), message))
-        }
-    }
+    let found = u32::try_from(id).ok().map(AdapterId).filter(|&n| engine.has_adapter(n));
+    let missing = || format!("there is no adapter {id}: GET /adapters lists those that are there");
+    found.map(Some).ok_or_else(|| ApiError::not_found(Some("model_id"), missing()))
 }
 
 /// The prompt's ids.
@@ -126,6 +122,8 @@ struct Output {
     /// Which sequence is asked first, so that none waits for the others.
     turn: usize,
     aborted: bool,
+    /// What was wrong with the adapter, if the output ends for that.
+    failure: Option<String>,
     received: Nanos,
     clock: Clock,
     _guard: InFlight,
@@ -163,6 +161,7 @@ impl Output {
             self.open -= 1;
             self.summary.finish_reasons[i] = finish.as_str();
             self.aborted |= finish == Finish::Abort;
+            self.failure = self.failure.take().or_else(|| delta.failure.clone());
         }
         if self.open == 0 {
             self.summary.completion_s = (self.clock.now() - self.received) as f64 * 1e-9;
@@ -177,6 +176,9 @@ impl Output {
 
     async fn whole(mut self) -> Result<Response, ApiError> {
         while std::future::poll_fn(|cx| self.poll_delta(cx)).await.is_some() {}
+        if let Some(why) = self.failure {
+            return Err(ApiError::internal(why));
+        }
         if self.aborted {
             return Err(ApiError::unavailable("the engine stopped before the output was complete"));
         }
@@ -198,7 +200,8 @@ impl Stream for Messages {
             Poll::Ready(None) => Poll::Ready(None),
             Poll::Ready(Some(())) if self.0.aborted => {
                 self.0.open = 0;
-                Poll::Ready(Some(Err(std::io::Error::other("the engine stopped"))))
+                let why = self.0.failure.take().unwrap_or_else(|| "the engine stopped".into());
+                Poll::Ready(Some(Err(std::io::Error::other(why))))
             }
             Poll::Ready(Some(())) => {
                 let last = (self.0.open == 0).then_some(&self.0.summary);

@@ -14,7 +14,7 @@ use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetReques
 
 use super::error::ApiError;
 use super::state::State;
-use super::{admin, generate, metrics};
+use super::{adapters, admin, generate, metrics};
 
 /// Paths that need no key.
 const OPEN_PATHS: &[&str] = &["/health", "/metrics", "/ping"];
@@ -30,6 +30,11 @@ pub(super) fn router(state: Arc<State>) -> Router {
         .route("/version", get(admin::version))
         .route("/ping", get(admin::ping).post(admin::ping))
         .route("/v1/models", get(admin::models))
+        .route("/adapters", get(adapters::list))
+        .route("/adapters/{id}/pin", post(adapters::pin))
+        .route("/adapters/{id}/unpin", post(adapters::unpin))
+        .route("/v1/load_lora_adapter", post(adapters::load))
+        .route("/v1/unload_lora_adapter", post(adapters::unload))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), authorize))
