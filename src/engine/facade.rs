@@ -125,6 +125,7 @@ impl Engine {
         }
         let gauges = Arc::new(Gauges::default());
         gauges.preloaded(config.gpu_loras);
+        gauges.adapters.store(config.adapters.len() as u64, Ordering::Relaxed);
 
         let clock = Clock::of(executor.as_ref());
         let named = (0u32..).zip(&config.adapters).map(|(i, &spec)| {

@@ -52,14 +52,26 @@ pub enum AdapterError {
 }
 
 /// What a change comes to.
-pub(super) type Reply = Result<Changed, EventError>;
+pub(super) struct Reply {
+    pub(super) outcome: Result<AdapterId, EventError>,
+    /// The memory of an adapter that has gone, or was not taken: given back by whoever asked, since giving
+    /// back page-locked memory may wait for the device, and the step loop must not.
+    pub(super) memory: Option<Arc<HostAdapter>>,
+}
 
-/// A change that has been made.
-pub(super) struct Changed {
-    pub(super) id: AdapterId,
-    /// An unloaded adapter's memory: given back by whoever asked, since giving back page-locked memory may
-    /// wait for the device, and the step loop must not.
-    pub(super) freed: Option<Arc<HostAdapter>>,
+/// A change that has been made. Dropping it gives back an unloaded adapter's memory, which on a GPU may take
+/// as long as a step.
+#[derive(Debug)]
+pub struct Made {
+    id: AdapterId,
+    _memory: Option<Arc<HostAdapter>>,
+}
+
+impl Made {
+    /// The adapter.
+    pub fn id(&self) -> AdapterId {
+        self.id
+    }
 }
 
 /// A change on its way. It is made whether or not anybody waits for it.
@@ -76,25 +88,24 @@ impl Pending {
     /// If the scheduler refuses it or the engine stops first.
     pub fn wait(self) -> Result<AdapterId, AdapterError> {
         let reply = self.receiver.recv();
-        self.made(reply)
+        Ok(self.made(reply)?.id)
     }
 
-    /// Waits for it; the adapter's id.
+    /// Waits for it.
     ///
     /// # Errors
     /// See [`Self::wait`].
-    pub async fn done(self) -> Result<AdapterId, AdapterError> {
+    pub async fn done(self) -> Result<Made, AdapterError> {
         let reply = std::future::poll_fn(|cx| self.receiver.poll_recv(cx)).await;
         self.made(reply)
     }
 
-    fn made(&self, reply: Option<Reply>) -> Result<AdapterId, AdapterError> {
+    fn made(&self, reply: Option<Reply>) -> Result<Made, AdapterError> {
         match reply {
-            Some(Ok(Changed { id, freed })) => {
-                drop(freed);
-                Ok(id)
-            }
-            Some(Err(error)) => Err(AdapterError::Refused(error)),
+            Some(Reply { outcome, memory }) => match outcome {
+                Ok(id) => Ok(Made { id, _memory: memory }),
+                Err(error) => Err(AdapterError::Refused(error)),
+            },
             None => {
                 let why = self.shared.failure.get().cloned();
                 Err(AdapterError::Stopped(why.unwrap_or_else(|| "shut down".into())))
@@ -117,6 +128,11 @@ impl Engine {
     /// Whether requests may name this adapter.
     pub fn has_adapter(&self, id: AdapterId) -> bool {
         self.shared.directory.serves(id)
+    }
+
+    /// What requests call an adapter; none once it has gone.
+    pub fn adapter_name(&self, id: AdapterId) -> Option<String> {
+        self.shared.directory.name(id)
     }
 
     /// Adapters that requests may name.

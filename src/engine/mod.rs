@@ -31,6 +31,6 @@ mod warm_up;
 pub use facade::{Engine, EngineConfig, StartError};
 pub use gauges::{EngineStats, SlotView, SwapCounts, SwapStats};
 pub use handle::GenerateHandle;
-pub use life::{AdapterError, Pending};
+pub use life::{AdapterError, Made, Pending};
 pub use request::{Delta, Finish, FirstToken, GenerateParams, GenerateRequest, Generated, SubmitError};
 pub use step_loop::LoopError;

@@ -301,36 +301,55 @@ fn a_read_that_fails_ends_its_requests_and_marks_the_adapter() {
 
 #[test]
 fn an_older_request_gets_the_place_in_host_memory_that_a_younger_one_waits_with() {
-    // First come, first served: the head's adapter is on disk, and all that is in host memory is wanted by
-    // younger requests, which may not pass.
     let mut b = Bench::new(Config {
         host_loras: Some(2),
         policy: Policy::Fcfs,
         swap_mode: SwapMode::Blocking,
+        max_num_seqs: 1,
         ..config(4, 1)
     });
     b.arrive(0, 0);
     b.plan();
-    b.arrive(1, 1);
-    // 0 is in the slot, so its place in host memory goes first.
-    b.arrive(2, 3);
-    assert_eq!(b.out.fetches.iter().map(|f| f.evicted).collect::<Vec<_>>(), [Some(AdapterId(0))]);
-    b.arrive(3, 2);
-    assert_eq!(b.out.fetches.len(), 1, "every place is needed by an older request");
-    b.event(Event::FetchDone { adapter: AdapterId(3), failed: false });
-    for expected in [1, 2, 3] {
-        for _ in 0..4 {
-            b.step_done();
-            while let Some(fetch) = b.out.fetches.pop() {
-                b.event(Event::FetchDone { adapter: fetch.adapter, failed: false });
-            }
-            if b.plan() == [expected] && !b.plan.loading.is_empty() {
-                b.event(Event::SwapDone(SlotId(0)));
-                break;
-            }
-        }
-        assert_eq!(b.plan.seqs[0].id, RequestId(expected));
+    for (id, adapter) in [(1, 2), (2, 0), (3, 3)] {
+        b.arrive(id, adapter);
     }
+    let places = |b: &Bench| -> Vec<_> {
+        b.out.fetches.iter().map(|f| (f.adapter.0, f.evicted.map(|e| e.0))).collect()
+    };
+    // 1 is idle, and then 0, which is in the slot.
+    assert_eq!(places(&b), [(2, Some(1)), (3, Some(0))]);
+    b.out.clear();
+    for adapter in [2, 3] {
+        b.event(Event::FetchDone { adapter: AdapterId(adapter), failed: false });
+    }
+    for _ in 0..3 {
+        b.step_done();
+        b.plan();
+    }
+    // Request 1 took the slot from 0, for which request 2 waits: it comes before request 3, which may not
+    // pass it, and whose adapter holds the only place that is not being copied from.
+    assert_eq!((b.plan.seqs[0].id, places(&b)), (RequestId(1), vec![(0, Some(3))]));
+    let mut order = vec![RequestId(1)];
+    for _ in 0..20 {
+        for slot in b.plan.loading.clone() {
+            b.event(Event::SwapDone(slot));
+        }
+        let mut fetches = std::mem::take(&mut b.out.fetches);
+        if b.scheduler.step_in_flight() {
+            b.step_done();
+        }
+        fetches.append(&mut b.out.fetches);
+        for fetch in fetches {
+            b.event(Event::FetchDone { adapter: fetch.adapter, failed: false });
+        }
+        let more = std::mem::take(&mut b.out.fetches);
+        b.plan();
+        b.out.fetches.extend(more);
+        b.scheduler.audit().unwrap();
+        order.extend(b.plan.seqs.first().map(|s| s.id));
+    }
+    order.dedup();
+    assert_eq!(order, [1, 2, 3].map(RequestId));
 }
 
 #[test]

@@ -168,6 +168,11 @@ impl Directory {
         self.serves(id).then_some(id)
     }
 
+    /// An adapter's name.
+    pub fn name(&self, id: AdapterId) -> Option<String> {
+        Some(self.entry(id)?.name.clone())
+    }
+
     /// Adapters that requests may name.
     pub fn len(&self) -> usize {
         self.read().entries.iter().flatten().filter(|e| !e.leaving.load(Relaxed)).count()

@@ -68,6 +68,11 @@ impl KeptAdapter {
         self.spec
     }
 
+    /// Its host copy, if there is one.
+    pub fn into_memory(self) -> Option<Arc<HostAdapter>> {
+        self.held
+    }
+
     /// Whether it is in host memory.
     pub fn is_held(&self) -> bool {
         self.held.is_some()

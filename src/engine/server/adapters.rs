@@ -148,7 +148,13 @@ pub(super) async fn load(Shared(state): Shared<Arc<State>>, request: Request) ->
 pub(super) async fn unload(Shared(state): Shared<Arc<State>>, request: Request) -> Result<String, ApiError> {
     let UnloadBody { lora_name: name } = parse(request).await?;
     let (engine, _) = state.serving()?;
-    engine.unload_adapter(&name)?.done().await?;
+    let pending = engine.unload_adapter(&name)?;
+    // Waited for even if the client does not, so that the memory is given back on a thread that may wait.
+    let ended = tokio::spawn(async move {
+        let made = pending.done().await?;
+        tokio::task::spawn_blocking(move || drop(made)).await.map_err(|e| ApiError::internal(e.to_string()))
+    });
+    ended.await.map_err(|e| ApiError::internal(format!("unloading failed: {e}")))??;
     Ok(format!("Success: LoRA adapter '{name}' removed successfully."))
 }
 

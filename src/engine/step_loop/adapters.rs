@@ -11,7 +11,7 @@ use super::{LoopError, StepLoop};
 use crate::engine::adapters::KeptAdapter;
 use crate::engine::channel::Sender;
 use crate::engine::fetcher::{Fetched, Job};
-use crate::engine::life::{Changed, Reply};
+use crate::engine::life::Reply;
 
 /// A change to the adapters, and who is told what came of it.
 pub(in crate::engine) enum Change {
@@ -47,9 +47,10 @@ impl StepLoop {
                     Ok(()) => {
                         self.recorder.remove_adapter(t, id);
                         // Told when it has gone, which may be in this very turn.
+                        self.gauges.adapters.fetch_sub(1, Relaxed);
                         self.leaving.push((id, to));
                     }
-                    Err(error) => self.replies.push((to, Err(error))),
+                    Err(error) => self.replies.push((to, Reply { outcome: Err(error), memory: None })),
                 }
             }
             Change::Pin(id, pinned, to) => {
@@ -58,7 +59,7 @@ impl StepLoop {
                     self.recorder.pin_adapter(t, id, pinned);
                     self.directory.user_pinned(id, pinned);
                 }
-                self.replies.push((to, taken.map(|()| Changed { id, freed: None })));
+                self.replies.push((to, Reply { outcome: taken.map(|()| id), memory: None }));
             }
         }
     }
@@ -67,7 +68,7 @@ impl StepLoop {
         let NewAdapter { root, adapter } = new;
         let (id, spec) = (self.scheduler.next_adapter(), adapter.spec());
         if let Err(error) = self.scheduler.handle(t, Event::AddAdapter(spec), &mut self.outbox) {
-            self.replies.push((to, Err(error)));
+            self.replies.push((to, Reply { outcome: Err(error), memory: adapter.into_memory() }));
             return;
         }
         self.recorder.add_adapter(t, id, spec);
@@ -75,17 +76,18 @@ impl StepLoop {
         if let Some(pool) = &self.pool {
             pool.insert(id, adapter);
         }
-        self.replies.push((to, Ok(Changed { id, freed: None })));
+        self.gauges.adapters.fetch_add(1, Relaxed);
+        self.replies.push((to, Reply { outcome: Ok(id), memory: None }));
     }
 
     /// A removed adapter holds nothing any more.
     pub(super) fn adapter_gone(&mut self, t: Nanos, id: AdapterId) {
         self.recorder.adapter_gone(t, id);
         self.directory.gone(id);
-        let freed = self.pool.as_ref().and_then(|pool| pool.remove(id));
+        let memory = self.pool.as_ref().and_then(|pool| pool.remove(id));
         if let Some(at) = self.leaving.iter().position(|l| l.0 == id) {
             let (_, to) = self.leaving.remove(at);
-            self.replies.push((to, Ok(Changed { id, freed })));
+            self.replies.push((to, Reply { outcome: Ok(id), memory }));
         }
     }
 

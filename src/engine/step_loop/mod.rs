@@ -378,7 +378,6 @@ impl StepLoop {
         self.gauges.pins.store(self.scheduler.slots().map(|s| u64::from(s.pins)).sum(), Relaxed);
         self.gauges.swaps_open.store(self.swaps.len() as u64, Relaxed);
         self.gauges.tracked.store(self.active.len() as u64, Relaxed);
-        self.gauges.adapters.store(self.scheduler.adapters().count() as u64, Relaxed);
         self.gauges.publish_slots(self.scheduler.slots());
         self.directory.publish(self.scheduler.slots());
     }
