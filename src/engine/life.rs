@@ -75,10 +75,15 @@ impl Made {
 }
 
 /// A change on its way. It is made whether or not anybody waits for it.
-#[derive(Debug)]
 pub struct Pending {
     receiver: Receiver<Reply>,
     shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Pending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pending").finish_non_exhaustive()
+    }
 }
 
 impl Pending {

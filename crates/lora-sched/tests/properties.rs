@@ -99,6 +99,7 @@ proptest! {
     #[test]
     fn all_resident_means_no_swaps(mut load in load()) {
         load.config.gpu_loras = load.config.adapters.len();
+        load.config.host_loras = None;
         let run = Driver::new(&load).run()?;
         prop_assert_eq!(run.swaps, 0);
         for (_, parts) in run.first_token.values() {
