@@ -135,6 +135,8 @@ impl Engine {
             (name.clone(), root.unwrap_or(name), spec)
         });
         let directory = Arc::new(Directory::new(named, config.host_loras));
+        // Whoever asks before the loop's first turn finds what was preloaded.
+        directory.publish(scheduler.slots());
         let shared = Arc::new(Shared {
             mailbox: Arc::new(Mailbox::default()),
             outputs: Arc::new(OutQueue::default()),

@@ -48,6 +48,12 @@ fn render(s: &EngineStats, model: &str) -> String {
     family("lora_hbm:swaps_total", "counter", "Adapters copied into slots.", &[("", n(s.swaps))]);
     family("lora_hbm:swap_bytes_total", "counter", "Bytes copied into slots.", &[("", n(s.swap_bytes))]);
     family("lora_hbm:swap_seconds_total", "counter", "Time of swaps.", &[("", seconds(s.swap_ns))]);
+    family("lora_hbm:adapters", "gauge", "Adapters that requests may name.", &[("", n(s.adapters))]);
+    family("lora_hbm:disk_loads_total", "counter", "Adapters read from disk.", &[("", n(s.fetches))]);
+    family("lora_hbm:disk_loads_failed_total", "counter", "Reads that failed.", &[("", n(s.fetches_failed))]);
+    family("lora_hbm:disk_load_bytes_total", "counter", "Bytes read from disk.", &[("", n(s.fetch_bytes))]);
+    family("lora_hbm:disk_load_seconds_total", "counter", "Time of reads.", &[("", seconds(s.fetch_ns))]);
+    family("lora_hbm:requests_failed_total", "counter", "Adapter unreadable.", &[("", n(s.failed))]);
     family("lora_hbm:first_tokens_total", "counter", "First tokens.", &[("", n(s.first_tokens))]);
     let [front, queue, kv, slot, swap, prefill] = s.parts_ns.map(seconds);
     let parts = [
