@@ -108,8 +108,31 @@ impl Entry {
 struct Book {
     /// By id; none has gone.
     entries: Vec<Option<Arc<Entry>>>,
-    /// Names taken; none while the adapter is being read.
-    names: HashMap<String, Option<AdapterId>>,
+    names: HashMap<String, Name>,
+    /// Reservations so far.
+    reserved: u64,
+}
+
+/// What a name stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Name {
+    /// An adapter that is being read, under this reservation.
+    Reserved(u64),
+    /// An adapter.
+    Of(AdapterId),
+}
+
+impl Book {
+    fn id(&self, name: &str) -> Option<AdapterId> {
+        match self.names.get(name)? {
+            Name::Of(id) => Some(*id),
+            Name::Reserved(_) => None,
+        }
+    }
+
+    fn entry(&self, id: AdapterId) -> Option<&Arc<Entry>> {
+        self.entries.get(id.0 as usize)?.as_ref()
+    }
 }
 
 /// Why a name cannot be used.
@@ -138,7 +161,7 @@ impl Directory {
     ) -> Self {
         let mut book = Book::default();
         for (i, (name, root, spec)) in adapters.enumerate() {
-            book.names.insert(name.clone(), Some(AdapterId(i as u32)));
+            book.names.insert(name.clone(), Name::Of(AdapterId(i as u32)));
             let in_host = host_loras.is_none_or(|n| i < n);
             book.entries.push(Some(Arc::new(Entry::new(name, root, spec, in_host))));
         }
@@ -154,7 +177,7 @@ impl Directory {
     }
 
     fn entry(&self, id: AdapterId) -> Option<Arc<Entry>> {
-        self.read().entries.get(id.0 as usize)?.clone()
+        self.read().entry(id).cloned()
     }
 
     /// Whether requests may name this id.
@@ -164,7 +187,7 @@ impl Directory {
 
     /// The id that requests mean by a name.
     pub fn find(&self, name: &str) -> Option<AdapterId> {
-        let id = (*self.read().names.get(name)?)?;
+        let id = self.read().id(name)?;
         self.serves(id).then_some(id)
     }
 
@@ -186,28 +209,30 @@ impl Directory {
     /// Takes a name for an adapter that is being read.
     pub fn reserve(self: &Arc<Self>, name: &str) -> Result<Reservation, NameTaken> {
         let mut book = self.write();
-        if let Some(taken) = book.names.get(name) {
-            let entry = taken.and_then(|id| book.entries.get(id.0 as usize)).and_then(Option::as_ref);
+        if book.names.contains_key(name) {
+            let entry = book.id(name).and_then(|id| book.entry(id));
             let leaving = entry.is_some_and(|e| e.leaving.load(Relaxed));
             return Err(if leaving { NameTaken::Leaving } else { NameTaken::There });
         }
-        book.names.insert(name.to_owned(), None);
-        Ok(Reservation { directory: Arc::clone(self), name: name.to_owned() })
+        book.reserved += 1;
+        let taken = Name::Reserved(book.reserved);
+        book.names.insert(name.to_owned(), taken);
+        Ok(Reservation { directory: Arc::clone(self), name: name.to_owned(), taken })
     }
 
     /// Lets no more requests in for the adapter of this name; none if there is none, or somebody else has
     /// done it already.
     pub fn leave(&self, name: &str) -> Option<AdapterId> {
         let book = self.read();
-        let id = (*book.names.get(name)?)?;
-        let entry = book.entries.get(id.0 as usize)?.as_ref()?;
+        let id = book.id(name)?;
+        let entry = book.entry(id)?;
         (!entry.leaving.swap(true, Relaxed)).then_some(id)
     }
 
     /// An adapter has been taken by the scheduler under this id.
     pub fn added(&self, id: AdapterId, name: &str, root: &str, spec: AdapterSpec, in_host: bool) {
         let mut book = self.write();
-        book.names.insert(name.to_owned(), Some(id));
+        book.names.insert(name.to_owned(), Name::Of(id));
         let at = id.0 as usize;
         if book.entries.len() <= at {
             book.entries.resize(at + 1, None);
@@ -314,12 +339,14 @@ fn view(id: AdapterId, entry: &Entry, slot: Option<&(u32, SlotView)>) -> Adapter
 pub(in crate::engine) struct Reservation {
     directory: Arc<Directory>,
     name: String,
+    taken: Name,
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut book = self.directory.write();
-        if let Some(None) = book.names.get(&self.name) {
+        // By now the adapter may have come, gone, and another be on its way under the same name.
+        if book.names.get(&self.name) == Some(&self.taken) {
             book.names.remove(&self.name);
         }
     }
@@ -344,14 +371,20 @@ mod tests {
         drop(reserved);
         let reserved = d.reserve("new").unwrap();
         d.added(AdapterId(3), "new", "/new", AdapterSpec::new(4, 500), true);
-        drop(reserved);
         assert_eq!(d.find("new"), Some(AdapterId(3)));
         assert_eq!(d.leave("new"), Some(AdapterId(3)));
         assert_eq!(d.leave("new"), None, "one caller unloads it");
         assert!(!d.serves(AdapterId(3)) && d.find("new").is_none());
         assert_eq!(d.reserve("new").unwrap_err(), NameTaken::Leaving);
         d.gone(AdapterId(3));
-        drop(d.reserve("new").unwrap());
+        let next = d.reserve("new").unwrap();
+        drop(reserved);
+        assert_eq!(
+            d.reserve("new").unwrap_err(),
+            NameTaken::There,
+            "an old reservation gives back its own alone"
+        );
+        drop(next);
         assert_eq!((d.len(), d.views().len()), (3, 3));
     }
 
