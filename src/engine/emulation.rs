@@ -100,6 +100,7 @@ impl Emulation {
         let executor = EmulatedExecutor::new(costs, token, layers).map_err(StartError::from)?;
         let config = EngineConfig {
             scheduler: self.config,
+            adapters: None,
             vocab_size,
             eos: Vec::new(),
             seed: self.seed,

@@ -1,6 +1,8 @@
 //! Integration tests: one binary, a file per behaviour.
 
 #[cfg(feature = "server")]
+mod adapter_life;
+#[cfg(feature = "server")]
 mod bench;
 #[cfg(feature = "server")]
 mod device_choice;

@@ -212,7 +212,7 @@ async fn an_engine_that_stops_is_told_in_the_stream() {
         let body = json!({"prompt": "a", "messages": messages, "max_tokens": 50, "stream": stream});
         let mut response = post(&site.url, path, &body).await;
         if !stream {
-            assert_eq!(response.status(), 500);
+            assert_eq!(response.status(), 503);
             continue;
         }
         let mut text = String::from_utf8(response.chunk().await.unwrap().unwrap().to_vec()).unwrap();

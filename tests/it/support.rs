@@ -49,8 +49,15 @@ pub fn engine(config: Config, step_ms: u64, swap_ms: u64, log: Option<DecisionLo
         move |_: &SwapPlan| b.swap.load(Ordering::Relaxed),
     );
     let executor = EmulatedExecutor::new(costs, letter, 4).unwrap();
-    let config =
-        EngineConfig { scheduler: config, vocab_size: 259, eos: vec![2], seed: 1, warm_up: false, log };
+    let config = EngineConfig {
+        scheduler: config,
+        adapters: None,
+        vocab_size: 259,
+        eos: vec![2],
+        seed: 1,
+        warm_up: false,
+        log,
+    };
     (Engine::start(config, Box::new(executor), Tokenizer::byte_level()).unwrap(), times)
 }
 

@@ -54,6 +54,11 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeoutError", message)
     }
 
+    /// 409: not as things are.
+    pub(super) fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "ConflictError", message)
+    }
+
     /// 413.
     pub(super) fn too_large(limit: usize) -> Self {
         let message = format!("the request's body is over the limit of {limit} bytes");
@@ -82,6 +87,12 @@ impl ApiError {
     }
 }
 
+impl std::fmt::Display for ApiError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
 impl ApiError {
     /// The body that tells of it.
     pub(super) fn body(&self) -> serde_json::Value {
@@ -100,6 +111,7 @@ impl From<SubmitError> for ApiError {
         match error {
             _ if error.is_overload() => Self::unavailable(message),
             SubmitError::Refused(EventError::UnknownAdapter(_)) => Self::not_found(Some("model_id"), message),
+            SubmitError::Refused(EventError::AdapterFailed(_)) => Self::internal(message),
             SubmitError::Refused(EventError::TooLong { tokens, max_model_len }) => Self::bad(
                 "prompt",
                 format!(

@@ -17,7 +17,7 @@ use super::intake::{Ask, Intake, Prompt, none_empty, tokenize};
 use super::params::GenerateBody;
 use super::sequences::{Piece, Sequences};
 use super::state::State;
-use crate::engine::{Engine, Finish};
+use crate::engine::Engine;
 
 pub(super) async fn generate(
     Shared(state): Shared<Arc<State>>,
@@ -35,7 +35,7 @@ pub(super) async fn generate(
         model_id,
         finish_reasons: vec![""; sequences.len()],
         sequences,
-        aborted: false,
+        broken: None,
     };
     if stream {
         let mut response = Body::from_stream(Messages(output).fuse()).into_response();
@@ -48,14 +48,9 @@ pub(super) async fn generate(
 
 fn adapter(model_id: Option<i64>, engine: &Engine) -> Result<Option<AdapterId>, ApiError> {
     let Some(id) = model_id else { return Ok(None) };
-    let total = engine.scheduler_config().adapters.len();
-    match u32::try_from(id) {
-        Ok(n) if (n as usize) < total => Ok(Some(AdapterId(n))),
-        _ => {
-            let message = format!("there is no adapter {id}: model_id is 0 to {}", total.saturating_sub(1));
-            Err(ApiError::not_found(Some("model_id"), message))
-        }
-    }
+    let found = u32::try_from(id).ok().map(AdapterId).filter(|&n| engine.has_adapter(n));
+    let missing = || format!("there is no adapter {id}: GET /adapters lists those that are there");
+    found.map(Some).ok_or_else(|| ApiError::not_found(Some("model_id"), missing()))
 }
 
 /// The request's sequences and what of them has been told.
@@ -65,19 +60,20 @@ struct Output {
     model_id: Option<i64>,
     /// One for each sequence.
     finish_reasons: Vec<&'static str>,
-    aborted: bool,
+    /// Why it ends before its end.
+    broken: Option<ApiError>,
 }
 
 impl Output {
-    fn take(&mut self, piece: &Piece) {
+    fn take(&mut self, piece: Piece) {
         self.frames.push(piece.choice, &piece.text);
         if let Some(parts) = self.sequences.timing().parts {
             self.frames.set_ttft(parts.total());
         }
         if let Some(finish) = piece.finish {
             self.finish_reasons[piece.choice] = finish.as_str();
-            self.aborted |= finish == Finish::Abort;
         }
+        self.broken = self.broken.take().or(piece.broken);
     }
 
     fn summary(&self) -> Summary {
@@ -94,10 +90,10 @@ impl Output {
 
     async fn whole(mut self) -> Result<Response, ApiError> {
         while let Some(piece) = self.sequences.next().await {
-            self.take(&piece);
+            self.take(piece);
         }
-        if self.aborted {
-            return Err(ApiError::stopped());
+        if let Some(error) = self.broken {
+            return Err(error);
         }
         let mut response = self.frames.whole(&self.summary()).into_response();
         let json = HeaderValue::from_static("application/json");
@@ -106,8 +102,8 @@ impl Output {
     }
 }
 
-/// The messages of a streamed answer. An engine that stops breaks the stream off: a client must not take
-/// what it has for the whole.
+/// The messages of a streamed answer. What breaks an output off breaks the stream off: a client must not take what
+/// it has for the whole.
 struct Messages(Output);
 
 impl Stream for Messages {
@@ -115,16 +111,16 @@ impl Stream for Messages {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let out = &mut self.0;
-        if out.aborted {
+        if out.broken.is_some() {
             return Poll::Ready(None);
         }
         match out.sequences.poll_next(cx) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(None) => Poll::Ready(None),
             Poll::Ready(Some(piece)) => {
-                out.take(&piece);
-                if out.aborted {
-                    return Poll::Ready(Some(Err(std::io::Error::other("the engine stopped"))));
+                out.take(piece);
+                if let Some(error) = &out.broken {
+                    return Poll::Ready(Some(Err(std::io::Error::other(error.to_string()))));
                 }
                 let last = (out.sequences.open() == 0).then(|| out.summary());
                 Poll::Ready(Some(Ok(out.frames.message(last.as_ref()).into())))

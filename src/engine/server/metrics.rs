@@ -11,13 +11,17 @@ use lora_sched::AdapterId;
 use super::error::ApiError;
 use super::observed::{AdapterPhase, Observed};
 use super::state::{State, unix_seconds};
+use crate::engine::adapters::AdapterView;
 use crate::engine::{EngineStats, SlotView};
 
 pub(super) async fn metrics(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
     let (engine, info) = state.loaded()?;
     let model = format!("model_name=\"{}\"", escaped(&info.model));
-    let name = |adapter: AdapterId| escaped(&state.adapter_name(adapter));
+    let name = |adapter: AdapterId| {
+        escaped(&engine.adapter_name(adapter).unwrap_or_else(|| adapter.to_string()))
+    };
     let mut text = of_engine(&engine.stats(), &model, name);
+    text += &of_adapters(&engine.adapters(), &model);
     text += &of_server(&state.observed, &model, info.gpu_loras, name);
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())
 }
@@ -69,6 +73,12 @@ fn of_engine(s: &EngineStats, model: &str, adapter: impl Fn(AdapterId) -> String
     family("lora_hbm:swaps_total", "counter", "Adapters copied into slots.", &[("", n(s.swaps))]);
     family("lora_hbm:swap_bytes_total", "counter", "Bytes copied into slots.", &[("", n(s.swap_bytes))]);
     family("lora_hbm:swap_seconds_total", "counter", "Time of swaps.", &[("", seconds(s.swap_ns))]);
+    family("lora_hbm:adapters", "gauge", "Adapters that requests may name.", &[("", n(s.adapters))]);
+    family("lora_hbm:disk_loads_total", "counter", "Adapters read from disk.", &[("", n(s.fetches))]);
+    family("lora_hbm:disk_loads_failed_total", "counter", "Reads that failed.", &[("", n(s.fetches_failed))]);
+    family("lora_hbm:disk_load_bytes_total", "counter", "Bytes read from disk.", &[("", n(s.fetch_bytes))]);
+    family("lora_hbm:disk_load_seconds_total", "counter", "Time of reads.", &[("", seconds(s.fetch_ns))]);
+    family("lora_hbm:requests_failed_total", "counter", "Adapter unreadable.", &[("", n(s.failed))]);
     family("lora_hbm:first_tokens_total", "counter", "First tokens.", &[("", n(s.first_tokens))]);
     let [front, queue, kv, slot, swap, prefill] = s.parts_ns.map(seconds);
     let parts = [
@@ -81,19 +91,35 @@ fn of_engine(s: &EngineStats, model: &str, adapter: impl Fn(AdapterId) -> String
     ];
     family("lora_hbm:ttft_part_seconds_total", "counter", "Time to first token, by cause.", &parts);
     let mut resident = Vec::new();
-    let mut loading = Vec::new();
     for (slot, view) in s.slots.iter().enumerate() {
-        let sample = |a: AdapterId| (format!("adapter=\"{}\",slot=\"{slot}\"", adapter(a)), 1.0);
-        match *view {
-            SlotView::Resident(a) => resident.push(sample(a)),
-            SlotView::Loading(a) => loading.push(sample(a)),
-            SlotView::Free => {}
+        if let SlotView::Resident(a) = *view {
+            resident.push((format!("adapter=\"{}\",slot=\"{slot}\"", adapter(a)), 1.0));
         }
     }
     let (name, help) = ("lora_hbm:adapter_resident", "1 for each adapter in a slot.");
     self::family(&mut out, (name, "gauge", help), model, &resident);
-    let (name, help) = ("lora_hbm:adapter_loading", "1 for each adapter on its way into a slot.");
-    self::family(&mut out, (name, "gauge", help), model, &loading);
+    out
+}
+
+/// What is known of each adapter.
+fn of_adapters(adapters: &[AdapterView], model: &str) -> String {
+    let mut out = String::new();
+    for (name, kind, help, value) in [
+        ("lora_hbm:adapter_requests_total", "counter", "Requests taken, by adapter.", (|a| a.requests) as fn(&_) -> _),
+        ("lora_hbm:adapter_hits_total", "counter", "Requests that found their adapter in a slot.", |a| a.hits),
+        ("lora_hbm:adapter_swaps_total", "counter", "Copies into slots, by adapter.", |a| a.swaps),
+        ("lora_hbm:adapter_pins", "gauge", "Requests that hold the adapter's slot.", |a| u64::from(a.pinned_by)),
+    ] {
+        let sample = |a: &AdapterView| (format!("adapter=\"{}\"", escaped(&a.name)), value(a) as f64);
+        let samples: Vec<_> = adapters.iter().map(sample).collect();
+        family(&mut out, (name, kind, help), model, &samples);
+    }
+    let tier = |a: &AdapterView| {
+        (format!("adapter=\"{}\",tier=\"{}\"", escaped(&a.name), a.tier.as_str()), 1.0)
+    };
+    let tiers: Vec<_> = adapters.iter().map(tier).collect();
+    let help = "1 for each adapter where it is: slot, loading, host or disk.";
+    family(&mut out, ("lora_hbm:adapter_tier", "gauge", help), model, &tiers);
     out
 }
 
@@ -159,13 +185,12 @@ mod tests {
         };
         let text = of_engine(&stats, MODEL, |a| format!("lora-{a}"));
         for line in [
-            "lora_hbm:adapter_loading{model_name=\"m\",adapter=\"lora-1\",slot=\"0\"} 1\n",
             "lora_hbm:adapter_resident{model_name=\"m\",adapter=\"lora-7\",slot=\"1\"} 1\n",
             "lora_hbm:ttft_part_seconds_total{model_name=\"m\",part=\"queue\"} 0.5\n",
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }
-        assert!(!text.contains("slot=\"2\""));
+        assert!(!text.contains("slot=\"0\"") && !text.contains("slot=\"2\""));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! It is bound before the model is loaded, says so on `/health` until the engine is ready, and drains when
 //! it is told to stop.
 
+mod adapters;
 mod admin;
 mod body;
 mod error;

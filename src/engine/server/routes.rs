@@ -16,7 +16,7 @@ use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetReques
 
 use super::error::ApiError;
 use super::state::State;
-use super::{admin, generate, metrics, openai};
+use super::{adapters, admin, generate, metrics, openai};
 
 /// Paths that need no key.
 const OPEN_PATHS: &[&str] = &["/health", "/metrics"];
@@ -55,6 +55,11 @@ fn routes() -> Vec<Route> {
         at(GET, "/version", admin::version),
         at(&["GET", "POST"], "/ping", admin::ping),
         at(GET, "/v1/models", admin::models),
+        at(POST, "/v1/load_lora_adapter", adapters::load),
+        at(POST, "/v1/unload_lora_adapter", adapters::unload),
+        at(GET, "/adapters", adapters::list),
+        at(POST, "/adapters/{id}/pin", adapters::pin),
+        at(POST, "/adapters/{id}/unpin", adapters::unpin),
         at(POST, "/v1/completions", openai::completions),
         at(POST, "/v1/chat/completions", openai::chat_completions),
         at(POST, "/tokenize", openai::tokenize),

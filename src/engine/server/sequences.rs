@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use futures_util::stream::{SelectAll, Stream, StreamExt};
 use lora_sched::{AdapterId, Nanos};
 
+use super::error::ApiError;
 use super::state::{InFlight, State};
 use crate::engine::clock::Clock;
 use crate::engine::{Delta, Finish, GenerateHandle};
@@ -56,6 +57,8 @@ pub(super) struct Piece {
     pub(super) tokens: usize,
     /// Why it is the sequence's last.
     pub(super) finish: Option<Finish>,
+    /// With the last piece of a sequence that is not whole: why it is not.
+    pub(super) broken: Option<ApiError>,
 }
 
 /// Where a request's time went.
@@ -217,7 +220,11 @@ impl Sequences {
                 observed.output_tokens.observe(track.tokens as f64);
             }
         }
-        Piece { choice, text: delta.text, tokens: track.tokens, finish: delta.finish }
+        let broken = (delta.finish == Some(Finish::Abort)).then(|| match delta.failure {
+            Some(why) => ApiError::internal(why),
+            None => ApiError::stopped(),
+        });
+        Piece { choice, text: delta.text, tokens: track.tokens, finish: delta.finish, broken }
     }
 }
 

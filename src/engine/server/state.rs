@@ -177,24 +177,11 @@ impl State {
     /// Which adapter a client means by a model's name: none is the base model. No name is the base model,
     /// too.
     pub(super) fn model(&self, name: Option<&str>) -> Result<Option<AdapterId>, ApiError> {
-        let (_, info) = self.loaded()?;
-        match name {
-            None => Ok(None),
-            Some(name) if name == info.model => Ok(None),
-            Some(name) => match info.adapter_names.iter().position(|n| n == name) {
-                Some(at) => Ok(Some(AdapterId(at as u32))),
-                None => {
-                    let message = format!("there is no model '{name}': GET /v1/models lists those that there are");
-                    Err(ApiError::not_found(Some("model"), message))
-                }
-            },
-        }
-    }
-
-    /// What clients call an adapter.
-    pub(super) fn adapter_name(&self, adapter: AdapterId) -> String {
-        let named = self.info.get().and_then(|info| info.adapter_names.get(adapter.0 as usize));
-        named.cloned().unwrap_or_else(|| adapter.to_string())
+        let (engine, info) = self.loaded()?;
+        let Some(name) = name.filter(|&name| name != info.model) else { return Ok(None) };
+        let missing = || format!("there is no model '{name}': GET /v1/models lists those that there are");
+        let found = engine.find_adapter(name).ok_or_else(|| ApiError::not_found(Some("model"), missing()));
+        found.map(Some)
     }
 
     pub(super) fn in_flight(&self) -> usize {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use lora_sched::{AdapterSpec, Config};
 
-use super::adapters::HostPool;
+use super::adapters::{DiskTier, HostPool};
 use super::batch::BatchLimits;
 use super::device::{Ceilings, DeviceExecutor};
 use super::memory::{MemoryPlan, MemoryTable, free_memory, gb};
@@ -86,9 +86,11 @@ impl Loaded {
 
         let slabs = device.slabs(&settings)?;
         let (max_r, total) = (settings.max_r, settings.total_loras);
+        let disk = settings.host_loras.map(|n| DiskTier::new(n, settings.spill_folder.clone()));
+        let pool = HostPool::empty_in(slabs, &spec, max_r).over(disk);
         let pool = match &settings.adapters {
-            Some(folder) => HostPool::load_in(slabs, &spec, max_r, folder, Some(total))?,
-            None => HostPool::generate_in(slabs, &spec, max_r, total, &settings.ranks, settings.seed)?,
+            Some(folder) => pool.loaded(folder, Some(total))?,
+            None => pool.generated(total, &settings.ranks, settings.seed)?,
         };
         Ok(Self {
             pool: Arc::new(pool),
@@ -186,13 +188,22 @@ impl Loaded {
     /// # Errors
     /// If it does not fit or the model's files cannot be read.
     pub fn executor(&self, gpu_loras: usize, keep_logits: bool) -> Result<DeviceExecutor, SetupError> {
+        self.executor_over(self.pool.clone(), gpu_loras, keep_logits)
+    }
+
+    fn executor_over(
+        &self,
+        adapters: Arc<HostPool>,
+        gpu_loras: usize,
+        keep_logits: bool,
+    ) -> Result<DeviceExecutor, SetupError> {
         let s = &self.settings;
         let plan = self.memory_plan(gpu_loras);
         let model = model::resolve(&s.model, s.dummy_weights, s.seed)?;
         self.device.executor(device::ExecutorOptions {
             spec: self.spec.clone(),
             weights: model.weights,
-            adapters: self.pool.clone(),
+            adapters,
             gpu_loras,
             limits: limits(s, self.max_model_len, plan.kv_blocks as usize),
             swap_mode: s.swap_mode,
@@ -207,11 +218,14 @@ impl Loaded {
     /// # Errors
     /// See [`Self::executor`] and [`Engine::start`].
     pub fn start(&self, gpu_loras: usize, log: Option<DecisionLog>) -> Result<Engine, SetupError> {
-        let executor = self.executor(gpu_loras, false)?;
+        // Its own: adapters that it loads and unloads are no other engine's.
+        let pool = Arc::new(self.pool.fork());
+        let executor = self.executor_over(pool.clone(), gpu_loras, false)?;
         let mut eos = self.spec.eos.clone();
         eos.extend(self.tokenizer.eos().filter(|e| !self.spec.eos.contains(e)));
         let config = EngineConfig {
             scheduler: self.scheduler_config(gpu_loras),
+            adapters: Some(pool),
             vocab_size: self.spec.vocab_size,
             eos,
             seed: self.settings.seed,
@@ -272,6 +286,7 @@ fn config(s: &EngineSettings, plan: &MemoryPlan, max_model_len: usize, adapters:
     Config {
         adapters,
         gpu_loras: plan.slots as usize,
+        host_loras: s.host_loras,
         max_num_seqs: s.max_num_seqs,
         max_num_batched_tokens: s.max_num_batched_tokens,
         max_model_len,
@@ -292,9 +307,14 @@ fn rank(s: &EngineSettings, i: usize) -> usize {
     if s.adapters.is_some() || s.ranks.is_empty() { s.max_r } else { s.ranks[i % s.ranks.len()] }
 }
 
+/// Adapters in host memory.
+fn in_host(s: &EngineSettings) -> usize {
+    s.host_loras.map_or(s.total_loras, |n| n.min(s.total_loras))
+}
+
 /// Bytes of the adapters in host memory, before they are there.
 fn host_bytes(s: &EngineSettings, device: &OpenDevice, spec: &ModelSpec) -> u64 {
-    (0..s.total_loras).map(|i| spec.adapter_bytes(rank(s, i), device.dtype())).sum()
+    (0..in_host(s)).map(|i| spec.adapter_bytes(rank(s, i), device.dtype())).sum()
 }
 
 fn table(s: &EngineSettings, plan: &MemoryPlan, host: u64) -> MemoryTable {
@@ -307,7 +327,7 @@ fn table(s: &EngineSettings, plan: &MemoryPlan, host: u64) -> MemoryTable {
                 format!("{} KV blocks of {} tokens", plan.kv_blocks, s.block_size),
                 plan.kv_blocks * plan.kv_block,
             ),
-            (format!("{} adapters in host memory", s.total_loras), host),
+            (format!("{} adapters in host memory", in_host(s)), host),
         ],
     }
 }

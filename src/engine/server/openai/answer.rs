@@ -150,10 +150,11 @@ impl Answer {
         let mut reasons = vec![""; sequences.len()];
         while let Some(piece) = sequences.next().await {
             texts[piece.choice].push_str(&piece.text);
-            match piece.finish {
-                Some(Finish::Abort) => return Err(ApiError::stopped()),
-                Some(finish) => reasons[piece.choice] = finish.as_str(),
-                None => {}
+            if let Some(error) = piece.broken {
+                return Err(error);
+            }
+            if let Some(finish) = piece.finish {
+                reasons[piece.choice] = finish.as_str();
             }
         }
         let choice = |(index, (text, reason)): (usize, (String, &str))| match self.kind {

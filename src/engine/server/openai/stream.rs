@@ -8,8 +8,6 @@ use bytes::Bytes;
 use futures_util::Stream;
 
 use super::answer::{Answer, Usage};
-use crate::engine::Finish;
-use crate::engine::server::error::ApiError;
 use crate::engine::server::sequences::{Piece, Sequences};
 
 /// Ends every stream.
@@ -66,9 +64,9 @@ impl Stream for Events {
                         this.at = if shape.include_usage || shape.metrics { At::Tail } else { At::Done };
                         continue;
                     }
-                    Poll::Ready(Some(Piece { finish: Some(Finish::Abort), .. })) => {
+                    Poll::Ready(Some(Piece { broken: Some(error), .. })) => {
                         this.at = At::Over;
-                        format!("data: {}\n\n{DONE}", ApiError::stopped().body())
+                        format!("data: {}\n\n{DONE}", error.body())
                     }
                     Poll::Ready(Some(piece)) => match this.piece(&piece) {
                         Some(event) => format!("data: {event}\n\n"),
