@@ -17,6 +17,8 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod load_support;
+#[cfg(feature = "engine")]
+mod models;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
@@ -33,6 +35,8 @@ mod serve_command;
 mod server;
 mod simulate;
 mod skipping;
+#[cfg(feature = "engine")]
+mod smollm2;
 #[cfg(feature = "server")]
 mod soak;
 #[cfg(feature = "server")]

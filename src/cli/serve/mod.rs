@@ -159,6 +159,9 @@ fn load(
         s.evict,
         s.swap_mode
     );
+    for field in loaded.generation_ignored() {
+        tracing::warn!("generation_config.json asks for {field}, which is not implemented");
+    }
     tracing::info!("memory:\n{}", loaded.memory_table(gpu_loras));
     let log = match decision_log {
         Some(path) => {
