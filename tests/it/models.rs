@@ -9,7 +9,7 @@ use lora_hbm::engine::batch::BatchLimits;
 use lora_hbm::engine::model::{DummyWeights, resolve};
 use serde_json::{Value, json};
 
-use crate::rig::{Rig, Share, distance};
+use crate::rig::{Reference, Rig, Share, distance};
 
 const LIMITS: BatchLimits = BatchLimits {
     max_num_seqs: 2,
@@ -138,4 +138,25 @@ fn linear_rope_scaling_is_what_slower_positions_give() {
     };
     assert_eq!(scaled(1.0), unscaled);
     assert!(distance(&scaled(4.0), &unscaled) > 1e-2, "the factor has no effect");
+}
+
+#[test]
+fn adapters_with_patterns_of_modules_ranks_and_alphas_give_pefts_logits() {
+    const NAMES: [&str; 2] = ["all", "pattern"];
+    let reference = Reference::open_inside("llama", "patterns", &NAMES);
+    let model = resolve(fixture().join("model").to_str().unwrap(), DummyWeights::Never, 0).unwrap();
+    let pool = HostPool::load(&model.spec, 16, &fixture().join("patterns"), None).unwrap();
+    let ranks: Vec<u32> = pool.specs().iter().map(|s| s.rank).collect();
+    assert_eq!(ranks, [2, 12], "the largest rank of any module");
+    let mut rig = Rig::of(model, pool, 2, 1, LIMITS);
+    for (who, name) in NAMES.iter().enumerate() {
+        let (tokens, want) = (reference.ids("tokens", Some(who)), reference.logits(Some(who)));
+        let mut start = 0;
+        for piece in tokens.chunks(16) {
+            rig.step(&[Share { place: 0, who: Some(who), start, tokens: Some(piece) }]);
+            start += piece.len();
+            let off = distance(rig.executor.logits(0).unwrap(), &want[start - 1]);
+            assert!(off < 1e-4, "{name}, position {}: off by {off}", start - 1);
+        }
+    }
 }

@@ -48,6 +48,11 @@ impl Reference {
         Self::read(&folder.display().to_string(), folder, names)
     }
 
+    /// The reference in the folder `inside` a family's fixture, of these adapters.
+    pub fn open_inside(family: &str, inside: &str, adapters: &[&str]) -> Self {
+        Self::read(family, &fixture(family).join(inside), adapters.iter().map(|a| (*a).to_owned()).collect())
+    }
+
     fn read(family: &str, folder: &Path, adapters: Vec<String>) -> Self {
         let path = folder.join("reference.safetensors");
         let tensors = candle_core::safetensors::load(&path, &Device::Cpu)

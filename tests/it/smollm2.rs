@@ -14,8 +14,8 @@ use sha2::{Digest, Sha256};
 
 use crate::rig::{Rig, Share};
 
-/// Absolute, in f32: thirty layers of products in another order. Logits are about 20.
-const TOLERANCE: f32 = 2e-3;
+/// Absolute, in f32: thirty layers of products in another order. Logits are up to 31.
+const TOLERANCE: f32 = 5e-4;
 
 #[derive(Deserialize)]
 struct Reference {

@@ -16,6 +16,7 @@ use crate::engine::emulation::Emulation;
 use crate::engine::server::{Ended, Server, ServerInfo, ServerOptions};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
+use crate::workload::tokenizer::ChatTemplate;
 pub use flags::ServeArgs;
 use flags::{ServeSettings, seconds};
 
@@ -151,6 +152,10 @@ fn load(
     );
     tracing::info!("device: {}", loaded.device_said());
     tracing::info!("tokenizer: {}", loaded.tokenizer_said);
+    match ChatTemplate::of(loaded.tokenizer()) {
+        Ok(template) => tracing::info!("chat template: {}", template.said()),
+        Err(e) => tracing::warn!("no chat: {e}"),
+    }
     tracing::info!(
         "{} adapters of rank up to {}, {gpu_loras} slots; policy {}, eviction {}, swaps {}",
         s.total_loras,

@@ -132,6 +132,12 @@ impl ChatTemplate {
         said(&self.origin)
     }
 
+    /// Whether it is the plain one, whose text has no special tokens in it: a prompt made of it begins with
+    /// the tokenizer's BOS ([`Tokenizer::encode`]), one made by a model's own is encoded as it is.
+    pub fn is_plain(&self) -> bool {
+        self.origin.is_none()
+    }
+
     /// The conversation as text; `add_generation_prompt` ends it where the assistant's turn begins.
     ///
     /// # Errors
@@ -157,10 +163,9 @@ impl ChatTemplate {
         add_generation_prompt: bool,
     ) -> Result<Vec<u32>, ChatTemplateError> {
         let text = self.render(messages, add_generation_prompt)?;
-        Ok(match self.origin {
-            Some(_) => self.tokenizer.encode_as_is(&text)?,
-            None => self.tokenizer.encode(&text)?,
-        })
+        let encoded =
+            if self.is_plain() { self.tokenizer.encode(&text) } else { self.tokenizer.encode_as_is(&text) };
+        Ok(encoded?)
     }
 
     fn failed(&self, error: &Error) -> ChatTemplateError {

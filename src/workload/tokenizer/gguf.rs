@@ -308,6 +308,30 @@ mod tests {
         assert_eq!(open(&metadata).unwrap().encode("ab").unwrap(), [1, 259]);
     }
 
+    /// Needs `lora-hbm fetch-data` to have run.
+    #[test]
+    fn llama_2s_merges_follow_from_its_scores_in_their_order() {
+        let path = crate::workload::data_folder::llama2_tokenizer_file();
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            eprintln!("SKIPPED: no {}; run `lora-hbm fetch-data`", path.display());
+            return;
+        };
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let mut tokens = vec![""; 32_000];
+        for (token, id) in json["model"]["vocab"].as_object().unwrap() {
+            tokens[id.as_u64().unwrap() as usize] = token;
+        }
+        // As its SentencePiece model has them: by id, and runs of spaces last of all.
+        let score = |(id, token): (usize, &&str)| {
+            if token.trim_matches('▁').is_empty() { -1e9 } else { 259.0 - id as f64 }
+        };
+        let scores: Vec<f64> = tokens.iter().enumerate().map(score).collect();
+        let types = (0..tokens.len()).map(|id| if id < 259 { super::BYTE } else { 1 }).collect();
+        let merges = super::merges(&super::Vocabulary { tokens, types }, &scores);
+        assert_eq!(merges.len(), 61_249);
+        assert_eq!(serde_json::to_value(merges).unwrap(), json["model"]["merges"]);
+    }
+
     #[test]
     fn another_kind_is_refused_by_name() {
         assert!(open(&gpt2("tekken")).unwrap_err().contains("tokenizer.ggml.pre tekken"));

@@ -178,6 +178,11 @@ impl Tokenizer {
         &self.inner.source
     }
 
+    /// The special tokens that a chat template may name.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.inner.named
+    }
+
     /// Ids are below this.
     pub fn vocab_size(&self) -> usize {
         self.inner.vocab_size
@@ -193,35 +198,33 @@ impl Tokenizer {
         self.inner.eos
     }
 
-    /// The special tokens that a chat template may name.
-    pub fn special_tokens(&self) -> &SpecialTokens {
-        &self.inner.named
-    }
-
     /// Ids of `text`, BOS included.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        match &self.inner.kind {
-            Kind::Bytes => Ok(byte_level::encode(text)),
-            Kind::Hf(hf) => self.encode_with(hf, text, true),
-        }
+        self.encode_with(text, true)
     }
 
-    /// Ids of `text` and nothing around it: what a model's chat template rendered has its BOS in it.
+    /// Ids of `text` alone, nothing put in front: of a text that brings its own BOS, or is a part of one.
     pub fn encode_as_is(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        match &self.inner.kind {
-            Kind::Bytes => Ok(byte_level::encode(text).split_off(1)),
-            Kind::Hf(hf) => self.encode_with(hf, text, false),
-        }
+        self.encode_with(text, false)
     }
 
-    fn encode_with(&self, hf: &HfTokenizer, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
-        match hf.encode_fast(text, special) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(e) => Err(TokenizerError::Encode {
-                source_name: self.inner.source.to_string(),
-                bytes: text.len(),
-                message: e.to_string(),
-            }),
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
+        match &self.inner.kind {
+            Kind::Bytes => {
+                let mut ids = byte_level::encode(text);
+                if !special {
+                    ids.remove(0);
+                }
+                Ok(ids)
+            }
+            Kind::Hf(hf) => match hf.encode_fast(text, special) {
+                Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+                Err(e) => Err(TokenizerError::Encode {
+                    source_name: self.inner.source.to_string(),
+                    bytes: text.len(),
+                    message: e.to_string(),
+                }),
+            },
         }
     }
 

@@ -42,7 +42,7 @@ fn a_models_template_renders_as_in_transformers() {
         [say("system", "Be brief."), say("user", " Hi "), say("assistant", "Hello."), say("user", "Bye")];
     assert_eq!(
         rendered(LLAMA_2, &talk).unwrap(),
-        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello. </s><s>[INST] Bye [/INST]"
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Hi [/INST] Hello. </s><s>[INST] Bye [/INST]"
     );
     let refused = rendered(LLAMA_2, &[say("assistant", "I begin")]).unwrap_err();
     assert!(refused.contains("refuses these messages: Conversation roles must alternate"), "{refused}");
