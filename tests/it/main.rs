@@ -19,6 +19,8 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod load_support;
+#[cfg(feature = "engine")]
+mod models;
 #[cfg(feature = "server")]
 mod openai;
 mod oracles;
@@ -39,6 +41,8 @@ mod server;
 mod server_robust;
 mod simulate;
 mod skipping;
+#[cfg(feature = "engine")]
+mod smollm2;
 #[cfg(feature = "server")]
 mod soak;
 #[cfg(feature = "server")]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lora_hbm::engine::emulated::EmulatedExecutor;
+use lora_hbm::engine::model::SamplingDefaults;
 use lora_hbm::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
 use lora_hbm::engine::{Engine, EngineConfig, EngineStats, GenerateParams, GenerateRequest};
 use lora_hbm::report::decision_log::DecisionLog;
@@ -125,7 +126,7 @@ pub fn info(config: &Config) -> ServerInfo {
         tokenizer: "byte-level".into(),
         ranks: config.adapters.iter().map(|a| a.rank).collect(),
         max_r: 8,
-        adapter_names: (0..config.adapters.len()).map(|i| format!("lora-{i}")).collect(),
+        sampling: SamplingDefaults::default(),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::engine::setup::EngineSettings;
 /// Flags; every one is optional, see `settings`.
 #[derive(Args, Debug, Serialize)]
 pub struct ServeArgs {
-    /// Base model: a folder with config.json, or tiny, facebook/opt-125m, meta-llama/Llama-2-7b-hf,
+    /// Base model: a folder with config.json, a .gguf file, or tiny, facebook/opt-125m, meta-llama/Llama-2-7b-hf,
     /// NousResearch/Llama-2-7b-hf [default: facebook/opt-125m]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -16,6 +16,7 @@ use crate::engine::emulation::Emulation;
 use crate::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
+use crate::workload::tokenizer::ChatTemplate;
 pub use flags::ServeArgs;
 use flags::{ServeSettings, seconds};
 
@@ -160,6 +161,10 @@ fn load(
     );
     tracing::info!("device: {}", loaded.device_said());
     tracing::info!("tokenizer: {}", loaded.tokenizer_said);
+    match ChatTemplate::of(loaded.tokenizer()) {
+        Ok(template) => tracing::info!("chat template: {}", template.said()),
+        Err(e) => tracing::warn!("no chat: {e}"),
+    }
     tracing::info!(
         "{} adapters of rank up to {}, {gpu_loras} slots; policy {}, eviction {}, swaps {}",
         s.total_loras,
@@ -168,6 +173,9 @@ fn load(
         s.evict,
         s.swap_mode
     );
+    for field in loaded.generation_ignored() {
+        tracing::warn!("generation_config.json asks for {field}, which is not implemented");
+    }
     tracing::info!("memory:\n{}", loaded.memory_table(gpu_loras));
     let log = match decision_log {
         Some(path) => {

@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use crate::engine::GenerateParams;
+use crate::engine::model::SamplingDefaults;
 
 /// Sequences that one prompt may ask for.
 const MAX_N: i64 = 64;
@@ -100,17 +101,27 @@ impl<'a> Fields<'a> {
         Ok(n as usize)
     }
 
-    /// How to go on from a prompt, given its `max_tokens`.
-    pub(super) fn sampling(self, max_tokens: u32) -> Result<GenerateParams, ApiError> {
-        let top_k = match self.integer("top_k", 0, -1, i64::from(u32::MAX))? {
+    /// How to go on from a prompt, given its `max_tokens` and what holds where the body says nothing.
+    pub(super) fn sampling(
+        self,
+        max_tokens: u32,
+        defaults: SamplingDefaults,
+    ) -> Result<GenerateParams, ApiError> {
+        let SamplingDefaults { temperature, top_p, top_k } = defaults;
+        let top_k = match self.integer("top_k", top_k.unwrap_or(0).into(), -1, i64::from(u32::MAX))? {
             -1 => 0,
             k => k as u32,
         };
         Ok(GenerateParams {
             max_tokens,
             min_tokens: self.integer("min_tokens", 0, 0, i64::from(max_tokens))? as u32,
-            temperature: self.number("temperature", 1.0, |v| v >= 0.0, "at least 0")?,
-            top_p: self.number("top_p", 1.0, |v| v > 0.0 && v <= 1.0, "above 0 and at most 1")?,
+            temperature: self.number("temperature", temperature.unwrap_or(1.0), |v| v >= 0.0, "at least 0")?,
+            top_p: self.number(
+                "top_p",
+                top_p.unwrap_or(1.0),
+                |v| v > 0.0 && v <= 1.0,
+                "above 0 and at most 1",
+            )?,
             top_k,
             seed: match self.get("seed") {
                 None => None,

@@ -20,7 +20,7 @@ pub(super) struct Received(pub(super) Instant);
 
 /// Prompts of at least this many bytes are tokenised on a blocking thread: under a tenth of a
 /// millisecond of work is not worth the two hand-overs.
-const INLINE_BYTES: usize = 1024;
+pub(super) const INLINE_BYTES: usize = 1024;
 /// Sequences that one request may ask for, over all its prompts.
 const MAX_SEQUENCES: usize = 1024;
 

@@ -3,6 +3,7 @@
 use super::error::ApiError;
 use super::fields::{Fields, Neutral, UNSUPPORTED, kind, object};
 use crate::engine::GenerateParams;
+use crate::engine::model::SamplingDefaults;
 
 /// A parsed body.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,7 +42,7 @@ impl GenerateBody {
             model_id,
             stream: f.flag("stream", false)?,
             n: f.n()?,
-            params: f.sampling(max_tokens)?,
+            params: f.sampling(max_tokens, SamplingDefaults::default())?,
         })
     }
 }

@@ -11,10 +11,10 @@ use sha2::{Digest, Sha256};
 use super::body::Limits;
 use super::error::ApiError;
 use super::observed::Observed;
-use super::openai::{Plain, Template};
 use crate::engine::Engine;
 use crate::engine::setup::Loaded;
-use crate::workload::tokenizer::TokenizerSource;
+use crate::engine::model::SamplingDefaults;
+use crate::workload::tokenizer::{ChatTemplate, TokenizerSource};
 
 /// What `/health` and `/v1/models` say about the engine.
 #[derive(Clone, Debug, Serialize)]
@@ -46,9 +46,9 @@ pub struct ServerInfo {
     pub ranks: Vec<u32>,
     /// The largest rank that a slot holds.
     pub max_r: usize,
-    /// Names of the adapters, in order of their numbers.
+    /// What a request of OpenAI's endpoints gets where it says nothing.
     #[serde(skip)]
-    pub adapter_names: Vec<String>,
+    pub sampling: SamplingDefaults,
 }
 
 impl ServerInfo {
@@ -74,7 +74,7 @@ impl ServerInfo {
             },
             ranks: cycle(config.adapters.iter().map(|a| a.rank).collect()),
             max_r: settings.max_r,
-            adapter_names: loaded.adapter_names(),
+            sampling: loaded.sampling_defaults(),
         }
     }
 }
@@ -114,8 +114,8 @@ pub(super) struct State {
     pub(super) created: u64,
     pub(super) limits: Limits,
     pub(super) observed: Observed,
-    /// How conversations become prompts.
-    pub(super) template: Box<dyn Template>,
+    /// How conversations become prompts, or why they cannot.
+    template: OnceLock<Result<Arc<ChatTemplate>, String>>,
 }
 
 impl State {
@@ -130,14 +130,25 @@ impl State {
             created,
             limits,
             observed: Observed::new(),
-            template: Box::new(Plain),
+            template: OnceLock::new(),
         }
     }
 
     /// The engine is there and warm. A second engine is not taken.
     pub(super) fn ready(&self, engine: Arc<Engine>, info: ServerInfo) {
+        let template = ChatTemplate::of(engine.tokenizer()).map(Arc::new).map_err(|e| e.to_string());
+        let _ = self.template.set(template);
         let _ = self.info.set(info);
         let _ = self.engine.set(engine);
+    }
+
+    /// How conversations become prompts.
+    pub(super) fn template(&self) -> Result<&Arc<ChatTemplate>, ApiError> {
+        match self.template.get() {
+            Some(Ok(template)) => Ok(template),
+            Some(Err(why)) => Err(ApiError::internal(format!("this model takes no conversations: {why}"))),
+            None => Err(ApiError::unavailable("the model is being loaded")),
+        }
     }
 
     pub(super) fn start_draining(&self) {

@@ -15,7 +15,7 @@ use super::adapters::{DiskTier, HostPool};
 use super::batch::BatchLimits;
 use super::device::{Ceilings, DeviceExecutor};
 use super::memory::{MemoryPlan, MemoryTable, free_memory, gb};
-use super::model::{self, Dtype, Family, Model, ModelSpec, Weights};
+use super::model::{self, Dtype, Family, GenerationConfig, Model, ModelSpec, SamplingDefaults};
 use super::{Engine, EngineConfig};
 use crate::report::decision_log::{DecisionLog, LogHeader};
 use crate::workload::tokenizer::Tokenizer;
@@ -41,6 +41,7 @@ pub struct Loaded {
     /// Where the weights come from, to be shown at start.
     pub weights_said: String,
     dummy: bool,
+    generation: GenerationConfig,
     allowed: Option<Vec<bool>>,
     max_model_len: usize,
     pool: Arc<HostPool>,
@@ -54,14 +55,12 @@ impl Loaded {
     pub fn load(settings: EngineSettings) -> Result<Self, SetupError> {
         settings.check()?;
         let device = OpenDevice::open(&settings)?;
-        let Model { spec, weights, folder } =
+        let Model { spec, weights, generation, home } =
             model::resolve(&settings.model, settings.dummy_weights, settings.seed)?;
-        let (dummy, weights_said) = match &weights {
-            Weights::Dummy { seed } => (true, format!("dummy weights drawn from seed {seed}")),
-            Weights::Files(files) => (false, format!("weights of {}", files.folder().display())),
-        };
-        let name = settings.tokenizer.clone().or_else(|| match folder {
-            Some(folder) => Some(folder.display().to_string()),
+        let dummy = weights.is_dummy();
+        let weights_said = weights.said(device.dtype(), spec.weight_bytes(device.dtype()));
+        let name = settings.tokenizer.clone().or_else(|| match home {
+            Some(home) => Some(home.display().to_string()),
             None => Some(settings.model.clone()),
         });
         let (tokenizer, tokenizer_said) = Tokenizer::resolve_or_byte_level(name.as_deref())?;
@@ -101,6 +100,7 @@ impl Loaded {
             tokenizer_said,
             weights_said,
             dummy,
+            generation,
             allowed,
             max_model_len,
         })
@@ -137,6 +137,16 @@ impl Loaded {
     /// Whether the weights are drawn from the seed.
     pub fn has_dummy_weights(&self) -> bool {
         self.dummy
+    }
+
+    /// What a request gets where it says nothing: the model's `generation_config.json`.
+    pub fn sampling_defaults(&self) -> SamplingDefaults {
+        self.generation.sampling
+    }
+
+    /// Fields of the `generation_config.json` that ask for what is not implemented, to be shown at start.
+    pub fn generation_ignored(&self) -> &[String] {
+        &self.generation.ignored
     }
 
     /// The device, in words.

@@ -1,7 +1,11 @@
-//! Text to token ids and back: a `tokenizer.json`, or the embedded byte-level tokenizer.
+//! Text to token ids and back: a `tokenizer.json`, a GGUF file's metadata, or the embedded byte-level tokenizer;
+//! and from messages to text.
 
 mod byte_level;
+mod chat;
+mod gguf;
 mod resolve;
+mod special;
 mod stream;
 
 use std::path::{Path, PathBuf};
@@ -9,6 +13,10 @@ use std::sync::Arc;
 
 use tokenizers::Tokenizer as HfTokenizer;
 
+use crate::workload::gguf::{Gguf, GgufError, is_gguf};
+
+pub use chat::{ChatTemplate, ChatTemplateError, Message};
+pub use special::SpecialTokens;
 pub use stream::DecodeStream;
 
 /// A tokenizer; clones share it.
@@ -26,6 +34,8 @@ struct Inner {
     eos: Option<u32>,
     /// Ids never shown, sorted.
     special: Vec<u32>,
+    /// What templates may name.
+    named: SpecialTokens,
 }
 
 #[derive(Debug)]
@@ -40,7 +50,7 @@ enum Kind {
 pub enum TokenizerSource {
     /// The embedded one: an id a byte.
     ByteLevel,
-    /// This `tokenizer.json`.
+    /// This `tokenizer.json` or GGUF file.
     File(PathBuf),
 }
 
@@ -88,6 +98,9 @@ pub enum TokenizerError {
         /// What is wrong with it.
         message: String,
     },
+    /// A GGUF file whose tokenizer cannot be used.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// Text that could not be encoded.
     #[error("the tokenizer {source_name} could not encode a text of {bytes} bytes: {message}")]
     Encode {
@@ -110,17 +123,34 @@ impl Tokenizer {
             bos: Some(byte_level::BOS),
             eos: Some(byte_level::EOS),
             special: vec![byte_level::UNK, byte_level::BOS, byte_level::EOS],
+            named: SpecialTokens::new(),
         };
         Self { inner: Arc::new(inner) }
     }
 
-    /// Reads a `tokenizer.json`. Its truncation and padding are ignored: a prompt's length is its own.
+    /// Reads a `tokenizer.json`, or the metadata of a GGUF file. Truncation and padding are ignored: a
+    /// prompt's length is its own.
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
+        if is_gguf(path) {
+            let file = Gguf::open(path)?;
+            let json = gguf::tokenizer_json(&file)?;
+            let hf = HfTokenizer::from_bytes(json.as_bytes());
+            return Self::from_hf(path, hf, special::of_gguf(&file)?);
+        }
+        Self::from_hf(path, HfTokenizer::from_file(path), special::beside(path))
+    }
+
+    /// A tokenizer that was read from `path`, with the special tokens that are known by name.
+    fn from_hf(
+        path: &Path,
+        hf: tokenizers::Result<HfTokenizer>,
+        named: SpecialTokens,
+    ) -> Result<Self, TokenizerError> {
         let invalid = |e: &dyn std::fmt::Display| TokenizerError::Invalid {
             path: path.to_owned(),
             message: e.to_string(),
         };
-        let mut hf = HfTokenizer::from_file(path).map_err(|e| invalid(&e))?;
+        let mut hf = hf.map_err(|e| invalid(&e))?;
         hf.with_padding(None);
         hf.with_truncation(None).map_err(|e| invalid(&e))?;
 
@@ -134,17 +164,23 @@ impl Tokenizer {
         // What the post-processor puts in front of an empty text is the beginning of a sequence.
         let empty = hf.encode_fast("", true).map_err(|e| invalid(&e))?;
         let bos = empty.get_ids().first().copied();
-        let eos = resolve::eos_beside(path)
-            .and_then(|token| hf.token_to_id(&token))
+        let eos = named
+            .get("eos_token")
+            .and_then(|token| hf.token_to_id(token))
             .or_else(|| resolve::EOS_NAMES.iter().find_map(|token| hf.token_to_id(token)));
         let source = TokenizerSource::File(path.to_owned());
-        let inner = Inner { kind: Kind::Hf(Box::new(hf)), source, vocab_size, bos, eos, special };
+        let inner = Inner { kind: Kind::Hf(Box::new(hf)), source, vocab_size, bos, eos, special, named };
         Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Where it comes from.
     pub fn source(&self) -> &TokenizerSource {
         &self.inner.source
+    }
+
+    /// The special tokens that a chat template may name.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.inner.named
     }
 
     /// Ids are below this.

@@ -6,11 +6,11 @@ use axum::extract::{Request, State as Shared};
 use axum::response::Response;
 
 use super::answer::{Answer, Kind};
+use super::messages;
 use super::request::Common;
-use super::template;
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::{Fields, Neutral, object};
-use crate::engine::server::intake::{Ask, Intake, none_empty, tokenize};
+use crate::engine::server::intake::{Ask, Intake, none_empty};
 use crate::engine::server::state::State;
 
 const NOT_HERE: &[(&str, Neutral)] = &[
@@ -31,14 +31,13 @@ pub(in crate::engine::server) async fn chat_completions(
     request: Request,
 ) -> Result<Response, ApiError> {
     let intake = Intake::read(&state, request).await?;
-    let (engine, info) = intake.engine()?;
+    let (_, info) = intake.engine()?;
     let map = object(&intake.body)?;
     let f = Fields(&map);
     f.refuse(NOT_HERE)?;
-    let mut common = Common::parse(f, &["max_completion_tokens", "max_tokens"], None)?;
+    let mut common = Common::parse(f, &["max_completion_tokens", "max_tokens"], None, info.sampling)?;
     let adapter = state.model(common.model.as_deref())?;
-    let prompt = template::prompt(f.get("messages"), state.template.as_ref())?;
-    let prompts = tokenize(vec![prompt], engine, "messages").await?;
+    let prompts = vec![messages::encode(f.get("messages"), &state).await?];
     none_empty(&prompts, "messages")?;
     common.fill_room(&prompts, info.max_model_len, "messages")?;
     let model = common.model.unwrap_or_else(|| info.model.clone());

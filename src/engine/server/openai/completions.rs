@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::answer::{Answer, Kind};
 use super::request::Common;
+use crate::engine::model::SamplingDefaults;
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::{Fields, Neutral, ids, kind, object};
 use crate::engine::server::intake::{Ask, Intake, Prompt, none_empty, tokenize};
@@ -22,7 +23,7 @@ pub(in crate::engine::server) async fn completions(
 ) -> Result<Response, ApiError> {
     let intake = Intake::read(&state, request).await?;
     let (engine, info) = intake.engine()?;
-    let (common, prompts) = parse(&intake.body)?;
+    let (common, prompts) = parse(&intake.body, info.sampling)?;
     let adapter = state.model(common.model.as_deref())?;
     let prompts = tokenize(prompts, engine, "prompt").await?;
     none_empty(&prompts, "prompt")?;
@@ -33,11 +34,11 @@ pub(in crate::engine::server) async fn completions(
     answer.respond(sequences).await
 }
 
-fn parse(bytes: &[u8]) -> Result<(Common, Vec<Prompt>), ApiError> {
+fn parse(bytes: &[u8], defaults: SamplingDefaults) -> Result<(Common, Vec<Prompt>), ApiError> {
     let map = object(bytes)?;
     let f = Fields(&map);
     f.refuse(NOT_HERE)?;
-    let common = Common::parse(f, &["max_tokens"], Some(16))?;
+    let common = Common::parse(f, &["max_tokens"], Some(16), defaults)?;
     let prompt = f.get("prompt").ok_or_else(|| ApiError::bad("prompt", "prompt is missing"))?;
     Ok((common, prompts(prompt)?))
 }
@@ -76,7 +77,7 @@ mod tests {
     use super::*;
 
     fn parsed(value: Value) -> Result<(Common, Vec<Prompt>), ApiError> {
-        parse(value.to_string().as_bytes())
+        parse(value.to_string().as_bytes(), SamplingDefaults::default())
     }
 
     #[test]
@@ -124,6 +125,16 @@ mod tests {
         let s = common.shape;
         assert!(s.stream && s.include_usage && s.continuous_usage && s.metrics);
         assert_eq!((common.model.as_deref(), common.n), (Some("lora-1"), 2));
+    }
+
+    #[test]
+    fn what_a_body_leaves_open_is_the_models() {
+        let model = SamplingDefaults { temperature: Some(0.2), top_p: Some(0.9), top_k: Some(50) };
+        let parsed = |body: &[u8]| parse(body, model).unwrap().0.params;
+        let params = parsed(br#"{"prompt":"a","top_p":null}"#);
+        assert_eq!((params.temperature, params.top_p, params.top_k), (0.2, 0.9, 50));
+        let params = parsed(br#"{"prompt":"a","temperature":0,"top_p":1,"top_k":-1}"#);
+        assert_eq!((params.temperature, params.top_p, params.top_k), (0.0, 1.0, 0));
     }
 
     #[test]

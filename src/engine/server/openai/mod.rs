@@ -3,12 +3,11 @@
 mod answer;
 mod chat;
 mod completions;
+mod messages;
 mod request;
 mod stream;
-mod template;
 mod tokens;
 
 pub(super) use chat::chat_completions;
 pub(super) use completions::completions;
-pub(super) use template::{Plain, Template};
 pub(super) use tokens::{detokenize, tokenize};

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::engine::GenerateParams;
+use crate::engine::model::SamplingDefaults;
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::{Fields, Neutral, UNSUPPORTED, kind};
 
@@ -48,11 +49,13 @@ pub(super) struct Common {
 }
 
 impl Common {
-    /// Parses it. `max_names` are the names of `max_tokens`, the one that counts first.
+    /// Parses it. `max_names` are the names of `max_tokens`, the one that counts first; `defaults` are
+    /// the model's.
     pub(super) fn parse(
         f: Fields<'_>,
         max_names: &[&'static str],
         default_max: Option<u32>,
+        defaults: SamplingDefaults,
     ) -> Result<Self, ApiError> {
         f.refuse(UNSUPPORTED)?;
         f.refuse(NOT_HERE)?;
@@ -81,7 +84,7 @@ impl Common {
         Ok(Self {
             model: f.text("model")?.map(str::to_owned),
             n: f.n()?,
-            params: f.sampling(max_tokens.or(default_max).unwrap_or(u32::MAX))?,
+            params: f.sampling(max_tokens.or(default_max).unwrap_or(u32::MAX), defaults)?,
             max_tokens_given: max_tokens.or(default_max).is_some(),
             shape,
         })

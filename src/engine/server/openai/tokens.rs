@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::{Request, State as Shared};
 use serde_json::{Value, json};
 
-use super::template;
+use super::messages;
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::{Fields, object};
 use crate::engine::server::intake::{self, Intake, Prompt};
@@ -22,16 +22,18 @@ pub(in crate::engine::server) async fn tokenize(
     let f = Fields(&map);
     state.model(f.text("model")?)?;
     let special = f.flag("add_special_tokens", true)?;
-    let (prompt, param) = match (f.text("prompt")?, f.get("messages")) {
-        (Some(text), None) => (Prompt::Text { text: text.to_owned(), special }, "prompt"),
-        (None, Some(messages)) => (template::prompt(Some(messages), state.template.as_ref())?, "messages"),
+    let tokens = match (f.text("prompt")?, f.get("messages")) {
+        (Some(text), None) => {
+            let prompt = Prompt::Text { text: text.to_owned(), special };
+            intake::tokenize(vec![prompt], engine, "prompt").await?.concat()
+        }
+        (None, Some(messages)) => messages::encode(Some(messages), &state).await?,
         (None, None) => return Err(ApiError::bad("prompt", "prompt or messages is missing")),
         (Some(_), Some(_)) => {
             return Err(ApiError::bad("prompt", "prompt and messages are given: leave one of them out"));
         }
     };
     let strings = f.flag("return_token_strs", false)?;
-    let tokens = intake::tokenize(vec![prompt], engine, param).await?.concat();
     let strings = strings.then(|| {
         let text = |id: &u32| engine.tokenizer().decode(&[*id]);
         tokens.iter().map(text).collect::<Vec<_>>()

@@ -1,46 +1,28 @@
-//! How a conversation becomes a prompt.
+//! Conversations: from a body's messages to token ids.
 
-use serde::Serialize;
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::kind;
-use crate::engine::server::intake::Prompt;
+use crate::engine::server::intake::INLINE_BYTES;
+use crate::engine::server::state::State;
+use crate::workload::tokenizer::Message;
 
-/// One message, its content as one text.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(in crate::engine::server) struct Message {
-    pub(in crate::engine::server) role: String,
-    pub(in crate::engine::server) content: String,
-}
-
-/// A way to write a conversation down.
-pub(in crate::engine::server) trait Template: std::fmt::Debug + Send + Sync {
-    /// The conversation with the beginning of the assistant's next turn.
-    ///
-    /// # Errors
-    /// If the conversation is none that the template takes; the text says why.
-    fn prompt(&self, messages: &[Message]) -> Result<Prompt, String>;
-}
-
-/// For tokenizers that bring no template: `role: content`, a line a message.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::engine::server) struct Plain;
-
-impl Template for Plain {
-    fn prompt(&self, messages: &[Message]) -> Result<Prompt, String> {
-        let mut text = String::new();
-        for Message { role, content } in messages {
-            text.push_str(&format!("{role}: {content}\n"));
-        }
-        text.push_str("assistant:");
-        Ok(Prompt::Text { text, special: true })
-    }
-}
-
-/// The prompt of `messages`, a list of `{"role", "content"}`.
-pub(super) fn prompt(messages: Option<&Value>, template: &dyn Template) -> Result<Prompt, ApiError> {
-    template.prompt(&parse(messages)?).map_err(|why| ApiError::bad("messages", why))
+/// Token ids of `messages`, a list of `{"role", "content"}`, with the beginning of the assistant's turn.
+pub(super) async fn encode(messages: Option<&Value>, state: &State) -> Result<Vec<u32>, ApiError> {
+    let messages = parse(messages)?;
+    let template = Arc::clone(state.template()?);
+    let bytes: usize = messages.iter().map(|m| m.content.len()).sum();
+    let encoded = if bytes < INLINE_BYTES {
+        template.encode(&messages, true)
+    } else {
+        tokio::task::spawn_blocking(move || template.encode(&messages, true))
+            .await
+            .map_err(|e| ApiError::internal(format!("tokenising failed: {e}")))?
+    };
+    encoded.map_err(|e| ApiError::bad("messages", e.to_string()))
 }
 
 fn parse(messages: Option<&Value>) -> Result<Vec<Message>, ApiError> {
@@ -96,9 +78,9 @@ mod tests {
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
         ]);
-        let prompt = Plain.prompt(&parse(Some(&messages)).unwrap()).unwrap();
-        let text = "system: Be brief.\nuser: Hello\nassistant:".to_owned();
-        assert_eq!(prompt, Prompt::Text { text, special: true });
+        let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+        let expected = [message("system", "Be brief."), message("user", "Hello")];
+        assert_eq!(parse(Some(&messages)).unwrap(), expected);
     }
 
     #[test]
