@@ -23,6 +23,8 @@ mod load_support;
 mod models;
 #[cfg(feature = "server")]
 mod openai;
+#[cfg(feature = "server")]
+mod openai_load;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;

@@ -19,7 +19,9 @@ use crate::support::{Site, config, options, site};
 fn request(path: &str, body: &Value) -> String {
     let body = body.to_string();
     let length = body.len();
-    format!("POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}")
+    format!(
+        "POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
 }
 
 async fn connect(site: &Site) -> TcpStream {
@@ -88,7 +90,12 @@ async fn a_client_that_goes_leaves_nothing_in_any_phase() {
                     wait_for(&site, "busy", |s| s.running == 2).await;
                 }
                 // An adapter that is in no slot, where a copy is what is wanted, else one that is.
-                let resident = |a: u32| site.engine.stats().slots.contains(&lora_hbm::engine::SlotView::Resident(lora_sched::AdapterId(a)));
+                let resident = |a: u32| {
+                    site.engine
+                        .stats()
+                        .slots
+                        .contains(&lora_hbm::engine::SlotView::Resident(lora_sched::AdapterId(a)))
+                };
                 let adapter = (0..4).find(|a| resident(*a) != (phase == "swapping")).unwrap();
                 let before = site.engine.stats().generation_tokens;
                 let body = json!({
@@ -115,7 +122,8 @@ async fn a_client_that_goes_leaves_nothing_in_any_phase() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_goes_takes_all_its_sequences_with_it() {
     let site = site(config(), options(), 20, 20).await;
-    let body = json!({"prompt": ["a", "b", "c"], "n": 4, "model": "lora-2", "max_tokens": 100, "stream": true});
+    let body =
+        json!({"prompt": ["a", "b", "c"], "n": 4, "model": "lora-2", "max_tokens": 100, "stream": true});
     let mut client = connect(&site).await;
     client.write_all(request("/v1/completions", &body).as_bytes()).await.unwrap();
     wait_for(&site, "decoding", |s| s.generation_tokens >= 8 && s.waiting == 8).await;
@@ -148,7 +156,9 @@ async fn clients_that_send_slowly_are_cut_off_and_others_are_served() {
     let mut bodies = Vec::new();
     for _ in 0..20 {
         let mut body = connect(&site).await;
-        body.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{").await.unwrap();
+        body.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+            .await
+            .unwrap();
         bodies.push(body);
     }
     is_served(&site).await;
@@ -171,7 +181,8 @@ async fn clients_that_send_slowly_are_cut_off_and_others_are_served() {
     for answer in heads.await {
         assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
-    let bodies = futures_util::future::join_all(bodies.into_iter().enumerate().map(|(i, s)| drip(s, i % 2 == 0)));
+    let bodies =
+        futures_util::future::join_all(bodies.into_iter().enumerate().map(|(i, s)| drip(s, i % 2 == 0)));
     for answer in bodies.await {
         assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("RequestTimeoutError"), "{answer}");
     }
@@ -335,19 +346,21 @@ async fn stream(client: Client, url: String, i: usize) -> Result<String, u16> {
 
 #[test]
 fn sigterm_under_load_lets_streams_end_whole_and_refuses_the_rest() {
-    let flags = ["--total-loras", "8", "--gpu-loras", "2", "--kv-memory", "256MiB", "--shutdown-timeout", "100"];
+    let flags =
+        ["--total-loras", "8", "--gpu-loras", "2", "--kv-memory", "256MiB", "--shutdown-timeout", "100"];
     let (mut serve, _) = start(&flags);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let url = serve.url.clone();
     let client = Client::new();
-    let accepted: Vec<_> =
-        (0..24).map(|i| runtime.spawn(stream(client.clone(), url.clone(), i))).collect();
-    let there = |url: &str| metric(url, "vllm:num_requests_running") + metric(url, "vllm:num_requests_waiting");
+    let accepted: Vec<_> = (0..24).map(|i| runtime.spawn(stream(client.clone(), url.clone(), i))).collect();
+    let there =
+        |url: &str| metric(url, "vllm:num_requests_running") + metric(url, "vllm:num_requests_waiting");
     while there(&url) < 24.0 {
         std::thread::sleep(Duration::from_millis(1));
     }
     signal(&serve, "-TERM");
-    let health = |url: &str| runtime.block_on(async { reqwest::get(format!("{url}/health")).await.unwrap().status() });
+    let health =
+        |url: &str| runtime.block_on(async { reqwest::get(format!("{url}/health")).await.unwrap().status() });
     while health(&url) == 200 {
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -134,7 +134,8 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(2)).await;
             piece
         });
-        for (body, says) in [(Body::from_stream(never), "nothing came"), (Body::from_stream(drip), "may take")]
+        for (body, says) in
+            [(Body::from_stream(never), "nothing came"), (Body::from_stream(drip), "may take")]
         {
             let error = block_on(read_within(body, &limits)).unwrap_err();
             assert!(format!("{error:?}").contains(says), "{error:?}");
@@ -146,7 +147,10 @@ mod tests {
     fn a_client_that_asks_first_is_told_before_it_sends() {
         let limits = Limits { body_bytes: 100, ..Limits::default() };
         let request = Request::builder().header("expect", "100-continue").body(Body::from(vec![0; 101]));
-        assert_eq!(block_on(super::read(request.unwrap(), &limits)).unwrap_err().into_response().status(), 413);
+        assert_eq!(
+            block_on(super::read(request.unwrap(), &limits)).unwrap_err().into_response().status(),
+            413
+        );
     }
 
     #[test]

@@ -86,9 +86,7 @@ impl<'a> Fields<'a> {
         match self.get(name) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => {
-                Err(ApiError::bad(name, format!("{name} must be a string, not {}", kind(other))))
-            }
+            Some(other) => Err(ApiError::bad(name, format!("{name} must be a string, not {}", kind(other)))),
         }
     }
 
@@ -115,7 +113,12 @@ impl<'a> Fields<'a> {
         Ok(GenerateParams {
             max_tokens,
             min_tokens: self.integer("min_tokens", 0, 0, i64::from(max_tokens))? as u32,
-            temperature: self.number("temperature", temperature.unwrap_or(1.0), |v| v >= 0.0, "at least 0")?,
+            temperature: self.number(
+                "temperature",
+                temperature.unwrap_or(1.0),
+                |v| v >= 0.0,
+                "at least 0",
+            )?,
             top_p: self.number(
                 "top_p",
                 top_p.unwrap_or(1.0),
@@ -128,12 +131,7 @@ impl<'a> Fields<'a> {
                 // Negative seeds are as good as others.
                 Some(_) => Some(self.integer("seed", 0, i64::MIN, i64::MAX)? as u64),
             },
-            presence_penalty: self.number(
-                "presence_penalty",
-                0.0,
-                |v| v.abs() <= 2.0,
-                "within -2 and 2",
-            )?,
+            presence_penalty: self.number("presence_penalty", 0.0, |v| v.abs() <= 2.0, "within -2 and 2")?,
             frequency_penalty: self.number(
                 "frequency_penalty",
                 0.0,
@@ -207,8 +205,9 @@ impl<'a> Fields<'a> {
     pub(super) fn token_ids(self, name: &'static str) -> Result<Vec<u32>, ApiError> {
         match self.get(name) {
             None => Ok(Vec::new()),
-            Some(value) => ids(value)
-                .ok_or_else(|| ApiError::bad(name, format!("{name} must be a list of token ids"))),
+            Some(value) => {
+                ids(value).ok_or_else(|| ApiError::bad(name, format!("{name} must be a list of token ids")))
+            }
         }
     }
 }

@@ -27,7 +27,8 @@ pub(super) async fn generate(
     let (engine, _) = intake.engine()?;
     let GenerateBody { prompt, model_id, stream, n, params } = GenerateBody::parse(&intake.body)?;
     let adapter = adapter(model_id, engine)?;
-    let prompts = tokenize(vec![Prompt::Text { text: prompt.clone(), special: true }], engine, "prompt").await?;
+    let prompts =
+        tokenize(vec![Prompt::Text { text: prompt.clone(), special: true }], engine, "prompt").await?;
     none_empty(&prompts, "prompt")?;
     let sequences = intake.submit(Ask { prompts, n, adapter, params, adapter_param: "model_id" }).await?;
     let output = Output {

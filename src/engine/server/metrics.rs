@@ -17,9 +17,8 @@ use crate::engine::{EngineStats, SlotView};
 pub(super) async fn metrics(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
     let (engine, info) = state.loaded()?;
     let model = format!("model_name=\"{}\"", escaped(&info.model));
-    let name = |adapter: AdapterId| {
-        escaped(&engine.adapter_name(adapter).unwrap_or_else(|| adapter.to_string()))
-    };
+    let name =
+        |adapter: AdapterId| escaped(&engine.adapter_name(adapter).unwrap_or_else(|| adapter.to_string()));
     let mut text = of_engine(&engine.stats(), &model, name);
     text += &of_adapters(&engine.adapters(), &model);
     text += &of_server(&state.observed, &model, info.gpu_loras, name);
@@ -105,18 +104,26 @@ fn of_engine(s: &EngineStats, model: &str, adapter: impl Fn(AdapterId) -> String
 fn of_adapters(adapters: &[AdapterView], model: &str) -> String {
     let mut out = String::new();
     for (name, kind, help, value) in [
-        ("lora_hbm:adapter_requests_total", "counter", "Requests taken, by adapter.", (|a| a.requests) as fn(&_) -> _),
-        ("lora_hbm:adapter_hits_total", "counter", "Requests that found their adapter in a slot.", |a| a.hits),
+        (
+            "lora_hbm:adapter_requests_total",
+            "counter",
+            "Requests taken, by adapter.",
+            (|a| a.requests) as fn(&_) -> _,
+        ),
+        ("lora_hbm:adapter_hits_total", "counter", "Requests that found their adapter in a slot.", |a| {
+            a.hits
+        }),
         ("lora_hbm:adapter_swaps_total", "counter", "Copies into slots, by adapter.", |a| a.swaps),
-        ("lora_hbm:adapter_pins", "gauge", "Requests that hold the adapter's slot.", |a| u64::from(a.pinned_by)),
+        ("lora_hbm:adapter_pins", "gauge", "Requests that hold the adapter's slot.", |a| {
+            u64::from(a.pinned_by)
+        }),
     ] {
         let sample = |a: &AdapterView| (format!("adapter=\"{}\"", escaped(&a.name)), value(a) as f64);
         let samples: Vec<_> = adapters.iter().map(sample).collect();
         family(&mut out, (name, kind, help), model, &samples);
     }
-    let tier = |a: &AdapterView| {
-        (format!("adapter=\"{}\",tier=\"{}\"", escaped(&a.name), a.tier.as_str()), 1.0)
-    };
+    let tier =
+        |a: &AdapterView| (format!("adapter=\"{}\",tier=\"{}\"", escaped(&a.name), a.tier.as_str()), 1.0);
     let tiers: Vec<_> = adapters.iter().map(tier).collect();
     let help = "1 for each adapter where it is: slot, loading, host or disk.";
     family(&mut out, ("lora_hbm:adapter_tier", "gauge", help), model, &tiers);
@@ -124,12 +131,7 @@ fn of_adapters(adapters: &[AdapterView], model: &str) -> String {
 }
 
 /// What the server sees.
-fn of_server(
-    o: &Observed,
-    model: &str,
-    slots: usize,
-    adapter: impl Fn(AdapterId) -> String,
-) -> String {
+fn of_server(o: &Observed, model: &str, slots: usize, adapter: impl Fn(AdapterId) -> String) -> String {
     let mut out = String::new();
     for (name, help, histogram) in [
         ("vllm:time_to_first_token_seconds", "Receipt to the first token handed over.", &o.ttft),

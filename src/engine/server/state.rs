@@ -12,8 +12,8 @@ use super::body::Limits;
 use super::error::ApiError;
 use super::observed::Observed;
 use crate::engine::Engine;
-use crate::engine::setup::Loaded;
 use crate::engine::model::SamplingDefaults;
+use crate::engine::setup::Loaded;
 use crate::workload::tokenizer::{ChatTemplate, TokenizerSource};
 
 /// What `/health` and `/v1/models` say about the engine.

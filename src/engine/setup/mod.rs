@@ -126,14 +126,6 @@ impl Loaded {
         &self.pool
     }
 
-    /// Names of the adapters, in order of their ids.
-    pub fn adapter_names(&self) -> Vec<String> {
-        (0..self.pool.len() as u32)
-            .filter_map(|id| self.pool.get(lora_sched::AdapterId(id)))
-            .map(|adapter| adapter.name.clone())
-            .collect()
-    }
-
     /// Whether the weights are drawn from the seed.
     pub fn has_dummy_weights(&self) -> bool {
         self.dummy

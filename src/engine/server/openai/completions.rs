@@ -52,12 +52,16 @@ fn prompts(value: &Value) -> Result<Vec<Prompt>, ApiError> {
     let text = |text: &str| Prompt::Text { text: text.to_owned(), special: true };
     let many = match value {
         Value::String(one) => return Ok(vec![text(one)]),
-        Value::Array(many) if many.is_empty() => return Err(ApiError::bad("prompt", "prompt is an empty list")),
+        Value::Array(many) if many.is_empty() => {
+            return Err(ApiError::bad("prompt", "prompt is an empty list"));
+        }
         Value::Array(many) => many,
         other => return Err(wrong(kind(other).to_owned())),
     };
     if many[0].is_number() {
-        return Ok(vec![Prompt::Ids(ids(value).ok_or_else(|| wrong("a list with something else in it".into()))?)]);
+        return Ok(vec![Prompt::Ids(
+            ids(value).ok_or_else(|| wrong("a list with something else in it".into()))?,
+        )]);
     }
     let strings = many[0].is_string();
     let one = |(i, value): (usize, &Value)| match value {

@@ -40,7 +40,8 @@ fn parse(messages: Option<&Value>) -> Result<Vec<Message>, ApiError> {
         let Some(Value::String(role)) = message.get("role") else {
             return Err(bad(format!("messages[{i}].role must be a string")));
         };
-        let content = content(message.get("content")).map_err(|why| bad(format!("messages[{i}].content{why}")))?;
+        let content =
+            content(message.get("content")).map_err(|why| bad(format!("messages[{i}].content{why}")))?;
         Ok(Message { role: role.clone(), content })
     };
     list.iter().enumerate().map(one).collect()
@@ -92,7 +93,10 @@ mod tests {
             (json!([{"role": "user", "content": "a"}, {"content": "b"}]), "messages[1].role"),
             (json!([{"role": "user"}]), "messages[0].content is missing"),
             (json!([{"role": "user", "content": 5}]), "messages[0].content must be"),
-            (json!([{"role": "user", "content": [{"type": "image_url"}]}]), "messages[0].content[0] is of type"),
+            (
+                json!([{"role": "user", "content": [{"type": "image_url"}]}]),
+                "messages[0].content[0] is of type",
+            ),
             (json!([{"role": "user", "content": ["a"]}]), "messages[0].content[0].type"),
         ] {
             let error = parse(Some(&messages)).unwrap_err().body();
