@@ -24,7 +24,7 @@ mod models;
 #[cfg(feature = "server")]
 mod openai;
 #[cfg(feature = "server")]
-mod openai_load;
+mod openai_together;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
