@@ -311,6 +311,9 @@ fn of_sixty_four_callers_one_loads_and_one_unloads() {
     logged.replays();
 }
 
+/// Unloads of one run.
+const ENOUGH: usize = 24;
+
 /// Callers that load, use and unload four names as they like, 64 at once, beside others that only generate.
 fn loads_and_unloads_under_traffic(settings: EngineSettings) {
     let dir = tempfile::tempdir().unwrap();
@@ -339,7 +342,12 @@ fn loads_and_unloads_under_traffic(settings: EngineSettings) {
             .map(|i| {
                 let (folders, loads, unloads, used, gone) = (&folders, &loads, &unloads, &used, &gone);
                 scope.spawn(move || {
-                    for round in 0..3 {
+                    // Until enough has happened, however fast this machine is.
+                    for round in 0.. {
+                        if unloads.load(Ordering::SeqCst) >= ENOUGH {
+                            break;
+                        }
+                        std::thread::sleep(Duration::from_micros(200));
                         let name = format!("n{}", (i + round) % 4);
                         match engine.load_adapter(&name, &folders[(i * 5 + round) % 4]) {
                             Ok(_) => _ = loads.fetch_add(1, Ordering::SeqCst),
@@ -378,7 +386,7 @@ fn loads_and_unloads_under_traffic(settings: EngineSettings) {
         }
     });
     let [loads, unloads, used] = [loads, unloads, used].map(AtomicUsize::into_inner);
-    assert!(loads >= 8 && unloads >= 4 && used > 20, "{said}: {loads} loads, {unloads} unloads, {used} used");
+    assert!(loads >= unloads && unloads >= ENOUGH && used > 0, "{said}: {loads}, {unloads}, {used}");
     assert_eq!(engine.adapter_count(), before.1 + loads - unloads, "{said}");
     for i in 0..4 {
         // Those that nobody has unloaded.
