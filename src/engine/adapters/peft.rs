@@ -48,29 +48,34 @@ pub enum PeftError {
         what: String,
     },
     /// A tensor of another shape: another base model, or another rank.
-    #[error(
-        "{}: tensor {tensor} has shape {found:?}; rank {rank} on {model} makes it {expected:?}: the adapter is for \
-         another base model{}", path.display(), base.as_ref().map(|b| format!(" ({b})")).unwrap_or_default()
-    )]
-    Shape {
-        /// The adapter's folder.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// Its shape.
-        found: Vec<usize>,
-        /// What it should be.
-        expected: Vec<usize>,
-        /// The rank that the configuration gives the module.
-        rank: usize,
-        /// The model that is served.
-        model: String,
-        /// The base that the adapter names.
-        base: Option<String>,
-    },
+    #[error(transparent)]
+    Shape(Box<WrongShape>),
     /// A tensor that cannot be read.
     #[error(transparent)]
     Weights(#[from] WeightError),
+}
+
+/// An adapter's tensor whose shape is not that of its module.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{}: tensor {tensor} has shape {found:?}; rank {rank} on {model} makes it {expected:?}: the adapter is for \
+     another base model{}", path.display(), base.as_ref().map(|b| format!(" ({b})")).unwrap_or_default()
+)]
+pub struct WrongShape {
+    /// The adapter's folder.
+    pub path: PathBuf,
+    /// The tensor.
+    pub tensor: String,
+    /// Its shape.
+    pub found: Vec<usize>,
+    /// What it should be.
+    pub expected: Vec<usize>,
+    /// The rank that the configuration gives the module.
+    pub rank: usize,
+    /// The model that is served.
+    pub model: String,
+    /// The base that the adapter names.
+    pub base: Option<String>,
 }
 
 /// The adapter folders inside `folder`, in name order.
@@ -142,7 +147,7 @@ pub fn read_peft(
             if found == expected {
                 return Ok(files.read(tensor, &expected)?);
             }
-            Err(PeftError::Shape {
+            Err(PeftError::Shape(Box::new(WrongShape {
                 path: folder.to_owned(),
                 tensor: tensor.clone(),
                 found,
@@ -150,7 +155,7 @@ pub fn read_peft(
                 rank: adapted.rank,
                 model: spec.name.clone(),
                 base: config.base.clone(),
-            })
+            })))
         };
         let a = read(0, [adapted.rank, part.inputs])?;
         let b = read(1, [part.outputs, adapted.rank])?;
