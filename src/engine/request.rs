@@ -3,7 +3,6 @@
 use lora_sched::{AdapterId, EventError, Nanos, Parts};
 
 use super::executor::TokenId;
-use super::model::SamplingDefaults;
 use crate::report::record::PartsS;
 
 /// One sequence to generate.
@@ -60,20 +59,6 @@ impl Default for GenerateParams {
             ignore_eos: false,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
-        }
-    }
-}
-
-impl GenerateParams {
-    /// The defaults of requests to a model whose makers recommend `sampling`: theirs where they say something,
-    /// else [`GenerateParams::default`]'s.
-    pub fn recommended(sampling: SamplingDefaults) -> Self {
-        let default = Self::default();
-        Self {
-            temperature: sampling.temperature.unwrap_or(default.temperature),
-            top_p: sampling.top_p.unwrap_or(default.top_p),
-            top_k: sampling.top_k.unwrap_or(default.top_k),
-            ..default
         }
     }
 }
@@ -190,17 +175,4 @@ pub struct Generated {
     pub received: Nanos,
     /// When the last piece was taken by the caller.
     pub ended: Nanos,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_models_makers_say_goes_before_the_defaults() {
-        let sampling = SamplingDefaults { temperature: Some(0.6), top_p: None, top_k: Some(50) };
-        let params = GenerateParams::recommended(sampling);
-        assert_eq!((params.temperature, params.top_p, params.top_k), (0.6, 1.0, 50));
-        assert_eq!(GenerateParams::recommended(SamplingDefaults::default()), GenerateParams::default());
-    }
 }

@@ -15,8 +15,8 @@ use super::adapters::{DiskTier, HostPool};
 use super::batch::BatchLimits;
 use super::device::{Ceilings, DeviceExecutor};
 use super::memory::{MemoryPlan, MemoryTable, free_memory, gb};
-use super::model::{self, Dtype, Family, GenerationConfig, Model, ModelSpec};
-use super::{Engine, EngineConfig, GenerateParams};
+use super::model::{self, Dtype, Family, GenerationConfig, Model, ModelSpec, SamplingDefaults};
+use super::{Engine, EngineConfig};
 use crate::report::decision_log::{DecisionLog, LogHeader};
 use crate::workload::tokenizer::Tokenizer;
 use device::OpenDevice;
@@ -131,9 +131,9 @@ impl Loaded {
         self.dummy
     }
 
-    /// What a request gets where it says nothing, the model's `generation_config.json` included.
-    pub fn default_params(&self) -> GenerateParams {
-        GenerateParams::recommended(self.generation.sampling)
+    /// What a request gets where it says nothing: the model's `generation_config.json`.
+    pub fn sampling_defaults(&self) -> SamplingDefaults {
+        self.generation.sampling
     }
 
     /// Fields of the `generation_config.json` that ask for what is not implemented, to be shown at start.
