@@ -103,21 +103,14 @@ fn of_engine(s: &EngineStats, model: &str, adapter: impl Fn(AdapterId) -> String
 /// What is known of each adapter.
 fn of_adapters(adapters: &[AdapterView], model: &str) -> String {
     let mut out = String::new();
-    for (name, kind, help, value) in [
-        (
-            "lora_hbm:adapter_requests_total",
-            "counter",
-            "Requests taken, by adapter.",
-            (|a| a.requests) as fn(&_) -> _,
-        ),
-        ("lora_hbm:adapter_hits_total", "counter", "Requests that found their adapter in a slot.", |a| {
-            a.hits
-        }),
+    type Value = fn(&AdapterView) -> u64;
+    let families: [(&str, &str, &str, Value); 4] = [
+        ("lora_hbm:adapter_requests_total", "counter", "Requests taken, by adapter.", |a| a.requests),
+        ("lora_hbm:adapter_hits_total", "counter", "Requests whose adapter was there.", |a| a.hits),
         ("lora_hbm:adapter_swaps_total", "counter", "Copies into slots, by adapter.", |a| a.swaps),
-        ("lora_hbm:adapter_pins", "gauge", "Requests that hold the adapter's slot.", |a| {
-            u64::from(a.pinned_by)
-        }),
-    ] {
+        ("lora_hbm:adapter_pins", "gauge", "Requests that hold its slot.", |a| a.pinned_by.into()),
+    ];
+    for (name, kind, help, value) in families {
         let sample = |a: &AdapterView| (format!("adapter=\"{}\"", escaped(&a.name)), value(a) as f64);
         let samples: Vec<_> = adapters.iter().map(sample).collect();
         family(&mut out, (name, kind, help), model, &samples);
