@@ -134,7 +134,7 @@ impl Measure {
     }
 
     async fn run(&self, ctx: &Context) -> Result<Measured, Failure> {
-        let Target { server, health, dialect } =
+        let Target { server, health, dialect, .. } =
             Target::find(&self.client, self.total_loras, Some(self.gpu_loras)).await?;
         let (tokenizer, said) = client::tokenizer(self.workload.tokenizer.as_deref(), health.as_ref())?;
         tracing::info!("{said}");

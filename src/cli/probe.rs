@@ -123,7 +123,7 @@ impl Probe {
 
     /// A summary for each rate, and whether all of them could be tried.
     async fn run(&self, ctx: &Context) -> Result<(Vec<RateSummary>, Result<(), Failure>), Failure> {
-        let Target { server, health, dialect } =
+        let Target { server, health, dialect, .. } =
             Target::find(&self.client, self.settings.total_loras, None).await?;
         let (tokenizer, said) = client::tokenizer(self.workload.tokenizer.as_deref(), health.as_ref())?;
         tracing::info!("{said}");

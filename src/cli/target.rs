@@ -14,6 +14,8 @@ pub struct Target {
     pub health: Option<Health>,
     /// How requests are made for it.
     pub dialect: Dialect,
+    /// Prompt and output tokens of one request, at most, where it says.
+    pub max_model_len: Option<u32>,
 }
 
 impl Target {
@@ -25,14 +27,13 @@ impl Target {
     ) -> Result<Self, Failure> {
         let server = client.server()?;
         let meant = Meant { total_loras, gpu_loras };
-        let (health, dialect) = match client.api {
-            Api::Generate => (generate(client, &server, meant).await?, Dialect::Generate),
-            Api::Openai => {
-                let (health, completions) = openai(client, &server, meant).await?;
-                (health, Dialect::Completions(completions))
+        match client.api {
+            Api::Generate => {
+                let health = generate(client, &server, meant).await?;
+                Ok(Self { server, health, dialect: Dialect::Generate, max_model_len: None })
             }
-        };
-        Ok(Self { server, health, dialect })
+            Api::Openai => openai(client, server, meant).await,
+        }
     }
 }
 
@@ -84,16 +85,14 @@ async fn generate(
     Ok(Some(health))
 }
 
-async fn openai(
-    client: &ClientSettings,
-    server: &Endpoint,
-    meant: Meant,
-) -> Result<(Option<Health>, Completions), Failure> {
+async fn openai(client: &ClientSettings, server: Endpoint, meant: Meant) -> Result<Target, Failure> {
     let given = client.adapter_names.as_deref().map(|text| AdapterNames::parse(text, meant.total_loras));
     let given = given.transpose().map_err(|e| Failure::Usage(e.into()))?;
-    let extra = client.extra()?;
+    let mut extra = client.extra()?;
     if client.skip_health_check {
-        return Ok((None, Completions { base: None, names: given.unwrap_or_default(), extra }));
+        let dialect =
+            Dialect::Completions(Completions { base: None, names: given.unwrap_or_default(), extra });
+        return Ok(Target { server, health: None, dialect, max_model_len: None });
     }
     let models = server.models().await.map_err(|e| Failure::Failed(hint(e)))?;
     let names = adapters(&models, given, meant.total_loras).map_err(|e| {
@@ -102,14 +101,20 @@ async fn openai(
     // Servers of this experiment say more; of others the list of models is all that there is.
     let health = match server.health().await {
         Ok(health) => {
-            meant.check(server, &health.config)?;
+            meant.check(&server, &health.config)?;
+            // One that has slots tells where a TTFT went, too, if it is asked.
+            if health.config.gpu_loras.is_some() {
+                extra.entry("metrics").or_insert(true.into());
+            }
             health
         }
         Err(_) => Health { status: "ok".to_owned(), config: HealthConfig::default() },
     };
     let base = models.base().map(|m| m.id.clone());
     let config = HealthConfig { model: health.config.model.or_else(|| base.clone()), ..health.config };
-    Ok((Some(Health { config, ..health }), Completions { base, names, extra }))
+    let max_model_len = models.base().and_then(|m| m.max_model_len);
+    let dialect = Dialect::Completions(Completions { base, names, extra });
+    Ok(Target { server, health: Some(Health { config, ..health }), dialect, max_model_len })
 }
 
 /// What the adapters are called: as was given, else as `serve` calls them if it lists those, else as it

@@ -43,7 +43,8 @@ impl FixedDelay {
     /// If no port or no thread can be had.
     pub fn start(delay: Duration) -> std::io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))?;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+        listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let (stop, stopped) = oneshot::channel();
         let (started, ready) = mpsc::channel();
@@ -53,6 +54,10 @@ impl FixedDelay {
                     .route(Interface::Completions.path(), post(completions))
                     .route(Interface::Generate.path(), post(generate))
                     .with_state(delay);
+                let listener = match tokio::net::TcpListener::from_std(listener) {
+                    Ok(listener) => listener,
+                    Err(e) => return tracing::error!("the fixed-delay server cannot listen: {e}"),
+                };
                 let listener = listener.tap_io(|stream| {
                     // Where it cannot be set, small pieces wait for acknowledgements: that would show.
                     let _ = stream.set_nodelay(true);

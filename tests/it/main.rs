@@ -3,6 +3,8 @@
 #[cfg(feature = "server")]
 mod bench;
 #[cfg(feature = "server")]
+mod black_box;
+#[cfg(feature = "server")]
 mod device_choice;
 #[cfg(feature = "server")]
 mod emulate;
@@ -17,6 +19,8 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod load_support;
+#[cfg(feature = "server")]
+mod openai_load;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;

@@ -11,9 +11,9 @@ use lora_sched::{AdapterId, SwapMode};
 use serde_json::{Value, json};
 
 /// A `serve` process, killed when the test is done with it.
-struct Serve {
+pub struct Serve {
     child: Child,
-    url: String,
+    pub url: String,
 }
 
 impl Drop for Serve {
@@ -37,7 +37,7 @@ fn refused(args: &[&str]) -> (i32, String) {
 }
 
 /// Starts `tiny` with these flags and waits until it serves; the lines that it said are returned.
-fn start(args: &[&str]) -> (Serve, Vec<String>) {
+pub fn start(args: &[&str]) -> (Serve, Vec<String>) {
     let mut all = vec!["--model", "tiny", "--port", "0"];
     all.extend(args);
     let mut child = command(&all).stderr(Stdio::piped()).spawn().unwrap();
