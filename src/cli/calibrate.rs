@@ -60,13 +60,7 @@ struct CalibrateSettings {
 
 impl Default for CalibrateSettings {
     fn default() -> Self {
-        Self {
-            model: None,
-            out: "profile.json".into(),
-            seconds: 30.0,
-            longest: 4096,
-            seed: 0,
-        }
+        Self { model: None, out: "profile.json".into(), seconds: 30.0, longest: 4096, seed: 0 }
     }
 }
 

@@ -133,7 +133,8 @@ impl Probe {
         let mut summaries = Vec::new();
         for (i, &rate) in self.rates.iter().enumerate() {
             let trace = self.workload.trace(&source, &self.how(rate, health.as_ref()))?;
-            let requests = prepare_for(&trace, &tokenizer, &dialect).map_err(|e| Failure::Failed(e.into()))?;
+            let requests =
+                prepare_for(&trace, &tokenizer, &dialect).map_err(|e| Failure::Failed(e.into()))?;
             let rate = rate.or(trace.mean_rate()).unwrap_or(DEFAULT_RATE);
             tracing::info!(
                 "{} requests in {:.1} s at {rate:.3}/s ({})",

@@ -141,11 +141,13 @@ pub fn run(args: &ValidateArgs, ctx: &Context) -> Result<(), Failure> {
 
 /// Says so if any simulated row was made with a black-box profile.
 fn black_box(settings: &ValidateSettings, rows: &[ResultRow]) -> Option<String> {
-    let csv: Vec<PathBuf> = [&settings.measured, &settings.simulated].into_iter().flatten().cloned().collect();
+    let csv: Vec<PathBuf> =
+        [&settings.measured, &settings.simulated].into_iter().flatten().cloned().collect();
     let simulated = rows.iter().filter(|r| r.source == Source::Simulated);
     let manifests = manifest::of_results(&csv, simulated.filter_map(|r| r.manifest.as_deref()));
     manifests.iter().any(|m| m.profile_kind == Some(Kind::BlackBox)).then(|| {
-        "Simulated with a black-box profile: fitted to a server's response times, not to its steps.".to_owned()
+        "Simulated with a black-box profile: fitted to a server's response times, not to its steps."
+            .to_owned()
     })
 }
 

@@ -115,7 +115,8 @@ async fn generate(State(delay): State<Duration>, request: Request) -> Response {
 async fn answer(request: Request, delay: Duration, interface: Interface) -> Response {
     let came = Instant::now();
     let refuse = |message: String| {
-        let body = json!({"error": {"message": message, "type": "BadRequestError", "param": null, "code": 400}});
+        let body =
+            json!({"error": {"message": message, "type": "BadRequestError", "param": null, "code": 400}});
         (axum::http::StatusCode::BAD_REQUEST, axum::Json(body)).into_response()
     };
     let body = match to_bytes(request.into_body(), MOST_BODY).await {

@@ -27,7 +27,9 @@ pub enum NamesError {
     #[error("--adapter-names has '{0}' twice: every adapter needs a name of its own")]
     Twice(String),
     /// Too few names.
-    #[error("--adapter-names has {given} names and --total-loras is {total}: give a name for each, or a pattern with {{}}")]
+    #[error(
+        "--adapter-names has {given} names and --total-loras is {total}: give a name for each, or a pattern with {{}}"
+    )]
     TooFew {
         /// Names there are.
         given: usize,
@@ -236,7 +238,8 @@ pub(super) fn read(data: &str) -> Result<Piece, serde_json::Error> {
         let said = c.text.as_deref().or_else(|| c.delta.as_ref()?.content.as_deref());
         said.is_some_and(|t| !t.is_empty())
     };
-    let said = |e: Value| e.get("message").and_then(Value::as_str).map_or_else(|| e.to_string(), str::to_owned);
+    let said =
+        |e: Value| e.get("message").and_then(Value::as_str).map_or_else(|| e.to_string(), str::to_owned);
     let error = match chunk.error {
         Some(error) => Some(said(error)),
         // Servers that put the error's members at the top.
@@ -264,7 +267,9 @@ mod tests {
         assert_eq!(pattern.name(7).unwrap(), "sql-7-v2");
         let list = AdapterNames::parse("sql, chat", 2).unwrap();
         assert_eq!((list.name(1).unwrap().as_ref(), list.name(2)), ("chat", None));
-        for (text, said) in [("a,,b", "empty name"), ("a,b,a", "'a' twice"), ("a,b", "2 names and --total-loras is 3")] {
+        for (text, said) in
+            [("a,,b", "empty name"), ("a,b,a", "'a' twice"), ("a,b", "2 names and --total-loras is 3")]
+        {
             let error = AdapterNames::parse(text, 3).unwrap_err().to_string();
             assert!(error.contains(said), "{error}");
         }
@@ -289,7 +294,8 @@ mod tests {
         assert!(read(r#"{"choices":[{"delta":{"content":"a"}}]}"#).unwrap().token);
         let last = read(r#"{"choices":[{"text":"b","finish_reason":"length"}],"usage":null}"#).unwrap();
         assert_eq!((last.token, last.finished), (true, Some(true)));
-        let usage = read(r#"{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}"#);
+        let usage =
+            read(r#"{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}}"#);
         let usage = usage.unwrap();
         assert_eq!((usage.token, usage.prompt_tokens, usage.output_tokens), (false, Some(7), Some(3)));
     }
@@ -305,7 +311,8 @@ mod tests {
 
     #[test]
     fn parts_are_told_whole_or_not_at_all() {
-        let some = read(r#"{"choices":[],"metrics":{"time_to_first_token_ms":4.0,"queue_time_ms":1.0}}"#).unwrap();
+        let some =
+            read(r#"{"choices":[],"metrics":{"time_to_first_token_ms":4.0,"queue_time_ms":1.0}}"#).unwrap();
         assert_eq!((some.ttft, some.parts), (Some(0.004), None));
         let all = r#"{"choices":[],"metrics":{"time_to_first_token_ms":3.5,"front_time_ms":0.5,"queue_time_ms":0.5,
             "kv_time_ms":0.5,"slot_time_ms":0.5,"swap_time_ms":0.5,"prefill_time_ms":0.5,"deliver_time_ms":0.5}}"#;

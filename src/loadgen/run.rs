@@ -108,8 +108,7 @@ pub async fn run_load(
         (!sent_all).then(|| "the sending thread failed".to_owned())
     };
     let reason = cut_short.clone().unwrap_or_else(|| "its task failed".to_owned());
-    let lags: Vec<f64> =
-        slots.iter().flatten().map(|s| s.record.sent_s - s.record.scheduled_s).collect();
+    let lags: Vec<f64> = slots.iter().flatten().map(|s| s.record.sent_s - s.record.scheduled_s).collect();
     let mut faults = BTreeMap::new();
     let mut outcome = LoadOutcome {
         records: Vec::with_capacity(requests.len()),

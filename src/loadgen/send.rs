@@ -177,7 +177,8 @@ async fn objects(shared: &Shared, mut response: Response, seen: &mut Seen) -> Re
 
 /// Server-sent events.
 async fn events(shared: &Shared, response: Response, seen: &mut Seen) -> Result<(), Fault> {
-    let kind = response.headers().get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("no content-type");
+    let kind =
+        response.headers().get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("no content-type");
     if !kind.starts_with("text/event-stream") {
         return Err(Fault::Shape(format!("{kind}, not text/event-stream")));
     }

@@ -18,7 +18,8 @@ fn a_server_seen_from_outside_can_be_simulated() {
     let mut profile = crate::oracles::machine(&costs, 20_000_000, 0);
     profile.model = "tiny".to_owned();
     std::fs::write(&truth, serde_json::to_string(&profile.signed()).unwrap()).unwrap();
-    let emulate = ["--total-loras", "6", "--gpu-loras", "2", "--max-num-seqs", "4", "--swap-mode", "blocking"];
+    let emulate =
+        ["--total-loras", "6", "--gpu-loras", "2", "--max-num-seqs", "4", "--swap-mode", "blocking"];
     let (serve, _) = start(&[&emulate[..], &["--emulate", truth.to_str().unwrap()]].concat());
 
     let calibrate = ["calibrate", "--endpoint", &serve.url, "--total-loras", "6", "--gpu-loras", "2"];
@@ -40,7 +41,8 @@ fn a_server_seen_from_outside_can_be_simulated() {
         assert!(samples.lines().filter(of_kind).count() >= 4, "{kind}");
     }
 
-    let simulate = ["simulate", "--profile", "bb.json", "--total-loras", "6", "--gpu-loras", "2,6", "-n", "60"];
+    let simulate =
+        ["simulate", "--profile", "bb.json", "--total-loras", "6", "--gpu-loras", "2,6", "-n", "60"];
     let done = program(folder.path()).args(simulate).args(["-o", "r.csv"]).assert().success();
     assert!(stderr(&done).contains("bb.json is a black box"), "{}", stderr(&done));
     let rows = read_rows(&folder.path().join("r.csv")).unwrap();

@@ -134,9 +134,9 @@ fn adapters_go_by_the_names_that_were_given_or_are_listed() {
 
 #[test]
 fn unknown_adapters_are_refusals_when_nobody_was_asked() {
-    let (mock, folder) = (server(OpenAi { adapters: Vec::new(), ..OpenAi::default() }), tempfile::tempdir().unwrap());
-    let failed =
-        measure(folder.path(), &mock.url(), &["--total-loras", "4", "--skip-health-check"]).code(1);
+    let (mock, folder) =
+        (server(OpenAi { adapters: Vec::new(), ..OpenAi::default() }), tempfile::tempdir().unwrap());
+    let failed = measure(folder.path(), &mock.url(), &["--total-loras", "4", "--skip-health-check"]).code(1);
     assert_eq!(report(&failed)["errors_by_kind"], json!({"HTTP 404": 40}));
 }
 
@@ -175,7 +175,11 @@ fn probe_speaks_it_too() {
     let (mock, folder) = (server(OpenAi::default()), tempfile::tempdir().unwrap());
     let args = ["probe", "-e", &mock.url(), "--api", "openai", "-r", "60", "-d", "0.5", "--max-tokens", "2"];
     let done = program(folder.path()).args(args).assert().success();
-    assert!(stdout(&done).contains("100.0%") || stdout(&done).contains("Error rate: 0.00%"), "{}", stdout(&done));
+    assert!(
+        stdout(&done).contains("100.0%") || stdout(&done).contains("Error rate: 0.00%"),
+        "{}",
+        stdout(&done)
+    );
     assert!(!mock.requests().is_empty());
 }
 
@@ -184,7 +188,8 @@ fn probe_speaks_it_too() {
 fn the_generator_tells_its_own_error() {
     let folder = tempfile::tempdir().unwrap();
     for api in ["openai", "generate"] {
-        let args = ["--format", "json", "bench", "loadgen", "--api", api, "-r", "50", "-d", "1", "--delay-ms", "5"];
+        let args =
+            ["--format", "json", "bench", "loadgen", "--api", api, "-r", "50", "-d", "1", "--delay-ms", "5"];
         let output = program(folder.path()).args(args).output().unwrap();
         // 3 is a machine that is too busy, which is no failure of the program.
         assert!(matches!(output.status.code(), Some(0 | 3)), "{output:?}");

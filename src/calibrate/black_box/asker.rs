@@ -123,7 +123,8 @@ const FEWEST: usize = 4;
 /// Seconds from a token to the next while all of `replies` were decoding, the median over them, and the
 /// mean positions that they attended to in the middle of that time. None if it was too short to tell.
 pub(super) fn decode_step_s(replies: &[Reply]) -> Option<(f64, f64)> {
-    let from = replies.iter().filter_map(|r| r.token_times.first().copied()).fold(f64::NEG_INFINITY, f64::max);
+    let from =
+        replies.iter().filter_map(|r| r.token_times.first().copied()).fold(f64::NEG_INFINITY, f64::max);
     let to = replies.iter().filter_map(|r| r.token_times.last().copied()).fold(f64::INFINITY, f64::min);
     let (mut steps, mut contexts) = (Vec::new(), Vec::new());
     for reply in replies {

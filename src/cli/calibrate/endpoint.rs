@@ -170,7 +170,9 @@ fn options(
         return Err(Failure::usage(format!("--max-model-len is {max_model_len}: it must be at least 80")));
     }
     if longest < settings.longest {
-        tracing::info!("the longest prompt is {longest} tokens: the server takes {max_model_len} with the output");
+        tracing::info!(
+            "the longest prompt is {longest} tokens: the server takes {max_model_len} with the output"
+        );
     }
     Ok(BlackBoxOptions {
         endpoint: target.server,

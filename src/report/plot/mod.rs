@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 
 use super::files::{self, FileError};
 use super::manifest;
-use crate::profile::Kind;
 use super::results::{ResultRow, RunKey};
+use crate::profile::Kind;
 use data::{Data, WithinRun};
 
 /// How much larger the PNG is than the SVG's nominal size.

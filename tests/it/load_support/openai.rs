@@ -53,9 +53,7 @@ impl Default for OpenAi {
 }
 
 pub(super) async fn models(State(shared): Server) -> Json<Value> {
-    let model = |id: &str, parent: Option<&str>| {
-        json!({"id": id, "object": "model", "created": 1, "owned_by": "me", "root": id, "parent": parent})
-    };
+    let model = |id: &str, parent: Option<&str>| json!({"id": id, "object": "model", "created": 1, "owned_by": "me", "root": id, "parent": parent});
     let adapters = shared.behaviour.openai.adapters.iter().map(|a| model(a, Some("stand-in")));
     let data: Vec<Value> = std::iter::once(model("stand-in", None)).chain(adapters).collect();
     Json(json!({"object": "list", "data": data}))
@@ -76,7 +74,9 @@ fn events(how: &OpenAi, tokens: u64, body: &Value) -> (String, Vec<String>) {
     let done = event(&"[DONE]");
     let first = event(&chunk(" w", (tokens == 1).then_some("length")));
     let rest = match how.instead {
-        Instead::Error => vec![first, event(&json!({"error": {"message": "out of luck", "code": 500}})), done],
+        Instead::Error => {
+            vec![first, event(&json!({"error": {"message": "out of luck", "code": 500}})), done]
+        }
         Instead::End => vec![first],
         Instead::Garbage => vec![first, event(&"{oops")],
         Instead::NoText => vec![event(&chunk("", Some("length"))), done],
@@ -84,7 +84,8 @@ fn events(how: &OpenAi, tokens: u64, body: &Value) -> (String, Vec<String>) {
             let mut rest = vec![first];
             rest.extend((2..=tokens).map(|n| event(&chunk(" w", (n == tokens).then_some("length")))));
             if how.usage && body["stream_options"]["include_usage"] == true {
-                let usage = json!({"prompt_tokens": 300, "completion_tokens": tokens, "total_tokens": 300 + tokens});
+                let usage =
+                    json!({"prompt_tokens": 300, "completion_tokens": tokens, "total_tokens": 300 + tokens});
                 rest.push(event(&json!({"object": "text_completion", "choices": [], "usage": usage})));
             }
             rest.push(done);
@@ -94,7 +95,11 @@ fn events(how: &OpenAi, tokens: u64, body: &Value) -> (String, Vec<String>) {
     (before, rest)
 }
 
-pub(super) async fn completions(State(shared): Server, headers: HeaderMap, Json(body): Json<Value>) -> Response {
+pub(super) async fn completions(
+    State(shared): Server,
+    headers: HeaderMap,
+    Json(body): Json<Value>,
+) -> Response {
     let behaviour = shared.behaviour.clone();
     let key = headers.get("authorization").and_then(|v| v.to_str().ok()).map(str::to_owned);
     shared.saw(&body, key);
