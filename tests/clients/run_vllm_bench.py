@@ -58,7 +58,7 @@ def main():
         with common.serving(args, name) as server:
             common.run(
                 [
-                    binaries / "vllm", "bench", "serve", "--backend", backend, "--base-url", server.url,
+                    binaries / "python", common.HERE / "vllm_cpu.py", "bench", "serve", "--backend", backend, "--base-url", server.url,
                     "--endpoint", path, "--model", server.models[0], "--tokenizer", tokenizer,
                     "--lora-modules", *(server.lora(n) for n in range(server.adapters)),
                     "--dataset-name", "random", "--random-input-len", 200, "--random-output-len", 8,

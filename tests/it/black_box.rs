@@ -23,7 +23,7 @@ fn a_server_seen_from_outside_can_be_simulated() {
     let (serve, _) = start(&[&emulate[..], &["--emulate", truth.to_str().unwrap()]].concat());
 
     let calibrate = ["calibrate", "--endpoint", &serve.url, "--total-loras", "6", "--gpu-loras", "2"];
-    let more = ["--longest", "200", "--repeats", "2", "--max-model-len", "512", "-o", "bb.json"];
+    let more = ["--longest", "200", "--repeats", "2", "--max-model-len", "2048", "-o", "bb.json"];
     let done = program(folder.path()).args(calibrate).args(more).assert().success();
     assert!(stdout(&done).contains("nothing but response times was seen"), "{}", stdout(&done));
     drop(serve);
@@ -31,7 +31,7 @@ fn a_server_seen_from_outside_can_be_simulated() {
     let profile = Profile::load(&folder.path().join("bb.json")).unwrap();
     assert_eq!((profile.kind, profile.model.as_str()), (Kind::BlackBox, "tiny"));
     // What the server says of itself goes before `serve`'s defaults.
-    assert_eq!((profile.engine.max_num_seqs, profile.engine.max_model_len), (4, 512));
+    assert_eq!((profile.engine.max_num_seqs, profile.engine.max_model_len), (4, 2048));
     assert_eq!(profile.adapter.ranks, [8]);
     assert!(profile.holdout.samples >= 3, "{:?}", profile.holdout);
     assert!(profile.swap.fixed_s > 0.0, "{:?}", profile.swap);
