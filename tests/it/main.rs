@@ -5,6 +5,8 @@ mod adapter_life;
 #[cfg(feature = "server")]
 mod bench;
 #[cfg(feature = "server")]
+mod black_box;
+#[cfg(feature = "server")]
 mod device_choice;
 #[cfg(feature = "server")]
 mod emulate;
@@ -25,6 +27,8 @@ mod models;
 mod openai;
 #[cfg(feature = "server")]
 mod openai_together;
+#[cfg(feature = "server")]
+mod openai_load;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
