@@ -26,9 +26,9 @@ mod models;
 #[cfg(feature = "server")]
 mod openai;
 #[cfg(feature = "server")]
-mod openai_together;
-#[cfg(feature = "server")]
 mod openai_load;
+#[cfg(feature = "server")]
+mod openai_together;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
