@@ -25,9 +25,10 @@ impl Scheduler {
         held < self.config.gpu_loras || total <= self.config.gpu_loras
     }
 
-    /// Adapters there are, and those among them that the user has pinned.
-    fn count(&self) -> (usize, usize) {
-        let there = self.queue.groups()[1..].iter().filter(|g| !g.removed);
+    /// Adapters that requests need a slot for, now or later, and those among them that the user has pinned.
+    /// One that is being drained counts: were all slots pinned, its last requests would wait for ever.
+    pub(crate) fn count(&self) -> (usize, usize) {
+        let there = self.queue.groups()[1..].iter().filter(|g| !g.removed || g.live > 0);
         there.fold((0, 0), |(total, held), g| (total + 1, held + usize::from(g.spec.pinned)))
     }
 
