@@ -25,9 +25,10 @@ impl Scheduler {
         held < self.config.gpu_loras || total <= self.config.gpu_loras
     }
 
-    /// Adapters there are, and those among them that the user has pinned.
-    fn count(&self) -> (usize, usize) {
-        let there = self.queue.groups()[1..].iter().filter(|g| !g.removed);
+    /// Adapters that requests need a slot for, now or later, and those among them that the user has pinned.
+    /// One that is being drained counts: were all slots pinned, its last requests would wait for ever.
+    pub(crate) fn count(&self) -> (usize, usize) {
+        let there = self.queue.groups()[1..].iter().filter(|g| !g.removed || g.live > 0);
         there.fold((0, 0), |(total, held), g| (total + 1, held + usize::from(g.spec.pinned)))
     }
 
@@ -85,7 +86,8 @@ impl Scheduler {
 
     /// Gives slots to adapters that the user has pinned: before any request, since a pin is for good and
     /// leaves at least one slot to all others. In every swap mode it starts as soon as a slot can be had:
-    /// no step waits for it unless it has a request of the adapter.
+    /// no step waits for it unless it has a request of the adapter. Slots come free by events, and the one
+    /// that a plan takes from a preempted request has the end of that step for its next.
     pub(crate) fn start_pinned(&mut self, out: &mut Outbox) {
         while let Some(&group) = self.wanted.iter().find(|&&g| self.queue.group(g).host == HostState::Host) {
             let Some(taken) = self.slots.take() else { return };

@@ -116,7 +116,7 @@ impl Scheduler {
             );
             hold!(g.host != HostState::Fetching || g.slot.is_none(), "group {group} is read and in a slot");
         }
-        let total = self.adapters().count();
+        let (total, _) = self.count();
         hold!(
             user_pinned < self.config.gpu_loras.max(1) || total <= self.config.gpu_loras,
             "{user_pinned} pinned adapters leave no slot"
