@@ -1,6 +1,8 @@
 //! Integration tests: one binary, a file per behaviour.
 
 #[cfg(feature = "server")]
+mod adapter_disk;
+#[cfg(feature = "server")]
 mod adapter_life;
 #[cfg(feature = "server")]
 mod bench;

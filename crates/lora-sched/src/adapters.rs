@@ -85,7 +85,8 @@ impl Scheduler {
 
     /// Gives slots to adapters that the user has pinned: before any request, since a pin is for good and
     /// leaves at least one slot to all others. In every swap mode it starts as soon as a slot can be had:
-    /// no step waits for it unless it has a request of the adapter.
+    /// no step waits for it unless it has a request of the adapter. Slots come free by events, and the one
+    /// that a plan takes from a preempted request has the end of that step for its next.
     pub(crate) fn start_pinned(&mut self, out: &mut Outbox) {
         while let Some(&group) = self.wanted.iter().find(|&&g| self.queue.group(g).host == HostState::Host) {
             let Some(taken) = self.slots.take() else { return };

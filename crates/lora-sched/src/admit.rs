@@ -34,7 +34,6 @@ impl Scheduler {
         if plan.seqs.len() < self.running.len() {
             self.run_prefills(&mut budget, plan);
         }
-        self.start_pinned(out);
         self.clock.gate = if preempted { Gate::Kv } else { self.admit(&mut budget, plan, out) };
         self.start_swaps(out);
         self.start_fetches(out);

@@ -239,6 +239,22 @@ fn a_pin_loads_what_is_not_there_as_soon_as_a_slot_can_be_had() {
 }
 
 #[test]
+fn a_pin_waits_for_the_end_of_the_step_when_a_preemption_frees_the_slot() {
+    // Blocks for little more than one request: 0's decodes take them from 1, whose slot the pin wants.
+    let mut b = Bench::new(Config { block_size: 1, kv_blocks: 21, max_model_len: 13, ..config(3, 2) });
+    b.arrive(0, 0);
+    b.arrive(1, 1);
+    assert_eq!(b.plan(), [0, 1]);
+    b.event(Event::PinAdapter(AdapterId(2), true));
+    b.step_done();
+    assert_eq!(b.plan(), [0], "1 has lost its blocks");
+    assert!(b.out.swaps.is_empty(), "a plan takes no slot that it began with a pin on");
+    b.step_done();
+    assert_eq!(b.out.swaps.iter().map(|s| s.adapter).collect::<Vec<_>>(), [AdapterId(2)]);
+    b.scheduler.audit().unwrap();
+}
+
+#[test]
 fn an_adapter_that_would_find_every_slot_pinned_is_not_added() {
     let mut b = Bench::new(config(2, 2));
     b.event(Event::PinAdapter(AdapterId(0), true));

@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use super::pool::PoolError;
+use super::error::PoolError;
 use super::slab::{Slab, SlabMaker};
 
 /// How many adapters host memory holds, and where the others lie.

@@ -1,142 +1,18 @@
 //! All adapters of an engine.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use lora_sched::{AdapterId, AdapterSpec};
 use rayon::prelude::*;
 
 use super::disk::{DiskTier, OnDisk, Source, checksum, spill, unspill};
+use super::error::PoolError;
 use super::generate::generate;
-use super::layout::AdapterLayout;
-use super::peft::{PeftError, adapter_folders, read_peft};
-use super::slab::{HostSlabs, Slab, SlabMaker};
+use super::kept::{HostAdapter, KeptAdapter};
+use super::peft::{adapter_folders, read_peft};
+use super::slab::{HostSlabs, SlabMaker};
 use crate::engine::model::ModelSpec;
-
-/// One adapter in host memory.
-#[derive(Debug)]
-pub struct HostAdapter {
-    /// What requests call it.
-    pub name: String,
-    /// Where its matrices are.
-    pub layout: Arc<AdapterLayout>,
-    /// Its matrices.
-    pub slab: Slab,
-}
-
-impl HostAdapter {
-    /// Bytes that a swap copies.
-    pub fn bytes(&self) -> u64 {
-        self.slab.bytes()
-    }
-
-    /// What the scheduler is told about it.
-    pub fn spec(&self) -> AdapterSpec {
-        AdapterSpec::new(self.layout.rank() as u32, self.bytes())
-    }
-}
-
-/// An adapter as the pool keeps it: in host memory, on disk, or both.
-#[derive(Clone, Debug)]
-pub(in crate::engine) struct KeptAdapter {
-    name: String,
-    layout: Arc<AdapterLayout>,
-    spec: AdapterSpec,
-    held: Option<Arc<HostAdapter>>,
-    /// Where it came from, if from a folder.
-    root: Option<String>,
-    disk: Option<OnDisk>,
-}
-
-impl KeptAdapter {
-    fn new(adapter: HostAdapter, root: Option<String>, disk: Option<OnDisk>, held: bool) -> Self {
-        Self {
-            name: adapter.name.clone(),
-            layout: Arc::clone(&adapter.layout),
-            spec: adapter.spec(),
-            held: held.then(|| Arc::new(adapter)),
-            root,
-            disk,
-        }
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub fn spec(&self) -> AdapterSpec {
-        self.spec
-    }
-
-    /// Its host copy, if there is one.
-    pub fn into_memory(self) -> Option<Arc<HostAdapter>> {
-        self.held
-    }
-
-    /// Whether it is in host memory.
-    pub fn is_held(&self) -> bool {
-        self.held.is_some()
-    }
-}
-
-/// A pool that cannot be made or changed.
-#[derive(Debug, thiserror::Error)]
-pub enum PoolError {
-    /// Ranks to generate adapters with.
-    #[error(
-        "adapter rank {rank} is not between 1 and the largest rank, {max_rank}: change --ranks or --max-r"
-    )]
-    Rank {
-        /// The rank.
-        rank: usize,
-        /// The largest.
-        max_rank: usize,
-    },
-    /// Fewer folders than adapters.
-    #[error(
-        "{folder}: {found} adapter folders, {wanted} adapters wanted: lower --total-loras or add folders"
-    )]
-    TooFew {
-        /// The folder of folders.
-        folder: String,
-        /// Folders in it.
-        found: usize,
-        /// Adapters wanted.
-        wanted: usize,
-    },
-    /// A file of the disk tier.
-    #[error("{}: {message}", path.display())]
-    Disk {
-        /// It.
-        path: PathBuf,
-        /// What is wrong with it.
-        message: String,
-    },
-    /// An adapter on disk is not what it was.
-    #[error(
-        "adapter {name}: {} is not what it was when it was loaded ({what}): unload it and load it again",
-        path.display()
-    )]
-    Changed {
-        /// The adapter.
-        name: String,
-        /// Its folder or file.
-        path: PathBuf,
-        /// What differs.
-        what: String,
-    },
-    /// A folder that cannot be used.
-    #[error(transparent)]
-    Peft(#[from] PeftError),
-    /// No memory for a slab.
-    #[error("adapter {name}: {message}")]
-    Slab {
-        /// The adapter.
-        name: String,
-        /// What failed.
-        message: String,
-    },
-}
 
 /// Every adapter of an engine, in host memory or on the disk behind it. Ids are never reused: a removed
 /// adapter leaves a gap.
