@@ -330,7 +330,7 @@ async fn garbage_is_answered_with_an_error_or_a_close() {
 /// Reads a stream to its end. `Err` is the status of a request that was not taken.
 async fn stream(client: Client, url: String, i: usize) -> Result<String, u16> {
     let body = json!({
-        "model": format!("lora-{}", i % 8), "prompt": format!("request {i}"), "max_tokens": 120, "stream": true,
+        "model": format!("lora-{}", i % 8), "prompt": format!("request {i}"), "max_tokens": 400, "stream": true,
         "stream_options": {"include_usage": true},
     });
     let response = client.post(format!("{url}/v1/completions")).json(&body).send().await.unwrap();
@@ -353,11 +353,12 @@ fn sigterm_under_load_lets_streams_end_whole_and_refuses_the_rest() {
     let url = serve.url.clone();
     let client = Client::new();
     let accepted: Vec<_> = (0..24).map(|i| runtime.spawn(stream(client.clone(), url.clone(), i))).collect();
-    let there =
-        |url: &str| metric(url, "vllm:num_requests_running") + metric(url, "vllm:num_requests_waiting");
-    while there(&url) < 24.0 {
+    // All are in before the signal, and few have ended by then.
+    let asked: usize = (0..24).map(|i| format!("request {i}").len() + 1).sum();
+    while metric(&url, "vllm:prompt_tokens_total") < asked as f64 {
         std::thread::sleep(Duration::from_millis(1));
     }
+    assert!(metric(&url, "vllm:num_requests_running") > 0.0);
     signal(&serve, "-TERM");
     let health =
         |url: &str| runtime.block_on(async { reqwest::get(format!("{url}/health")).await.unwrap().status() });
@@ -370,7 +371,7 @@ fn sigterm_under_load_lets_streams_end_whole_and_refuses_the_rest() {
     for task in accepted {
         let text = runtime.block_on(task).unwrap().unwrap();
         assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
-        assert!(text.contains("\"completion_tokens\":120") && !text.contains("\"error\""), "{text}");
+        assert!(text.contains("\"completion_tokens\":400") && !text.contains("\"error\""), "{text}");
     }
     assert_eq!(status(&mut serve), 0);
 }

@@ -68,7 +68,7 @@ struct Output {
 impl Output {
     fn take(&mut self, piece: Piece) {
         self.frames.push(piece.choice, &piece.text);
-        if let Some(parts) = self.sequences.timing().parts {
+        if let Some(parts) = self.sequences.parts() {
             self.frames.set_ttft(parts.total());
         }
         if let Some(finish) = piece.finish {

@@ -152,6 +152,11 @@ impl Sequences {
         self.prompt_tokens.iter().sum()
     }
 
+    /// Receipt to the first token of any sequence, by cause; none before it.
+    pub(super) fn parts(&self) -> Option<PartsS> {
+        self.parts
+    }
+
     /// Receipt to the last piece taken, and what lay between.
     pub(super) fn timing(&self) -> Timing {
         let s = |ns: Nanos| ns as f64 * 1e-9;

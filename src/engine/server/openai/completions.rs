@@ -46,7 +46,7 @@ fn parse(bytes: &[u8], defaults: SamplingDefaults) -> Result<(Common, Vec<Prompt
 /// A string, a list of strings, a list of ids, or a list of lists of ids.
 fn prompts(value: &Value) -> Result<Vec<Prompt>, ApiError> {
     let wrong = |what: String| {
-        let says = "prompt must be a string, a list of strings, a list of token ids, or a list of those";
+        let says = "prompt must be a string, a list of strings, a list of token ids, or a list of such lists";
         ApiError::bad("prompt", format!("{says}, not {what}"))
     };
     let text = |text: &str| Prompt::Text { text: text.to_owned(), special: true };
