@@ -34,12 +34,18 @@ def arguments(description):
                         help="folder for packages and results")
     parser.add_argument("--requests", type=int, default=200, help="of each run")
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second, where the client has rates")
-    parser.add_argument("--emulate", metavar="PROFILE", help="serve this profile's times instead of `tiny` computed")
+    parser.add_argument("--emulate", metavar="PROFILE", help="serve this profile's times [default: those of `tiny`, timed now]")
+    parser.add_argument("--computed", action="store_true", help="compute `tiny` instead of emulating it")
     parser.add_argument("--only", choices=("completions", "chat"), help="one of the two interfaces")
     args = parser.parse_args()
     if not args.program.exists():
         parser.error(f"there is no program at {args.program}: cargo build --release, or give --program")
     args.work.mkdir(parents=True, exist_ok=True)
+    if not args.computed and not args.emulate:
+        # On a small machine the client must have the cores: an engine that only waits leaves them to it.
+        args.emulate = args.work / "tiny.json"
+        if not args.emulate.exists():
+            run([args.program, "-q", "calibrate", "--model", "tiny", "--seconds", "5", "-o", args.emulate])
     args.interfaces = (args.only,) if args.only else ("completions", "chat")
     return args
 

@@ -7,10 +7,10 @@
 
 mod asker;
 mod model;
+mod phases;
 
 use std::time::Duration;
 
-use rand::seq::SliceRandom as _;
 use serde::Serialize;
 
 use super::{holdout, median, quantiles, tool};
@@ -20,10 +20,9 @@ use crate::profile::{
     SwapCosts,
 };
 use crate::report::machine::machine;
-use crate::workload::streams::stream;
 use crate::workload::tokenizer::Tokenizer;
 
-use asker::{Ask, Asker, decode_step_s};
+use asker::Asker;
 
 /// The server and what its operator knows of it.
 #[derive(Clone, Debug)]
@@ -155,10 +154,6 @@ pub struct BlackBoxCalibration {
 
 /// Calls to time the HTTP layers with.
 const ROUND_TRIPS: usize = 30;
-/// Output of requests whose decodes are timed.
-const DECODED: u32 = 48;
-/// Prompt of the same.
-const SHORT_PROMPT: u32 = 32;
 
 /// Times a server that has nothing else to do, and fits its costs. `progress` is told what is under way and
 /// the share done.
@@ -184,112 +179,13 @@ pub async fn calibrate_black_box(
     for _ in 0..ROUND_TRIPS {
         samples.push(BlackBoxSample::RoundTrip { ns: options.endpoint.round_trip(path).await? * 1e9 });
     }
-    resident(&mut asker, &mut samples, |share| progress("resident adapters", 0.1 + 0.35 * share)).await?;
-    not_resident(&mut asker, &mut samples, |share| progress("other adapters", 0.45 + 0.25 * share)).await?;
-    decodes(&mut asker, &mut samples, |share| progress("decodes", 0.7 + 0.3 * share)).await?;
+    phases::resident(&mut asker, &mut samples, |share| progress("resident adapters", 0.1 + 0.35 * share))
+        .await?;
+    phases::not_resident(&mut asker, &mut samples, |share| progress("other adapters", 0.45 + 0.25 * share))
+        .await?;
+    phases::decodes(&mut asker, &mut samples, |share| progress("decodes", 0.7 + 0.3 * share)).await?;
     let profile = fit(options, &samples)?;
     Ok(BlackBoxCalibration { profile, samples })
-}
-
-/// Prompt lengths from 16 to `longest`, each half as long again as the one before, and whether the fit sees
-/// them: every third is held out, the ends never.
-fn lengths(longest: u32) -> Vec<(u32, bool)> {
-    let mut lengths: Vec<u32> =
-        std::iter::successors(Some(16u32), |n| Some(n * 3 / 2)).take_while(|n| *n < longest).collect();
-    lengths.push(longest);
-    let last = lengths.len() - 1;
-    lengths.into_iter().enumerate().map(|(i, n)| (n, i % 3 == 2 && i != last)).collect()
-}
-
-async fn resident(
-    asker: &mut Asker<'_>,
-    samples: &mut Vec<BlackBoxSample>,
-    mut progress: impl FnMut(f64),
-) -> Result<(), BlackBoxError> {
-    let options = asker.options();
-    let each = lengths(options.longest);
-    let mut order: Vec<(u32, bool)> = (0..options.repeats).flat_map(|_| each.iter().copied()).collect();
-    // A drift of the machine must not look like an effect of the length.
-    order.shuffle(&mut stream(options.seed, "black-box"));
-    let last = options.gpu_loras - 1;
-    // Whatever came before, from here on it is resident.
-    asker.one("a resident adapter", Ask { adapter: last, prompt: 16, output: 1 }).await?;
-    for (i, &(prompt, held_out)) in order.iter().enumerate() {
-        let seen = asker.one("a resident adapter", Ask { adapter: last, prompt, output: 1 }).await?;
-        samples.push(BlackBoxSample::Resident {
-            held_out,
-            prompt_tokens: seen.prompt_tokens,
-            ttft_ns: seen.ttft_s * 1e9,
-        });
-        progress(i as f64 / order.len() as f64);
-    }
-    Ok(())
-}
-
-/// In turn through all adapters: under LRU, and under FIFO, each has been evicted when its turn comes.
-async fn not_resident(
-    asker: &mut Asker<'_>,
-    samples: &mut Vec<BlackBoxSample>,
-    mut progress: impl FnMut(f64),
-) -> Result<(), BlackBoxError> {
-    let options = asker.options();
-    let seen_lengths: Vec<u32> = lengths(options.longest).iter().filter(|l| !l.1).map(|l| l.0).collect();
-    let shortest = seen_lengths[0];
-    let prompts = [shortest, seen_lengths[seen_lengths.len() / 2]];
-    // One round to bring the server's order in line with ours, then those that count.
-    let rotation = options.total_loras.min(2 * options.gpu_loras + 2);
-    let count = (4 * options.repeats).max(rotation);
-    for i in 0..rotation + count {
-        let ask = Ask { adapter: i % rotation, prompt: prompts[i as usize % 2], output: 1 };
-        let seen = asker.one("an adapter that is not resident", ask).await?;
-        if i >= rotation {
-            samples.push(BlackBoxSample::NotResident {
-                prompt_tokens: seen.prompt_tokens,
-                ttft_ns: seen.ttft_s * 1e9,
-            });
-        }
-        progress(f64::from(i) / f64::from(rotation + count));
-    }
-    Ok(())
-}
-
-async fn decodes(
-    asker: &mut Asker<'_>,
-    samples: &mut Vec<BlackBoxSample>,
-    mut progress: impl FnMut(f64),
-) -> Result<(), BlackBoxError> {
-    let options = asker.options();
-    let mut batches: Vec<u32> =
-        std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|n| *n < options.max_num_seqs).collect();
-    batches.push(options.max_num_seqs);
-    let last = batches.len() - 1;
-    // Batches of short contexts, each third held out, and a few of one long context and one adapter.
-    let slots = options.gpu_loras;
-    let mut grid: Vec<(u32, u32, u32, bool)> = batches
-        .iter()
-        .enumerate()
-        .map(|(i, &batch)| (batch, SHORT_PROMPT, batch.min(slots), i % 3 == 1 && i != last))
-        .collect();
-    let long = (options.longest / 2).max(SHORT_PROMPT);
-    grid.push((1, long, 1, false));
-    grid.push((batches[last / 2], long, 1, false));
-    grid.push((options.max_num_seqs, SHORT_PROMPT, 1, false));
-    let rounds = options.repeats.clamp(1, 3);
-    let total = grid.len() * rounds as usize;
-    for i in 0..total {
-        let (batch, prompt, adapters, held_out) = grid[i % grid.len()];
-        // All of them resident before the batch, so that no swap falls into it.
-        for adapter in 0..adapters {
-            asker.one("a resident adapter", Ask { adapter, prompt: 16, output: 1 }).await?;
-        }
-        let asks: Vec<Ask> =
-            (0..batch).map(|n| Ask { adapter: n % adapters, prompt, output: DECODED }).collect();
-        let replies = asker.together(&format!("a batch of {batch}"), &asks).await?;
-        let (step_s, context) = decode_step_s(&replies).ok_or(BlackBoxError::TooFewMessages { batch })?;
-        samples.push(BlackBoxSample::Decode { held_out, batch, context, adapters, step_ns: step_s * 1e9 });
-        progress(i as f64 / total as f64);
-    }
-    Ok(())
 }
 
 /// From samples to costs; the clock and the network play no part here.
@@ -358,6 +254,7 @@ fn fit(options: &BlackBoxOptions, samples: &[BlackBoxSample]) -> Result<Profile,
 
 #[cfg(test)]
 mod tests {
+    use super::phases::lengths;
     use super::*;
 
     fn options() -> BlackBoxOptions {
@@ -445,6 +342,6 @@ mod tests {
         assert_eq!((lengths[0], lengths[lengths.len() - 1]), ((16, false), (1000, false)));
         assert!(lengths.windows(2).all(|w| w[0].0 < w[1].0), "{lengths:?}");
         assert!((3..6).contains(&lengths.iter().filter(|l| l.1).count()), "{lengths:?}");
-        assert_eq!(super::lengths(16), [(16, false)]);
+        assert_eq!(phases::lengths(16), [(16, false)]);
     }
 }
