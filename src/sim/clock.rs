@@ -312,10 +312,10 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     }
 
     fn submit_swaps(&mut self) {
-        if self.out.swaps.is_empty() {
+        if self.out.swaps.is_empty() && self.out.fetches.is_empty() {
             return;
         }
-        self.totals.swap_calls += 1;
+        self.totals.swap_calls += u64::from(!self.out.swaps.is_empty());
         self.totals.swaps += self.out.swaps.len() as u64;
         for swap in self.out.swaps.drain(..) {
             self.observer.swap(self.now, &swap);
