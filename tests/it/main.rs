@@ -7,6 +7,8 @@ mod adapter_life;
 #[cfg(feature = "server")]
 mod bench;
 #[cfg(feature = "server")]
+mod black_box;
+#[cfg(feature = "server")]
 mod device_choice;
 #[cfg(feature = "server")]
 mod emulate;
@@ -25,6 +27,8 @@ mod load_support;
 mod models;
 #[cfg(feature = "server")]
 mod openai;
+#[cfg(feature = "server")]
+mod openai_load;
 #[cfg(feature = "server")]
 mod openai_together;
 mod oracles;
