@@ -45,7 +45,7 @@ fn a_server_seen_from_outside_can_be_simulated() {
         ["simulate", "--profile", "bb.json", "--total-loras", "6", "--gpu-loras", "2,6", "-n", "60"];
     let done = program(folder.path()).args(simulate).args(["-o", "r.csv"]).assert().success();
     assert!(stderr(&done).contains("bb.json is a black box"), "{}", stderr(&done));
-    let rows = read_rows(&folder.path().join("r.csv")).unwrap();
+    let rows = read_rows(folder.path().join("r.csv")).unwrap();
     assert!(rows.iter().all(|r| r.swap_mode.as_deref() == Some("blocking") && r.max_num_seqs == Some(4)));
     assert!(rows[0].ttft_swap_mean > rows[1].ttft_swap_mean, "{rows:?}");
     let manifest = Manifest::read(folder.path().join(rows[0].manifest.as_deref().unwrap())).unwrap();
