@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::rig::{Reference, Rig, Share, distance};
 
 const LIMITS: BatchLimits = BatchLimits {
-    max_num_seqs: 2,
+    max_num_seqs: 4,
     max_num_batched_tokens: 64,
     max_model_len: 96,
     block_size: 8,
@@ -150,13 +150,9 @@ fn adapters_with_patterns_of_modules_ranks_and_alphas_give_pefts_logits() {
     assert_eq!(ranks, [2, 12], "the largest rank of any module");
     let mut rig = Rig::of(model, pool, 2, 1, LIMITS);
     for (who, name) in NAMES.iter().enumerate() {
-        let (tokens, want) = (reference.ids("tokens", Some(who)), reference.logits(Some(who)));
-        let mut start = 0;
-        for piece in tokens.chunks(16) {
-            rig.step(&[Share { place: 0, who: Some(who), start, tokens: Some(piece) }]);
-            start += piece.len();
-            let off = distance(rig.executor.logits(0).unwrap(), &want[start - 1]);
-            assert!(off < 1e-4, "{name}, position {}: off by {off}", start - 1);
-        }
+        rig.in_chunks(&reference, Some(who), 16, |position, got, want| {
+            let off = distance(got, want);
+            assert!(off < 1e-4, "{name}, position {position}: off by {off}");
+        });
     }
 }

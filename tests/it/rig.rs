@@ -317,6 +317,57 @@ impl Rig {
         std::iter::from_fn(|| self.executor.wait().ok()).collect()
     }
 
+    /// Runs the reference's tokens of `who` in chunks. `row` gets each chunk's last position, its logits and the
+    /// reference's.
+    pub fn in_chunks(
+        &mut self,
+        reference: &Reference,
+        who: Option<usize>,
+        chunk: usize,
+        mut row: impl FnMut(usize, &[f32], &[f32]),
+    ) {
+        let (tokens, want) = (reference.ids("tokens", who), reference.logits(who));
+        let mut start = 0;
+        for piece in tokens.chunks(chunk) {
+            self.step(&[Share { place: 3, who, start, tokens: Some(piece) }]);
+            start += piece.len();
+            row(start - 1, self.executor.logits(0).unwrap(), &want[start - 1]);
+        }
+    }
+
+    /// Runs the reference's tokens of everyone at once, each sequence going on by its own `pace`, so that single
+    /// tokens and chunks of all adapters meet in one step; a sixth sequence is of an adapter that another one has
+    /// already. `row` gets whose row it is, its position, its logits and the reference's.
+    pub fn in_mixed_batches(
+        &mut self,
+        reference: &Reference,
+        pace: [usize; 6],
+        mut row: impl FnMut(Option<usize>, usize, &[f32], &[f32]),
+    ) {
+        let who = [None, Some(0), Some(1), Some(2), Some(3), Some(1)];
+        let tokens = who.map(|who| reference.ids("tokens", who));
+        let want = who.map(|who| reference.logits(who));
+        let mut at = [0usize; 6];
+        loop {
+            let running: Vec<usize> = (0..6).filter(|i| at[*i] < tokens[*i].len()).collect();
+            if running.is_empty() {
+                return;
+            }
+            let end = |i: usize| tokens[i].len().min(at[i] + pace[i]);
+            let share = |&i: &usize| Share {
+                place: i as u32,
+                who: who[i],
+                start: at[i],
+                tokens: Some(&tokens[i][at[i]..end(i)]),
+            };
+            self.step(&running.iter().map(share).collect::<Vec<_>>());
+            for (index, &i) in running.iter().enumerate() {
+                at[i] = tokens[i].len().min(at[i] + pace[i]);
+                row(who[i], at[i] - 1, self.executor.logits(index).unwrap(), &want[i][at[i] - 1]);
+            }
+        }
+    }
+
     /// The greedy continuation of one prompt alone, or of several in one batch.
     pub fn greedy(&mut self, who: &[Option<usize>], prompts: &[Vec<u32>], n: usize) -> Vec<Vec<u32>> {
         let shares = |start: &dyn Fn(usize) -> usize, first: bool| -> Vec<Share<'_>> {

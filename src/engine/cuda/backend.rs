@@ -10,14 +10,14 @@ use lora_kernels::{
     Event, Gemm, Lora, LoraLimits, LoraScratch, PinnedBuffer, Product, RopeKv, Stream, rope_frequencies,
     rope_table,
 };
-use lora_sched::{AdapterId, Nanos, SlotId};
+use lora_sched::{Nanos, SlotId};
 
 use super::graphs::{GraphKey, Graphs, padded, rounded, shapes};
 use super::meta::Meta;
 use super::slots::CudaSlots;
 use crate::engine::backend::{BackendShape, StepBackend};
 use crate::engine::batch::{Batch, BatchLimits};
-use crate::engine::device::SeqSampler;
+use crate::engine::device::{SeqSampler, StepError};
 use crate::engine::executor::{Sampling, TokenId};
 use crate::engine::model::{Decoder, Destination, Family, ModelSpec};
 
@@ -27,30 +27,9 @@ pub enum CudaStepError {
     /// The device.
     #[error(transparent)]
     Device(#[from] CudaError),
-    /// The slot holds another adapter than the plan says: a bug of the driver.
-    #[error("the plan wants adapter {wanted} in slot {slot}, which holds {}", held.map_or("none".into(), |h| format!("adapter {h}")))]
-    WrongAdapter {
-        /// The slot.
-        slot: SlotId,
-        /// The plan's adapter.
-        wanted: AdapterId,
-        /// What is there.
-        held: Option<AdapterId>,
-    },
-    /// A token id outside the vocabulary.
-    #[error("token id {token} is outside the vocabulary of {vocab}")]
-    UnknownToken {
-        /// The id.
-        token: TokenId,
-        /// Size of the vocabulary.
-        vocab: usize,
-    },
-    /// A sequence samples that was never begun.
-    #[error("place {place} samples, and no sequence has begun there")]
-    NotBegun {
-        /// The place.
-        place: u32,
-    },
+    /// The plan.
+    #[error(transparent)]
+    Step(#[from] StepError),
 }
 
 /// A GPU with its KV cache, slots and scratch memory.
@@ -315,7 +294,7 @@ impl CudaBackend {
         let Pending { ended, ids, logits, logits_at, places, .. } = &mut self.pending;
         places.clear();
         for &place in &batch.sample_places {
-            let sampler = self.samplers[place as usize].as_ref().ok_or(CudaStepError::NotBegun { place })?;
+            let sampler = self.samplers[place as usize].as_ref().ok_or(StepError::NotBegun { place })?;
             places.push((place, !sampler.is_plain()));
         }
         let samples = places.len();
@@ -374,7 +353,7 @@ impl StepBackend for CudaBackend {
         tokens.clear();
         let vocab = self.spec.vocab_size;
         for (i, &(place, on_host)) in places.iter().enumerate() {
-            let sampler = self.samplers[place as usize].as_mut().ok_or(CudaStepError::NotBegun { place })?;
+            let sampler = self.samplers[place as usize].as_mut().ok_or(StepError::NotBegun { place })?;
             let token = if on_host {
                 row.copy_from_slice(&logits[i * vocab..(i + 1) * vocab]);
                 sampler.sample(row, self.allowed_host.as_deref(), scratch)
