@@ -100,6 +100,13 @@ pub(super) struct Shared {
     pub(super) failure: OnceLock<String>,
 }
 
+impl Shared {
+    /// Why the engine takes no more requests, now that it has stopped.
+    pub(super) fn why_stopped(&self) -> String {
+        self.failure.get().cloned().unwrap_or_else(|| "shut down".into())
+    }
+}
+
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("gauges", &self.gauges).finish_non_exhaustive()
@@ -250,7 +257,7 @@ impl Engine {
         let id = shared
             .mailbox
             .submit(Box::new(Submission { active, out: Box::new(out) }))
-            .map_err(|_| SubmitError::Stopped(self.failure().unwrap_or_else(|| "shut down".into())))?;
+            .map_err(|_| SubmitError::Stopped(shared.why_stopped()))?;
         Ok(GenerateHandle { id, received, receiver, shared: shared.clone(), admitted: false, done: false })
     }
 
@@ -291,7 +298,7 @@ impl Engine {
 
     /// A snapshot of its state.
     pub fn stats(&self) -> EngineStats {
-        self.shared.gauges.stats()
+        self.shared.gauges.stats(self.shared.directory.slots())
     }
 
     /// Copies of adapters before and since serving began.

@@ -34,6 +34,17 @@ pub enum SlotView {
     Resident(AdapterId),
 }
 
+impl From<SlotState> for SlotView {
+    /// An adapter that was unloaded is in its slot until its last step is over.
+    fn from(state: SlotState) -> Self {
+        match state {
+            SlotState::Free => Self::Free,
+            SlotState::Loading(adapter) => Self::Loading(adapter),
+            SlotState::Resident(adapter) | SlotState::Retiring(adapter) => Self::Resident(adapter),
+        }
+    }
+}
+
 /// A snapshot of the engine.
 #[derive(Clone, Debug, Default)]
 pub struct EngineStats {
@@ -106,19 +117,18 @@ macro_rules! counters {
         pub(super) struct Gauges {
             $(pub(super) $name: AtomicU64,)+
             parts_ns: [AtomicU64; 6],
-            slots: Mutex<Vec<SlotView>>,
             calls: AtomicU64,
             count: AtomicU64,
             init: Mutex<SwapCounts>,
         }
 
         impl Gauges {
-            /// A snapshot.
-            pub(super) fn stats(&self) -> EngineStats {
+            /// A snapshot; `slots` are the directory's.
+            pub(super) fn stats(&self, slots: Vec<SlotView>) -> EngineStats {
                 EngineStats {
                     $($name: self.$name.load(Relaxed),)+
                     parts_ns: std::array::from_fn(|i| self.parts_ns[i].load(Relaxed)),
-                    slots: self.slots.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+                    slots,
                 }
             }
         }
@@ -159,40 +169,21 @@ counters!(
 impl Gauges {
     /// Adapters `0..gpu_loras` are in their slots.
     pub(super) fn preloaded(&self, gpu_loras: usize) {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        *slots = (0..gpu_loras).map(|i| SlotView::Resident(AdapterId(i as u32))).collect();
         *self.init.lock().unwrap_or_else(PoisonError::into_inner) =
             SwapCounts { swap_calls: u64::from(gpu_loras > 0), swap_count: gpu_loras as u64 };
     }
 
     /// One decision's swaps have been given to the executor.
-    pub(super) fn swaps_begun(&self, swaps: &[SwapPlan]) {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        for swap in swaps {
-            slots[swap.slot.0 as usize] = SlotView::Loading(swap.adapter);
-        }
+    pub(super) fn swaps_begun(&self, swaps: u64) {
         self.calls.fetch_add(1, Relaxed);
-        self.count.fetch_add(swaps.len() as u64, Relaxed);
+        self.count.fetch_add(swaps, Relaxed);
     }
 
     /// A swap has ended.
     pub(super) fn swap_ended(&self, swap: &SwapPlan, took: Nanos) {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        slots[swap.slot.0 as usize] = SlotView::Resident(swap.adapter);
         self.swaps.fetch_add(1, Relaxed);
         self.swap_bytes.fetch_add(swap.bytes, Relaxed);
         self.swap_ns.fetch_add(took, Relaxed);
-    }
-
-    /// How the slots are after a turn: an adapter that was unloaded has left its own.
-    pub(super) fn publish_slots(&self, views: impl Iterator<Item = lora_sched::SlotView>) {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        slots.clear();
-        slots.extend(views.map(|view| match view.state {
-            SlotState::Free => SlotView::Free,
-            SlotState::Loading(adapter) => SlotView::Loading(adapter),
-            SlotState::Resident(adapter) | SlotState::Retiring(adapter) => SlotView::Resident(adapter),
-        }));
     }
 
     /// A request has its first token.

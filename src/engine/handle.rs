@@ -62,9 +62,7 @@ impl GenerateHandle {
             // The stream begins with one of the two unless the engine stopped.
             Some(StreamItem::Delta(_)) | None => {
                 self.done = true;
-                Err(SubmitError::Stopped(
-                    self.shared.failure.get().cloned().unwrap_or_else(|| "shut down".into()),
-                ))
+                Err(SubmitError::Stopped(self.shared.why_stopped()))
             }
         }
     }

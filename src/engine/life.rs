@@ -8,7 +8,7 @@ use lora_sched::{AdapterId, EventError};
 use super::adapters::{AdapterView, HostAdapter, NameTaken, PoolError};
 use super::channel::{Receiver, Sender, channel};
 use super::facade::{Engine, Shared};
-use super::step_loop::{Change, NewAdapter};
+use super::step_loop::Change;
 
 /// A change to an engine's adapters that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -111,10 +111,7 @@ impl Pending {
                 Ok(id) => Ok(Made { id, _memory: memory }),
                 Err(error) => Err(AdapterError::Refused(error)),
             },
-            None => {
-                let why = self.shared.failure.get().cloned();
-                Err(AdapterError::Stopped(why.unwrap_or_else(|| "shut down".into())))
-            }
+            None => Err(AdapterError::Stopped(self.shared.why_stopped())),
         }
     }
 }
@@ -165,8 +162,7 @@ impl Engine {
             return Err(AdapterError::NoFolder { path: folder.to_owned() });
         }
         let adapter = pool.prepare(name, folder)?;
-        let root = folder.display().to_string();
-        self.change(|reply| Change::Add(Box::new(NewAdapter { root, adapter }), reply))?.wait()
+        self.change(|reply| Change::Add(Box::new(adapter), reply))?.wait()
     }
 
     /// Takes no more requests for an adapter, lets those that it has end, and then forgets it.

@@ -160,8 +160,6 @@ impl Manifest {
     }
 }
 
-/// Makes absolute paths below `here` relative to it: where a checkout lies says nothing of a run, and
-/// the same run from another checkout has the same settings.
 /// The manifests beside `csv` that these rows, or the file itself, have. One that cannot be read is left out.
 pub fn of_results<'a>(csv: &[PathBuf], names: impl Iterator<Item = &'a str>) -> Vec<Manifest> {
     let names: BTreeSet<&str> = names.collect();
@@ -172,6 +170,8 @@ pub fn of_results<'a>(csv: &[PathBuf], names: impl Iterator<Item = &'a str>) -> 
     paths.iter().filter_map(|p| Manifest::read(p).ok()).collect()
 }
 
+/// Makes absolute paths below `here` relative to it: where a checkout lies says nothing of a run, and
+/// the same run from another checkout has the same settings.
 fn make_relative(config: &mut Value, here: &Path) {
     match config {
         Value::String(text) => {

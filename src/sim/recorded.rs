@@ -133,15 +133,15 @@ impl Recorded {
             });
         }
 
-        let mut swaps: Vec<(Nanos, usize, RecordedSwap)> = Vec::new();
+        let mut swaps: Vec<(Nanos, RecordedSwap)> = Vec::new();
         for line in lines {
             if let LogLine::Swap { adapter, slot, evicted, prefetch, decided, done, .. } = *line {
                 let swap = RecordedSwap { adapter, slot, evicted, prefetch, took: done - decided };
-                swaps.push((decided, swaps.len(), swap));
+                swaps.push((decided, swap));
             }
         }
-        swaps.sort_by_key(|s| (s.0, s.1));
-        let swaps = swaps.into_iter().map(|s| s.2).collect();
+        swaps.sort_by_key(|s| s.0);
+        let swaps = swaps.into_iter().map(|s| s.1).collect();
         let fetches = fetches(lines);
         Ok(Self { config, inputs, gaps, steps, swaps, fetches, ttft })
     }
@@ -168,14 +168,14 @@ fn fetches(lines: &[LogLine]) -> Vec<RecordedFetch> {
             LogLine::Fetch { adapter, evicted, decided, done, .. } => {
                 let failed = failed.contains(&done);
                 let fetch = RecordedFetch { adapter, evicted, took: done - decided, failed };
-                fetches.push((decided, fetches.len(), fetch));
+                fetches.push((decided, fetch));
             }
             _ => {}
         }
     }
     // Of those decided at once, the first asked for ends first: the disk's thread keeps to the order.
-    fetches.sort_by_key(|f| (f.0, f.1));
-    fetches.into_iter().map(|f| f.2).collect()
+    fetches.sort_by_key(|f| f.0);
+    fetches.into_iter().map(|f| f.1).collect()
 }
 
 /// Log id → number of the arrival, counted from 0 over those that were taken.

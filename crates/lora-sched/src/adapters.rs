@@ -98,26 +98,20 @@ impl Scheduler {
     /// A removed adapter that nobody uses any more gives up its slot and its place in host memory.
     pub(crate) fn retire_if_drained(&mut self, group: u32, out: &mut Outbox) {
         let g = self.queue.group(group);
-        if !g.removed || g.live > 0 {
+        let slot = g.slot;
+        // What is under way completes first.
+        let under_way = g.host == HostState::Fetching || slot.is_some_and(|slot| self.slots.is_loading(slot));
+        if !g.removed || g.live > 0 || under_way {
             return;
         }
         let adapter = AdapterId(group - 1);
-        let (slot, host) = (g.slot, g.host);
-        match slot {
-            // What is under way completes first.
-            None if host == HostState::Fetching => {}
-            Some(slot) if self.slots.is_loading(slot) => {}
-            None => {
-                self.leave_host(group);
-                out.notices.push(Notice::AdapterGone(adapter));
-            }
-            Some(slot) => {
-                self.leave_host(group);
-                self.unload(adapter);
-                if self.slots.retire(slot) {
-                    out.notices.push(Notice::AdapterGone(adapter));
-                }
-            }
+        self.leave_host(group);
+        let empty = slot.is_none_or(|slot| {
+            self.unload(adapter);
+            self.slots.retire(slot)
+        });
+        if empty {
+            out.notices.push(Notice::AdapterGone(adapter));
         }
     }
 }

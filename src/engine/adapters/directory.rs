@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use lora_sched::{AdapterId, AdapterSpec, Nanos, SlotState, SlotView};
 
+use crate::engine::gauges;
+
 /// Where an adapter is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
@@ -148,7 +150,7 @@ pub(in crate::engine) enum NameTaken {
 #[derive(Debug, Default)]
 pub(in crate::engine) struct Directory {
     book: RwLock<Book>,
-    /// The slots after the step loop's last turn.
+    /// The slots as the step loop last told them.
     slots: Mutex<Vec<SlotView>>,
 }
 
@@ -287,11 +289,17 @@ impl Directory {
         }
     }
 
-    /// How the slots are after a turn of the step loop.
+    /// How the slots are: after a copy has begun or ended, and after a turn of the step loop.
     pub fn publish(&self, slots: impl Iterator<Item = SlotView>) {
         let mut held = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         held.clear();
         held.extend(slots);
+    }
+
+    /// What each slot holds.
+    pub fn slots(&self) -> Vec<gauges::SlotView> {
+        let held = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        held.iter().map(|view| view.state.into()).collect()
     }
 
     /// Every adapter, in order of ids; those that are being unloaded are among them until they have gone.

@@ -59,6 +59,11 @@ impl KeptAdapter {
         &self.name
     }
 
+    /// The folder that it came from, or its own name if it was generated.
+    pub fn root(&self) -> &str {
+        self.root.as_deref().unwrap_or(&self.name)
+    }
+
     pub fn spec(&self) -> AdapterSpec {
         self.spec
     }

@@ -220,11 +220,17 @@ fn adapted(
         root.get_or_insert_with(|| key[..key.len() - inner.len()].to_owned());
         let slot = &mut found[layer * modules.len() + module];
         let mine = format!("{stem}.{this}{infix}.weight");
-        if slot.as_ref().is_some_and(|m| !m.tensors.contains(&mine)) {
-            return Err(wrong("its module has another pair of matrices under another name".into()));
+        match slot {
+            Some(module) if !module.tensors.contains(&mine) => {
+                return Err(wrong("its module has another pair of matrices under another name".into()));
+            }
+            // Its other half came first.
+            Some(_) => {}
+            None => {
+                let tensors = if half == 0 { [mine, partner] } else { [partner, mine] };
+                *slot = Some(Module { tensors, rank: config.rank(key)?, scale: config.scale(key)? });
+            }
         }
-        let tensors = if half == 0 { [mine, partner] } else { [partner, mine] };
-        *slot = Some(Module { tensors, rank: config.rank(key)?, scale: config.scale(key)? });
     }
     let Some(root) = root else {
         return Err(PeftError::Unreadable {

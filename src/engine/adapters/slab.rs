@@ -113,20 +113,16 @@ impl SlabMaker for HostSlabs {
 /// How the parts of a generated adapter are drawn: one stream after the other, in the slab's order.
 pub(super) fn drawn_parts(
     layout: &AdapterLayout,
-    modules: usize,
     stream: Uniform,
     bounds: impl Fn(usize, usize) -> (f32, f32),
 ) -> Vec<(Range<usize>, Uniform)> {
-    let mut parts = Vec::with_capacity(2 * layout.layers() * modules);
-    for layer in 0..layout.layers() {
-        for module in 0..modules {
-            let Some(part) = layout.part(layer, module) else { continue };
-            let (a, b) = bounds(part.inputs, layout.rank());
-            let middle = part.offset + layout.rank() * part.inputs;
-            let end = middle + layout.rank() * part.outputs;
-            parts.push((part.offset..middle, Uniform { skip: part.offset, bound: a, ..stream }));
-            parts.push((middle..end, Uniform { skip: middle, bound: b, ..stream }));
-        }
+    let mut parts = Vec::with_capacity(2 * layout.parts().len());
+    for part in layout.parts().iter().flatten() {
+        let (a, b) = bounds(part.inputs, layout.rank());
+        let middle = part.offset + layout.rank() * part.inputs;
+        let end = middle + layout.rank() * part.outputs;
+        parts.push((part.offset..middle, Uniform { skip: part.offset, bound: a, ..stream }));
+        parts.push((middle..end, Uniform { skip: middle, bound: b, ..stream }));
     }
     parts
 }

@@ -40,7 +40,6 @@ pub struct Loaded {
     pub tokenizer_said: String,
     /// Where the weights come from, to be shown at start.
     pub weights_said: String,
-    dummy: bool,
     generation: GenerationConfig,
     allowed: Option<Vec<bool>>,
     max_model_len: usize,
@@ -99,7 +98,6 @@ impl Loaded {
             tokenizer,
             tokenizer_said,
             weights_said,
-            dummy,
             generation,
             allowed,
             max_model_len,
@@ -124,11 +122,6 @@ impl Loaded {
     /// The adapters.
     pub fn pool(&self) -> &Arc<HostPool> {
         &self.pool
-    }
-
-    /// Whether the weights are drawn from the seed.
-    pub fn has_dummy_weights(&self) -> bool {
-        self.dummy
     }
 
     /// What a request gets where it says nothing: the model's `generation_config.json`.

@@ -16,18 +16,11 @@ use crate::engine::life::Reply;
 /// A change to the adapters, and who is told what came of it.
 pub(in crate::engine) enum Change {
     /// A new one.
-    Add(Box<NewAdapter>, Sender<Reply>),
+    Add(Box<KeptAdapter>, Sender<Reply>),
     /// No new requests for it; told when it has gone.
     Remove(AdapterId, Sender<Reply>),
     /// The user's pin.
     Pin(AdapterId, bool, Sender<Reply>),
-}
-
-/// An adapter on its way in.
-pub(in crate::engine) struct NewAdapter {
-    /// Where it came from.
-    pub(in crate::engine) root: String,
-    pub(in crate::engine) adapter: KeptAdapter,
 }
 
 /// A read that is under way.
@@ -41,7 +34,7 @@ pub(super) struct OpenFetch {
 impl StepLoop {
     pub(super) fn change(&mut self, t: Nanos, change: Change) {
         match change {
-            Change::Add(new, to) => self.add(t, *new, to),
+            Change::Add(adapter, to) => self.add(t, *adapter, to),
             Change::Remove(id, to) => {
                 match self.scheduler.handle(t, Event::RemoveAdapter(id), &mut self.outbox) {
                     Ok(()) => {
@@ -64,15 +57,14 @@ impl StepLoop {
         }
     }
 
-    fn add(&mut self, t: Nanos, new: NewAdapter, to: Sender<Reply>) {
-        let NewAdapter { root, adapter } = new;
+    fn add(&mut self, t: Nanos, adapter: KeptAdapter, to: Sender<Reply>) {
         let (id, spec) = (self.scheduler.next_adapter(), adapter.spec());
         if let Err(error) = self.scheduler.handle(t, Event::AddAdapter(spec), &mut self.outbox) {
             self.replies.push((to, Reply { outcome: Err(error), memory: adapter.into_memory() }));
             return;
         }
         self.recorder.add_adapter(t, id, spec);
-        self.directory.added(id, adapter.name(), &root, spec, adapter.is_held());
+        self.directory.added(id, adapter.name(), adapter.root(), spec, adapter.is_held());
         if let Some(pool) = &self.pool {
             pool.insert(id, adapter);
         }

@@ -18,8 +18,8 @@ use lora_sched::{
 };
 
 pub(super) use active::{Active, Submission};
+pub(super) use adapters::Change;
 use adapters::OpenFetch;
-pub(super) use adapters::{Change, NewAdapter};
 pub(super) use mailbox::Mailbox;
 use mailbox::Message;
 use record::Recorder;
@@ -272,6 +272,7 @@ impl StepLoop {
         self.recorder.swap_done(t, &plan, [decided, submitted, started, ended]);
         self.gauges.swap_ended(&plan, t - submitted);
         self.directory.swapped(plan.adapter);
+        self.directory.publish(self.scheduler.slots());
         self.settle(t)?;
         self.awaited.retain(|&s| s != slot);
         self.submit_if_ready()
@@ -325,7 +326,8 @@ impl StepLoop {
             self.executor.submit_swap(plan)?;
         }
         if !self.outbox.swaps.is_empty() {
-            self.gauges.swaps_begun(&self.outbox.swaps);
+            self.gauges.swaps_begun(self.outbox.swaps.len() as u64);
+            self.directory.publish(self.scheduler.slots());
         }
         self.start_fetches(t)?;
         let notices = std::mem::take(&mut self.outbox.notices);
@@ -378,7 +380,6 @@ impl StepLoop {
         self.gauges.pins.store(self.scheduler.slots().map(|s| u64::from(s.pins)).sum(), Relaxed);
         self.gauges.swaps_open.store(self.swaps.len() as u64, Relaxed);
         self.gauges.tracked.store(self.active.len() as u64, Relaxed);
-        self.gauges.publish_slots(self.scheduler.slots());
         self.directory.publish(self.scheduler.slots());
     }
 }
