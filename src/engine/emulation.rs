@@ -79,6 +79,7 @@ impl Emulation {
             max_r: ranks.iter().copied().max().unwrap_or(0) as usize,
             ranks: super::server::cycle(ranks),
             sampling: SamplingDefaults::default(),
+            template: super::server::chat_template(&self.tokenizer),
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use lora_hbm::engine::emulated::EmulatedExecutor;
 use lora_hbm::engine::model::SamplingDefaults;
-use lora_hbm::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
+use lora_hbm::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions, chat_template};
 use lora_hbm::engine::{Engine, EngineConfig, EngineStats, GenerateParams, GenerateRequest};
 use lora_hbm::report::decision_log::DecisionLog;
 use lora_hbm::workload::tokenizer::Tokenizer;
@@ -127,6 +127,7 @@ pub fn info(config: &Config) -> ServerInfo {
         ranks: config.adapters.iter().map(|a| a.rank).collect(),
         max_r: 8,
         sampling: SamplingDefaults::default(),
+        template: chat_template(&Tokenizer::byte_level()),
     }
 }
 

@@ -16,7 +16,6 @@ use crate::engine::emulation::Emulation;
 use crate::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
-use crate::workload::tokenizer::ChatTemplate;
 pub use flags::ServeArgs;
 use flags::{ServeSettings, seconds};
 
@@ -161,7 +160,8 @@ fn load(
     );
     tracing::info!("device: {}", loaded.device_said());
     tracing::info!("tokenizer: {}", loaded.tokenizer_said);
-    match ChatTemplate::of(loaded.tokenizer()) {
+    let info = ServerInfo::of(&loaded, gpu_loras);
+    match &info.template {
         Ok(template) => tracing::info!("chat template: {}", template.said()),
         Err(e) => tracing::warn!("no chat: {e}"),
     }
@@ -184,7 +184,6 @@ fn load(
         }
         None => None,
     };
-    let info = ServerInfo::of(&loaded, gpu_loras);
     let engine = loaded.start(gpu_loras, log).map_err(failure)?;
     tracing::info!("adapters 0 to {} are in their slots; warm", gpu_loras - 1);
     Ok((engine, info))

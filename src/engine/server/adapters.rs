@@ -159,7 +159,6 @@ pub(super) async fn unload(Shared(state): Shared<Arc<State>>, request: Request) 
 }
 
 async fn parse<T: DeserializeOwned>(request: Request, state: &State) -> Result<T, ApiError> {
-    body::expect_json(request.headers())?;
     let bytes = body::read(request, &state.limits).await?;
     serde_json::from_slice(&bytes)
         .map_err(|e| ApiError::malformed(format!("the body is not what it should be: {e}")))

@@ -44,7 +44,7 @@ const DISCARD_LIMIT: usize = 64 << 20;
 const DISCARD_TIME: Duration = Duration::from_secs(5);
 
 /// Refuses a content type that is not JSON; none at all is taken for JSON.
-pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), ApiError> {
+fn expect_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
     let text = String::from_utf8_lossy(value.as_bytes());
     let essence = text.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
@@ -55,8 +55,9 @@ pub(super) fn expect_json(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-/// The whole body.
+/// The whole body, which must be JSON by its content type.
 pub(super) async fn read(request: Request, limits: &Limits) -> Result<Bytes, ApiError> {
+    expect_json(request.headers())?;
     let waits = request.headers().contains_key(header::EXPECT);
     let body = request.into_body();
     if waits && body.size_hint().lower() > limits.body_bytes as u64 {

@@ -105,12 +105,13 @@ impl ApiError {
     }
 }
 
-impl From<SubmitError> for ApiError {
-    fn from(error: SubmitError) -> Self {
+impl ApiError {
+    /// A request that the engine does not take; `adapter` is what the client calls the adapter's name.
+    pub(super) fn refused(error: SubmitError, adapter: &'static str) -> Self {
         let message = error.to_string();
         match error {
             _ if error.is_overload() => Self::unavailable(message),
-            SubmitError::Refused(EventError::UnknownAdapter(_)) => Self::not_found(Some("model_id"), message),
+            SubmitError::Refused(EventError::UnknownAdapter(_)) => Self::not_found(Some(adapter), message),
             SubmitError::Refused(EventError::AdapterFailed(_)) => Self::internal(message),
             SubmitError::Refused(EventError::TooLong { tokens, max_model_len }) => Self::bad(
                 "prompt",

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use axum::extract::Request;
 use bytes::Bytes;
-use lora_sched::{AdapterId, EventError};
+use lora_sched::AdapterId;
 use tower_http::request_id::RequestId;
 
 use super::body;
 use super::error::ApiError;
 use super::sequences::Sequences;
 use super::state::{InFlight, ServerInfo, State};
-use crate::engine::{Engine, GenerateParams, GenerateRequest, SubmitError};
+use crate::engine::{Engine, GenerateParams, GenerateRequest};
 
 /// When a request's head had been read; put there by the listener.
 #[derive(Clone, Copy, Debug)]
@@ -20,7 +20,7 @@ pub(super) struct Received(pub(super) Instant);
 
 /// Prompts of at least this many bytes are tokenised on a blocking thread: under a tenth of a
 /// millisecond of work is not worth the two hand-overs.
-pub(super) const INLINE_BYTES: usize = 1024;
+const INLINE_BYTES: usize = 1024;
 /// Sequences that one request may ask for, over all its prompts.
 const MAX_SEQUENCES: usize = 1024;
 
@@ -65,7 +65,6 @@ impl Intake {
         let id = request.extensions().get::<RequestId>().and_then(|id| id.header_value().to_str().ok());
         let id = id.unwrap_or_default().to_owned();
         state.serving()?;
-        body::expect_json(request.headers())?;
         let body = body::read(request, &state.limits).await?;
         // Counted only now: a client that does not go on sending must not hold up a drain.
         let guard = InFlight::new(state);
@@ -94,12 +93,7 @@ impl Intake {
             );
             return Err(ApiError::bad("prompt", message));
         }
-        let refused = |error: SubmitError| match error {
-            SubmitError::Refused(EventError::UnknownAdapter(_)) => {
-                ApiError::not_found(Some(ask.adapter_param), error.to_string())
-            }
-            error => error.into(),
-        };
+        let refused = |error| ApiError::refused(error, ask.adapter_param);
         let mut requests = Vec::with_capacity(asked);
         for prompt in &ask.prompts {
             for i in 0..ask.n {
@@ -134,15 +128,21 @@ pub(super) async fn tokenize(
     param: &'static str,
 ) -> Result<Vec<Vec<u32>>, ApiError> {
     let bytes = |p: &Prompt| if let Prompt::Text { text, .. } = p { text.len() } else { 0 };
-    let all = if prompts.iter().map(bytes).sum::<usize>() < INLINE_BYTES {
-        encode(prompts, engine, param)?
-    } else {
-        let engine = engine.clone();
-        tokio::task::spawn_blocking(move || encode(prompts, &engine, param))
-            .await
-            .map_err(|e| ApiError::internal(format!("tokenising failed: {e}")))??
-    };
-    Ok(all)
+    let all = prompts.iter().map(bytes).sum();
+    let engine = engine.clone();
+    tokenising(all, move || encode(prompts, &engine, param)).await?
+}
+
+/// Does `work` on a text of `bytes`: here, or on a blocking thread if it takes longer.
+pub(super) async fn tokenising<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    if bytes < INLINE_BYTES {
+        return Ok(work());
+    }
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| ApiError::internal(format!("tokenising failed: {e}")))
 }
 
 fn encode(prompts: Vec<Prompt>, engine: &Engine, param: &'static str) -> Result<Vec<Vec<u32>>, ApiError> {

@@ -26,5 +26,5 @@ mod state;
 pub use body::Limits;
 pub use listener::{BindError, Ended, Handle, Server, ServerOptions};
 pub use local::{LocalError, LocalServer};
-pub use state::ServerInfo;
 pub(super) use state::cycle;
+pub use state::{ServerInfo, chat_template};

@@ -14,7 +14,7 @@ use super::observed::Observed;
 use crate::engine::Engine;
 use crate::engine::model::SamplingDefaults;
 use crate::engine::setup::Loaded;
-use crate::workload::tokenizer::{ChatTemplate, TokenizerSource};
+use crate::workload::tokenizer::{ChatTemplate, Tokenizer, TokenizerSource};
 
 /// What `/health` and `/v1/models` say about the engine.
 #[derive(Clone, Debug, Serialize)]
@@ -49,6 +49,9 @@ pub struct ServerInfo {
     /// What a request of OpenAI's endpoints gets where it says nothing.
     #[serde(skip)]
     pub sampling: SamplingDefaults,
+    /// How conversations become prompts, or why they cannot.
+    #[serde(skip)]
+    pub template: Result<Arc<ChatTemplate>, String>,
 }
 
 impl ServerInfo {
@@ -75,8 +78,14 @@ impl ServerInfo {
             ranks: cycle(config.adapters.iter().map(|a| a.rank).collect()),
             max_r: settings.max_r,
             sampling: loaded.sampling_defaults(),
+            template: chat_template(loaded.tokenizer()),
         }
     }
+}
+
+/// How conversations become prompts of this tokenizer, or why they cannot.
+pub fn chat_template(tokenizer: &Tokenizer) -> Result<Arc<ChatTemplate>, String> {
+    ChatTemplate::of(tokenizer).map(Arc::new).map_err(|e| e.to_string())
 }
 
 /// The shortest beginning of `ranks` that gives all of them when it is gone through again and again.
@@ -114,8 +123,6 @@ pub(super) struct State {
     pub(super) created: u64,
     pub(super) limits: Limits,
     pub(super) observed: Observed,
-    /// How conversations become prompts, or why they cannot.
-    template: OnceLock<Result<Arc<ChatTemplate>, String>>,
 }
 
 impl State {
@@ -130,25 +137,20 @@ impl State {
             created,
             limits,
             observed: Observed::new(),
-            template: OnceLock::new(),
         }
     }
 
     /// The engine is there and warm. A second engine is not taken.
     pub(super) fn ready(&self, engine: Arc<Engine>, info: ServerInfo) {
-        let template = ChatTemplate::of(engine.tokenizer()).map(Arc::new).map_err(|e| e.to_string());
-        let _ = self.template.set(template);
         let _ = self.info.set(info);
         let _ = self.engine.set(engine);
     }
 
     /// How conversations become prompts.
     pub(super) fn template(&self) -> Result<&Arc<ChatTemplate>, ApiError> {
-        match self.template.get() {
-            Some(Ok(template)) => Ok(template),
-            Some(Err(why)) => Err(ApiError::internal(format!("this model takes no conversations: {why}"))),
-            None => Err(ApiError::unavailable("the model is being loaded")),
-        }
+        let (_, info) = self.loaded()?;
+        let no = |why| ApiError::internal(format!("this model takes no conversations: {why}"));
+        info.template.as_ref().map_err(no)
     }
 
     pub(super) fn start_draining(&self) {

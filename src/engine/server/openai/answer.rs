@@ -3,6 +3,7 @@
 use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -119,7 +120,7 @@ impl Answer {
         first: bool,
         finish: Option<Finish>,
         usage: Option<Usage>,
-    ) -> String {
+    ) -> Bytes {
         let said = match self.kind {
             Kind::Completion => Said::Text { text },
             Kind::Chat => Said::Delta { delta: Delta { role: first.then_some("assistant"), content: text } },
@@ -129,20 +130,23 @@ impl Answer {
     }
 
     /// The event after the last piece.
-    pub(super) fn tail(&self, sequences: &Sequences) -> String {
+    pub(super) fn tail(&self, sequences: &Sequences) -> Bytes {
         let usage = self.shape.include_usage.then(|| Usage::of(sequences));
         self.event(&[], usage, self.shape.metrics.then(|| metrics(&sequences.timing())))
     }
 
-    fn event(&self, choices: &[Choice<'_>], usage: Option<Usage>, metrics: Option<Value>) -> String {
+    fn event(&self, choices: &[Choice<'_>], usage: Option<Usage>, metrics: Option<Value>) -> Bytes {
         let object = match self.kind {
             Kind::Completion => "text_completion",
             Kind::Chat => "chat.completion.chunk",
         };
         let (id, model) = (&self.id, &self.model);
         let event = Event { id, object, created: self.created, model, choices, usage, metrics };
-        // Strings and numbers: nothing that could fail.
-        serde_json::to_string(&event).unwrap_or_default()
+        let mut written = b"data: ".to_vec();
+        // Strings and numbers, into memory: nothing that could fail.
+        let _ = serde_json::to_writer(&mut written, &event);
+        written.extend_from_slice(b"\n\n");
+        written.into()
     }
 
     async fn whole(self, mut sequences: Sequences) -> Result<Response, ApiError> {

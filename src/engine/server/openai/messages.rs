@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::kind;
-use crate::engine::server::intake::INLINE_BYTES;
+use crate::engine::server::intake::tokenising;
 use crate::engine::server::state::State;
 use crate::workload::tokenizer::Message;
 
@@ -15,13 +15,7 @@ pub(super) async fn encode(messages: Option<&Value>, state: &State) -> Result<Ve
     let messages = parse(messages)?;
     let template = Arc::clone(state.template()?);
     let bytes: usize = messages.iter().map(|m| m.content.len()).sum();
-    let encoded = if bytes < INLINE_BYTES {
-        template.encode(&messages, true)
-    } else {
-        tokio::task::spawn_blocking(move || template.encode(&messages, true))
-            .await
-            .map_err(|e| ApiError::internal(format!("tokenising failed: {e}")))?
-    };
+    let encoded = tokenising(bytes, move || template.encode(&messages, true)).await?;
     encoded.map_err(|e| ApiError::bad("messages", e.to_string()))
 }
 

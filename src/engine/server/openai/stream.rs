@@ -37,7 +37,7 @@ impl Events {
 
     /// None for a piece that has nothing to tell: half a character, or what may be half a stop string. An
     /// event without text would be taken for a token.
-    fn piece(&mut self, piece: &Piece) -> Option<String> {
+    fn piece(&mut self, piece: &Piece) -> Option<Bytes> {
         if piece.text.is_empty() && piece.finish.is_none() {
             return None;
         }
@@ -55,7 +55,7 @@ impl Stream for Events {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         loop {
-            let text = match this.at {
+            let event = match this.at {
                 At::Over => return Poll::Ready(None),
                 At::Pieces => match this.sequences.poll_next(cx) {
                     Poll::Pending => return Poll::Pending,
@@ -66,23 +66,23 @@ impl Stream for Events {
                     }
                     Poll::Ready(Some(Piece { broken: Some(error), .. })) => {
                         this.at = At::Over;
-                        format!("data: {}\n\n{DONE}", error.body())
+                        format!("data: {}\n\n{DONE}", error.body()).into()
                     }
                     Poll::Ready(Some(piece)) => match this.piece(&piece) {
-                        Some(event) => format!("data: {event}\n\n"),
+                        Some(event) => event,
                         None => continue,
                     },
                 },
                 At::Tail => {
                     this.at = At::Done;
-                    format!("data: {}\n\n", this.answer.tail(&this.sequences))
+                    this.answer.tail(&this.sequences)
                 }
                 At::Done => {
                     this.at = At::Over;
-                    DONE.to_owned()
+                    Bytes::from_static(DONE.as_bytes())
                 }
             };
-            return Poll::Ready(Some(Ok(text.into())));
+            return Poll::Ready(Some(Ok(event)));
         }
     }
 }
