@@ -2,7 +2,7 @@
 
 mod endpoint;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -86,12 +86,23 @@ pub fn run(args: &CalibrateArgs, ctx: &Context) -> Result<(), Failure> {
         seed: settings.seed,
     };
     let calibration = with_progress(&options)?;
-    let profile = write(calibration.profile, &calibration.samples, &settings.out)?;
+    conclude(ctx, calibration.profile, &calibration.samples, &settings.out, print)
+}
+
+/// Writes the profile with its samples and says what it is.
+fn conclude(
+    ctx: &Context,
+    profile: Profile,
+    samples: &[impl Serialize],
+    out: &Path,
+    print: impl FnOnce(&Profile),
+) -> Result<(), Failure> {
+    let profile = write(profile, samples, out)?;
     match ctx.format {
         OutputFormat::Json => println!("{}", serde_json::to_string(&profile).map_err(Failure::failed)?),
         OutputFormat::Table => {
             print(&profile);
-            println!("profile: {}", settings.out.display());
+            println!("profile: {}", out.display());
         }
     }
     Ok(())
@@ -109,11 +120,7 @@ pub(super) fn with_progress(options: &CalibrateOptions) -> Result<Calibration, F
 }
 
 /// Writes the samples, then the profile that names them.
-pub(super) fn write(
-    profile: Profile,
-    raw: &[impl Serialize],
-    out: &std::path::Path,
-) -> Result<Profile, Failure> {
+pub(super) fn write(profile: Profile, raw: &[impl Serialize], out: &Path) -> Result<Profile, Failure> {
     let samples = out.with_extension("samples.jsonl");
     let mut lines = String::new();
     for sample in raw {

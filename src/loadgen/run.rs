@@ -109,7 +109,6 @@ pub async fn run_load(
     };
     let reason = cut_short.clone().unwrap_or_else(|| "its task failed".to_owned());
     let lags: Vec<f64> = slots.iter().flatten().map(|s| s.record.sent_s - s.record.scheduled_s).collect();
-    let mut faults = BTreeMap::new();
     let mut outcome = LoadOutcome {
         records: Vec::with_capacity(requests.len()),
         token_times: Vec::with_capacity(requests.len()),
@@ -128,12 +127,11 @@ pub async fn run_load(
             }
         };
         if let Some(kind) = fault {
-            *faults.entry(kind).or_default() += 1;
+            *outcome.faults.entry(kind).or_default() += 1;
         }
         outcome.records.push(record);
         outcome.token_times.push(times);
     }
-    outcome.faults = faults;
     outcome
 }
 

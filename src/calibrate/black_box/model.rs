@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use nalgebra::{DMatrix, DVector};
-
 use super::{BlackBoxOptions, BlackBoxSample};
-use crate::calibrate::{fit, median};
+use crate::calibrate::{fit_costs, median, ranges};
 use crate::profile::{CostModel, Feature, StepCosts, StepShape};
 
 /// Steps that were timed together: one decode, or the chunks of a prompt.
@@ -93,8 +91,7 @@ fn decode(options: &BlackBoxOptions, batch: u32, adapters: u32, context: u64) ->
 
 /// Few terms: what is seen from outside does not tell more apart.
 fn features() -> Vec<Feature> {
-    let knots = [0, 64, 256, 1024];
-    let tokens = (0..knots.len()).map(|i| Feature::Tokens { from: knots[i], to: knots.get(i + 1).copied() });
+    let tokens = ranges(&[0, 64, 256, 1024]).map(|(from, to)| Feature::Tokens { from, to });
     let others = [
         Feature::Prefills,
         Feature::PrefillPairs,
@@ -112,13 +109,7 @@ pub(super) fn fit_steps(points: &[Point]) -> StepCosts {
         let point: &Point = &points[row];
         point.steps.iter().map(|s| features[column].of(s) as f64).sum::<f64>() / point.ns
     };
-    let a = DMatrix::from_fn(points.len(), features.len(), value);
-    let b = DVector::from_element(points.len(), 1.0);
-    let costs = fit::nnls(&a, &b);
-    StepCosts {
-        features: features.iter().map(Feature::to_string).collect(),
-        coef_ns: costs.iter().copied().collect(),
-    }
+    fit_costs(&features, points.len(), value)
 }
 
 /// What a request to an adapter that is not resident takes longer: the median over samples, each less the

@@ -5,12 +5,12 @@ use std::time::Duration;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::{CalibrateSettings, write};
+use super::{CalibrateSettings, conclude};
 use crate::calibrate::{BlackBoxOptions, calibrate_black_box};
 use crate::cli::client::{self, Api, ApiArgs, ClientSettings, ranks};
 use crate::cli::engine_args::EngineFlags;
 use crate::cli::failure::Failure;
-use crate::cli::settings::{Context, OutputFormat};
+use crate::cli::settings::Context;
 use crate::cli::target::Target;
 use crate::cli::ui;
 use crate::experiment::EngineSettings;
@@ -130,15 +130,7 @@ pub(super) fn run(
     });
     bar.finish_and_clear();
     let calibration = calibration?;
-    let profile = write(calibration.profile, &calibration.samples, &settings.out)?;
-    match ctx.format {
-        OutputFormat::Json => println!("{}", serde_json::to_string(&profile).map_err(Failure::failed)?),
-        OutputFormat::Table => {
-            print(&profile);
-            println!("profile: {}", settings.out.display());
-        }
-    }
-    Ok(())
+    conclude(ctx, calibration.profile, &calibration.samples, &settings.out, print)
 }
 
 /// Flags go before what the server says, and that before the defaults of `serve`.
