@@ -45,6 +45,9 @@ pub(crate) struct Request {
     pub(crate) capacity: u64,
     /// A demand load of its adapter pins the slot for it until it starts.
     pub(crate) holds_slot: bool,
+    // Here, since it is written when the request becomes its group's oldest: the line is then on its way
+    // from memory by the time that the request is admitted.
+    pub(crate) prev_in_group: u32,
 
     /// When it entered the queue.
     pub(crate) arrived: Nanos,
@@ -53,12 +56,13 @@ pub(crate) struct Request {
     pub(crate) since: Nanos,
     /// Meter readings when its metered wait began.
     pub(crate) reading: Reading,
-    pub(crate) prev_in_group: u32,
     pub(crate) next_in_group: u32,
     pub(crate) prev: u32,
     pub(crate) next: u32,
 
     pub(crate) parts: Parts,
+    /// Id of `next_in_group`, if there is one: who comes next is known without a look at it.
+    pub(crate) next_id_in_group: RequestId,
 }
 
 impl Request {

@@ -215,6 +215,7 @@ impl Scheduler {
             reading,
             prev_in_group: NONE,
             next_in_group: NONE,
+            next_id_in_group: RequestId(0),
             prev: NONE,
             next: NONE,
         });
@@ -426,14 +427,14 @@ impl Scheduler {
             // The request can be in a step at once; the step does the waiting.
             SwapMode::Blocking | SwapMode::Layered => Readiness::Ready,
         };
-        self.queue.set_readiness(group, readiness, &self.clock, &self.requests);
+        self.queue.set_readiness(group, readiness, &self.clock);
     }
 
     fn end_load(&mut self, slot: SlotId) {
         let adapter = self.slots.view(slot).and_then(|v| v.state.adapter());
         self.slots.end_load(slot);
         if let Some(adapter) = adapter {
-            self.queue.set_readiness(adapter.0 + 1, Readiness::Ready, &self.clock, &self.requests);
+            self.queue.set_readiness(adapter.0 + 1, Readiness::Ready, &self.clock);
         }
     }
 
@@ -441,7 +442,7 @@ impl Scheduler {
     pub(crate) fn unload(&mut self, adapter: AdapterId) {
         let group = adapter.0 + 1;
         self.queue.group_mut(group).slot = None;
-        self.queue.set_readiness(group, Readiness::NeedsSlot, &self.clock, &self.requests);
+        self.queue.set_readiness(group, Readiness::NeedsSlot, &self.clock);
     }
 
     /// A removed adapter that nobody uses any more gives up its slot.
