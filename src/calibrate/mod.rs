@@ -3,6 +3,7 @@
 //! Steps of random compositions, swaps alone and beside steps, and single requests over HTTP are
 //! timed; a non-negative fit turns them into costs. Nothing here looks at a run that it will predict.
 
+mod black_box;
 pub mod fit;
 mod host;
 mod steps;
@@ -14,6 +15,9 @@ use lora_sched::{AdapterId, SlotId};
 use nalgebra::{DMatrix, DVector};
 use serde::Serialize;
 
+pub use black_box::{
+    BlackBoxCalibration, BlackBoxError, BlackBoxOptions, BlackBoxSample, calibrate_black_box,
+};
 pub use host::{HostError, HostSample, HostTimes};
 pub use steps::{StepBench, StepLimits, StepSample};
 pub use swaps::{SwapSample, SwapTimes};

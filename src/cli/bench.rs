@@ -1,4 +1,6 @@
-//! `lora-hbm bench`: the engine's own speed.
+//! `lora-hbm bench`: the engine's own speed, and the load generator's own error.
+
+mod loadgen;
 
 use std::path::{Path, PathBuf};
 
@@ -6,6 +8,7 @@ use clap::{Args, Subcommand};
 use lora_sched::SwapMode;
 use serde::{Deserialize, Serialize};
 
+use self::loadgen::LoadgenBenchArgs;
 use super::engine_args::{EngineArgs, EngineFlags};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
@@ -28,6 +31,8 @@ enum What {
     Engine(EngineBenchArgs),
     /// Traces in-process, without HTTP and tokenising
     Trace(TraceBenchArgs),
+    /// The load generator's own error, against a server that only waits; exit status 3 if it is too large
+    Loadgen(LoadgenBenchArgs),
 }
 
 #[derive(Args, Debug, Serialize)]
@@ -159,6 +164,7 @@ pub fn run(args: &BenchArgs, ctx: &Context) -> Result<(), Failure> {
     match &args.what {
         What::Engine(args) => engine(args, ctx),
         What::Trace(args) => traces(args, ctx),
+        What::Loadgen(args) => loadgen::run(args, ctx),
     }
 }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::engine_args::{EngineArgs, EngineFlags};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
-use super::simulate::{budgets, load_profile, only_rank};
+use super::simulate::{budgets, load_profile};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings};
 use crate::experiment::{BudgetPlan, Plan, PlanError, Planner, Simulator, Slo, Verdict};
@@ -105,7 +105,7 @@ pub fn run(args: &PlanArgs, ctx: &Context) -> Result<(), Failure> {
     let profile = load_profile("plan", settings.profile.as_deref())?;
     let budgets = budgets(&settings.gpu_loras, settings.total_loras)?;
     let mut engine = flags.settings(&profile.model, settings.total_loras, budgets[0])?;
-    only_rank(&flags, &profile, &mut engine);
+    flags.fill(&profile, &mut engine);
     let (source, said) = workload.source_without_text()?;
     tracing::info!("{said}");
     let Source::Pool(pool) = source else {

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-use lora_sched::{AdapterId, Nanos, SwapPlan};
+use lora_sched::{AdapterId, Nanos, SlotState, SwapPlan};
 
 /// Adapters copied into slots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,6 +65,8 @@ pub struct EngineStats {
     pub finished_length: u64,
     /// Requests that were cancelled.
     pub cancelled: u64,
+    /// Requests whose adapter could not be read.
+    pub failed: u64,
     /// Preemptions.
     pub preempted: u64,
     /// Prompt tokens of requests taken.
@@ -77,6 +79,18 @@ pub struct EngineStats {
     pub swap_bytes: u64,
     /// Time from submission to completion, summed over swaps, nanoseconds.
     pub swap_ns: u64,
+    /// Adapters that requests may name.
+    pub adapters: u64,
+    /// Reads of adapters from disk that have ended.
+    pub fetches: u64,
+    /// Those among them that failed: the file is not there, or not what it was.
+    pub fetches_failed: u64,
+    /// Reads that are under way.
+    pub fetches_open: u64,
+    /// Bytes read from disk, as they lie in host memory.
+    pub fetch_bytes: u64,
+    /// Time from asking for a read to its end, summed over reads, nanoseconds.
+    pub fetch_ns: u64,
     /// First tokens.
     pub first_tokens: u64,
     /// Sums of TTFT parts up to the step's end, nanoseconds: front, queue, kv, slot, swap, prefill.
@@ -126,12 +140,19 @@ counters!(
     finished_stop,
     finished_length,
     cancelled,
+    failed,
     preempted,
     prompt_tokens,
     generation_tokens,
     swaps,
     swap_bytes,
     swap_ns,
+    adapters,
+    fetches,
+    fetches_failed,
+    fetches_open,
+    fetch_bytes,
+    fetch_ns,
     first_tokens,
 );
 
@@ -161,6 +182,17 @@ impl Gauges {
         self.swaps.fetch_add(1, Relaxed);
         self.swap_bytes.fetch_add(swap.bytes, Relaxed);
         self.swap_ns.fetch_add(took, Relaxed);
+    }
+
+    /// How the slots are after a turn: an adapter that was unloaded has left its own.
+    pub(super) fn publish_slots(&self, views: impl Iterator<Item = lora_sched::SlotView>) {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.clear();
+        slots.extend(views.map(|view| match view.state {
+            SlotState::Free => SlotView::Free,
+            SlotState::Loading(adapter) => SlotView::Loading(adapter),
+            SlotState::Resident(adapter) | SlotState::Retiring(adapter) => SlotView::Resident(adapter),
+        }));
     }
 
     /// A request has its first token.

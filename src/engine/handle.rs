@@ -107,6 +107,7 @@ impl GenerateHandle {
             text: String::new(),
             tokens: Vec::new(),
             finish: Finish::Abort,
+            failure: None,
             first: None,
             received: self.received,
             ended: 0,
@@ -115,6 +116,7 @@ impl GenerateHandle {
             out.text.push_str(&delta.text);
             out.tokens.extend(delta.token);
             out.first = out.first.or(delta.first);
+            out.failure = out.failure.or(delta.failure);
             if let Some(finish) = delta.finish {
                 out.finish = finish;
                 self.done = true;

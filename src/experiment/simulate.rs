@@ -111,6 +111,7 @@ impl Simulator {
             swap_mode: engine.swap_mode,
             prefetch: engine.prefetch as usize,
             max_skip_age: (engine.max_skip_age * 1e9) as Nanos,
+            host_loras: None,
             max_queue: usize::MAX,
         };
         config.validate()?;

@@ -7,8 +7,8 @@
 use std::collections::VecDeque;
 
 use lora_sched::{
-    AdapterId, Arrival, Event, EventError, Nanos, Notice, Outbox, Parts, RequestId, Scheduler, StepPlan,
-    SwapPlan,
+    AdapterId, AdapterSpec, Arrival, Event, EventError, FetchPlan, Nanos, Notice, Outbox, Parts, RequestId,
+    Scheduler, StepPlan, SwapPlan,
 };
 
 use super::device::{Device, Done};
@@ -42,6 +42,24 @@ pub enum Input {
         /// Which.
         arrival: u64,
     },
+    /// Something happens to an adapter.
+    Adapter {
+        /// When.
+        at: Nanos,
+        /// What.
+        change: AdapterChange,
+    },
+}
+
+/// What happens to an adapter from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdapterChange {
+    /// A new one, under the next id.
+    Add(AdapterSpec),
+    /// No new requests for it.
+    Remove(AdapterId),
+    /// The user's pin.
+    Pin(AdapterId, bool),
 }
 
 impl Input {
@@ -49,7 +67,7 @@ impl Input {
     pub fn at(&self) -> Nanos {
         match self {
             Self::Arrive(request) => request.queued,
-            Self::Cancel { at, .. } => *at,
+            Self::Cancel { at, .. } | Self::Adapter { at, .. } => *at,
         }
     }
 }
@@ -81,6 +99,8 @@ pub trait Observer {
     fn step(&mut self, _plan: &StepPlan) {}
     /// A swap is started.
     fn swap(&mut self, _now: Nanos, _swap: &SwapPlan) {}
+    /// A read from disk is started.
+    fn fetch(&mut self, _now: Nanos, _fetch: &FetchPlan) {}
     /// An event has been taken or a plan formed, and this is how things stand.
     fn state(&mut self, _now: Nanos, _scheduler: &Scheduler) {}
 }
@@ -217,6 +237,14 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
             Input::Cancel { arrival, .. } => {
                 self.scheduler.handle(self.now, Event::Cancel(RequestId(arrival)), &mut self.out)?;
             }
+            Input::Adapter { change, .. } => {
+                let event = match change {
+                    AdapterChange::Add(spec) => Event::AddAdapter(spec),
+                    AdapterChange::Remove(adapter) => Event::RemoveAdapter(adapter),
+                    AdapterChange::Pin(adapter, pinned) => Event::PinAdapter(adapter, pinned),
+                };
+                self.scheduler.handle(self.now, event, &mut self.out)?;
+            }
         }
         self.after_event();
         Ok(())
@@ -229,6 +257,9 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
                 self.totals.busy += self.now - self.submitted;
                 let event = Event::StepDone { stopped: &[], stalled: self.device.stalled() };
                 self.scheduler.handle(self.now, event, &mut self.out)?;
+            }
+            Done::Fetch { adapter, failed } => {
+                self.scheduler.handle(self.now, Event::FetchDone { adapter, failed }, &mut self.out)?;
             }
             Done::Swap(slot) => {
                 self.scheduler.handle(self.now, Event::SwapDone(slot), &mut self.out)?;
@@ -281,14 +312,18 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     }
 
     fn submit_swaps(&mut self) {
-        if self.out.swaps.is_empty() {
+        if self.out.swaps.is_empty() && self.out.fetches.is_empty() {
             return;
         }
-        self.totals.swap_calls += 1;
+        self.totals.swap_calls += u64::from(!self.out.swaps.is_empty());
         self.totals.swaps += self.out.swaps.len() as u64;
         for swap in self.out.swaps.drain(..) {
             self.observer.swap(self.now, &swap);
             self.device.submit_swap(self.now, &swap);
+        }
+        for fetch in self.out.fetches.drain(..) {
+            self.observer.fetch(self.now, &fetch);
+            self.device.submit_fetch(self.now, &fetch);
         }
     }
 
@@ -316,7 +351,7 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
                 Notice::Ended { id, why, .. } => {
                     let entry = self.live.get_mut((id.0 - self.first_live) as usize);
                     if let Some(Live { request, first, parts }) = entry.and_then(Option::take)
-                        && why != lora_sched::Ended::Cancelled
+                        && !matches!(why, lora_sched::Ended::Cancelled | lora_sched::Ended::Failed)
                     {
                         self.totals.requests += 1;
                         self.observer.outcome(&Outcome { request, arrival: id.0, first, last: now, parts });

@@ -3,7 +3,7 @@
 //! A step and a copy that run side by side slow each other: both are kept as remaining work and a
 //! rate, and the rates change only when one of them starts or ends.
 
-use lora_sched::{Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
+use lora_sched::{AdapterId, FetchPlan, Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
 use super::device::{Device, Done, Skipped};
 use crate::profile::{CostModel, SeenSlots, StepShape, whole_ns};
@@ -28,6 +28,7 @@ pub struct ModelDevice {
     known: bool,
     next_at: Nanos,
     next_done: Done,
+    reads: Vec<(Nanos, AdapterId)>,
     stalled: Vec<(SlotId, Nanos)>,
     seen: SeenSlots,
 }
@@ -73,6 +74,7 @@ impl ModelDevice {
             running: false,
             step: Step::default(),
             copies: Vec::new(),
+            reads: Vec::new(),
             stalled: Vec::new(),
             seen: SeenSlots::default(),
         }
@@ -160,8 +162,16 @@ impl Device for ModelDevice {
         self.copies.push(Copy { slot: swap.slot, kind: swap.kind, work, left: work });
     }
 
+    /// A profile says nothing of disks, and no command gives the simulator one: a read takes no time.
+    fn submit_fetch(&mut self, now: Nanos, fetch: &FetchPlan) {
+        self.reads.push((now, fetch.adapter));
+    }
+
     #[inline]
     fn next(&mut self) -> Option<(Nanos, Done)> {
+        if let Some(&(at, adapter)) = self.reads.first() {
+            return Some((at, Done::Fetch { adapter, failed: false }));
+        }
         if self.copies.is_empty() {
             return self.running.then_some((self.step.ends, Done::Step));
         }
@@ -182,6 +192,7 @@ impl Device for ModelDevice {
                     self.stalled.push((slot, (took as f64 - slowed).max(0.0) as Nanos));
                 }
             }
+            Done::Fetch { adapter, .. } => self.reads.retain(|read| read.1 != adapter),
             Done::Swap(slot) => {
                 self.copies.retain(|c| c.slot != slot);
                 let step = &mut self.step;
@@ -202,7 +213,10 @@ impl Device for ModelDevice {
     }
 
     fn may_skip(&self, before: Nanos) -> bool {
-        self.running && self.copies.is_empty() && self.step.ends + self.cost.loop_ns < before
+        self.running
+            && self.copies.is_empty()
+            && self.reads.is_empty()
+            && self.step.ends + self.cost.loop_ns < before
     }
 
     fn skip(&mut self, most: u64, before: Nanos, until: Nanos) -> Skipped {

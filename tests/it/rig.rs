@@ -48,6 +48,11 @@ impl Reference {
         Self::read(&folder.display().to_string(), folder, names)
     }
 
+    /// The reference in the folder `inside` a family's fixture, of these adapters.
+    pub fn open_inside(family: &str, inside: &str, adapters: &[&str]) -> Self {
+        Self::read(family, &fixture(family).join(inside), adapters.iter().map(|a| (*a).to_owned()).collect())
+    }
+
     fn read(family: &str, folder: &Path, adapters: Vec<String>) -> Self {
         let path = folder.join("reference.safetensors");
         let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
@@ -147,8 +152,14 @@ impl Rig {
         let folder = fixture(family);
         let model = Self::model(&folder);
         let pool = HostPool::load(&model.spec, 16, &folder.join("adapters"), None).unwrap();
+        Self::of(model, pool, gpu_loras, threads, LIMITS)
+    }
+
+    /// `gpu_loras` slots on the CPU for the adapters of `pool`, the first ones preloaded.
+    pub fn of(model: Model, pool: HostPool, gpu_loras: usize, threads: usize, limits: BatchLimits) -> Self {
+        let preloaded = gpu_loras.min(pool.len());
         let executor = cpu_executor(CpuOptions {
-            limits: LIMITS,
+            limits,
             spec: model.spec,
             weights: model.weights,
             loaded: Default::default(),
@@ -159,10 +170,10 @@ impl Rig {
             allowed_tokens: None,
             keep_logits: true,
         });
-        Self::over(executor.unwrap(), gpu_loras.min(ADAPTERS.len()), &LIMITS)
+        Self::over(executor.unwrap(), preloaded, &limits)
     }
 
-    /// The same on the first GPU.
+    /// As [`Rig::new`], on the first GPU.
     #[cfg(feature = "cuda")]
     pub fn on_gpu(family: &str, gpu_loras: usize) -> Self {
         Self::on_gpu_in(&fixture(family), gpu_loras, 16, LIMITS)

@@ -36,6 +36,7 @@ impl Scheduler {
         }
         self.clock.gate = if preempted { Gate::Kv } else { self.admit(&mut budget, plan, out) };
         self.start_swaps(out);
+        self.start_fetches(out);
         self.clock.slot_available = self.slots.available();
 
         if plan.seqs.is_empty() {
@@ -198,7 +199,7 @@ impl Scheduler {
                     aged: self.now().saturating_sub(request.arrived) > self.config.max_skip_age,
                 }
             }),
-            loading: id(Readiness::Loading),
+            loading: id(Readiness::Loading).into_iter().chain(id(Readiness::OnDisk)).min(),
         }
     }
 
@@ -227,7 +228,7 @@ impl Scheduler {
         self.pin(self.requests[index].group);
     }
 
-    fn load(
+    pub(crate) fn load(
         &mut self,
         (slot, evicted): (SlotId, Option<AdapterId>),
         group: u32,

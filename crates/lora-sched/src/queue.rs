@@ -1,12 +1,13 @@
 //! The waiting queue, indexed by adapter.
 //!
 //! Each group (the base model, or one adapter) has its own list, oldest first; the groups with waiting
-//! requests stand in one of three heaps by what they lack, keyed by their oldest request. So the
+//! requests stand in one of four heaps by what they lack, keyed by their oldest request. So the
 //! oldest request of each kind is found in O(1) and every change costs O(log groups), whatever the
 //! queue's length. A second list holds all waiting requests in order, for prefetch.
 
 use crate::config::AdapterSpec;
 use crate::heap::IndexedHeap;
+use crate::host::HostState;
 use crate::meter::{AdapterMeter, GateClock, Readiness, Reading};
 use crate::requests::{NONE, Requests};
 use crate::types::{RequestId, SlotId};
@@ -19,6 +20,7 @@ pub(crate) const BASE: u32 = 0;
 pub(crate) struct Group {
     pub(crate) spec: AdapterSpec,
     pub(crate) slot: Option<SlotId>,
+    pub(crate) host: HostState,
     pub(crate) removed: bool,
     /// Requests since the start.
     pub(crate) uses: u64,
@@ -37,6 +39,11 @@ impl Group {
     pub(crate) fn head(&self) -> Option<u32> {
         (self.head != NONE).then_some(self.head)
     }
+
+    /// [`Self::head`]'s id.
+    pub(crate) fn head_id(&self) -> Option<RequestId> {
+        (self.head != NONE).then_some(self.head_id)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -45,6 +52,7 @@ pub(crate) struct Queue {
     ready: IndexedHeap<RequestId>,
     needs_slot: IndexedHeap<RequestId>,
     loading: IndexedHeap<RequestId>,
+    on_disk: IndexedHeap<RequestId>,
     head: u32,
     tail: u32,
     /// Whether the list of all is kept.
@@ -62,6 +70,7 @@ impl Queue {
             ready: IndexedHeap::new(groups),
             needs_slot: IndexedHeap::new(groups),
             loading: IndexedHeap::new(groups),
+            on_disk: IndexedHeap::new(groups),
             head: NONE,
             tail: NONE,
             in_order,
@@ -79,6 +88,7 @@ impl Queue {
         self.groups.push(Group {
             spec,
             slot: None,
+            host: HostState::Host,
             removed: false,
             uses: 0,
             waiting: 0,
@@ -89,7 +99,7 @@ impl Queue {
             tail: NONE,
             meter: AdapterMeter::default(),
         });
-        for heap in [&mut self.ready, &mut self.needs_slot, &mut self.loading] {
+        for heap in [&mut self.ready, &mut self.needs_slot, &mut self.loading, &mut self.on_disk] {
             heap.grow(self.groups.len());
         }
     }
@@ -122,7 +132,13 @@ impl Queue {
             Readiness::Ready => self.ready.peek(),
             Readiness::NeedsSlot => self.needs_slot.peek(),
             Readiness::Loading => self.loading.peek(),
+            Readiness::OnDisk => self.on_disk.peek(),
         }
+    }
+
+    /// The groups that lack a slot, with the oldest waiting request of each, in no order.
+    pub(crate) fn needing_slot(&self) -> impl Iterator<Item = (RequestId, u32)> + '_ {
+        self.needs_slot.iter()
     }
 
     /// The oldest waiting request of all; none where the list of all is not kept.
@@ -135,6 +151,7 @@ impl Queue {
             Readiness::Ready => &mut self.ready,
             Readiness::NeedsSlot => &mut self.needs_slot,
             Readiness::Loading => &mut self.loading,
+            Readiness::OnDisk => &mut self.on_disk,
         }
     }
 

@@ -222,6 +222,7 @@ impl Slots {
             view.in_step = false;
             if let SlotState::Retiring(adapter) = view.state {
                 view.state = SlotState::Free;
+                view.user_pinned = false;
                 self.free.push(slot);
                 retired(adapter);
             } else if view.pins == 0 {
@@ -243,6 +244,7 @@ impl Slots {
             }
             _ => {
                 view.state = SlotState::Free;
+                view.user_pinned = false;
                 self.free.push(slot.0);
                 true
             }

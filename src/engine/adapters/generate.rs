@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use super::kept::HostAdapter;
 use super::layout::AdapterLayout;
-use super::pool::HostAdapter;
 use super::slab::{SlabMaker, drawn_parts};
 use crate::engine::model::{ModelSpec, Uniform};
 

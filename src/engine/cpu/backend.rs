@@ -97,7 +97,9 @@ impl CpuBackend {
             blocks: limits.kv_blocks,
         };
         let (cos, sin) = match spec.family {
-            Family::Llama => math::rope_tables(limits.max_model_len, spec.head_dim, spec.rope_theta),
+            Family::Llama => {
+                math::rope_tables(limits.max_model_len, spec.head_dim, spec.rope_theta, &spec.rope_scaling)
+            }
             Family::Opt => (Vec::new(), Vec::new()),
         };
         Self {

@@ -177,7 +177,10 @@ impl CudaBackend {
             Family::Opt => 0,
         })?;
         if !rope.is_empty() {
-            let frequencies = rope_frequencies(spec.head_dim, f64::from(spec.rope_theta));
+            let mut frequencies = rope_frequencies(spec.head_dim, f64::from(spec.rope_theta));
+            for (index, frequency) in frequencies.iter_mut().enumerate() {
+                *frequency = spec.rope_scaling.scale(index, *frequency);
+            }
             rope.upload(&stream, &rope_table(limits.max_model_len, &frequencies))?;
         }
         let mut mask = None;
