@@ -46,8 +46,12 @@ impl Scheduler {
             );
             let needed = self.config.blocks_for(request.computed as usize);
             hold!(self.kv.held(place) >= needed, "request {} has too few blocks", request.id);
-            let capacity = (self.kv.held(place) * self.config.block_size) as u64;
-            hold!(capacity == request.capacity, "request {} miscounts its blocks", request.id);
+            let capacity = self.kv.held(place) * self.config.block_size;
+            hold!(
+                capacity.min(u32::MAX as usize) == request.capacity as usize,
+                "request {} miscounts its blocks",
+                request.id
+            );
         }
         for &place in &self.places {
             hold!(
