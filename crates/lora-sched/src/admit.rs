@@ -6,7 +6,7 @@ use crate::meter::{Gate, Readiness};
 use crate::plan::{SeqStep, StepPlan, SwapKind, SwapPlan};
 use crate::policy::{AdmissionPolicy, NeedsSlot, Pick, QueueView};
 use crate::queue::BASE;
-use crate::requests::{NONE, Phase};
+use crate::requests::{NONE, Phase, PinnedSlot};
 use crate::scheduler::{Scheduler, StepSeq};
 use crate::types::{AdapterId, Nanos, RequestId, SlotId};
 
@@ -36,7 +36,9 @@ impl Scheduler {
         }
         self.clock.gate = if preempted { Gate::Kv } else { self.admit(&mut budget, plan, out) };
         self.start_swaps(out);
-        self.start_fetches(out);
+        if self.host.is_some() {
+            self.start_fetches(out);
+        }
         self.clock.slot_available = self.slots.available();
 
         if plan.seqs.is_empty() {
@@ -82,7 +84,7 @@ impl Scheduler {
                 continue;
             }
             let place = *place;
-            let full = request.capacity <= u64::from(request.computed);
+            let full = request.capacity <= request.computed;
             if full && self.kv.free() == 0 {
                 preempted = true;
                 // Admission order: the last is the latest. It may be this one.
@@ -101,7 +103,7 @@ impl Scheduler {
                 plan.seqs.push(SeqStep {
                     id: request.id,
                     place,
-                    adapter: request.slot.map(|slot| (AdapterId(request.group - 1), slot)),
+                    adapter: request.slot.get().map(|slot| (AdapterId(request.group - 1), slot)),
                     start: request.computed,
                     len: 1,
                     decode: true,
@@ -109,7 +111,7 @@ impl Scheduler {
                     new_blocks: at..at,
                 });
                 self.step.seqs.push(StepSeq { index, len: 1, samples: true });
-                if let Some(slot) = request.slot {
+                if let Some(slot) = request.slot.get() {
                     self.read_slot(slot, plan);
                 }
             }
@@ -305,7 +307,7 @@ impl Scheduler {
         let slot = self.queue.group(group).slot;
         let now = self.now();
         let request = &mut self.requests[index];
-        request.slot = slot;
+        request.slot = PinnedSlot::new(slot);
         request.capacity = 0;
         if request.before_first_token() {
             reading.add_since(&request.reading, &mut request.parts);
@@ -339,7 +341,7 @@ impl Scheduler {
     fn put_in_step(&mut self, index: u32, len: usize, blocks: usize, plan: &mut StepPlan) {
         let now = self.now();
         let request = &mut self.requests[index];
-        let slot = request.slot;
+        let slot = request.slot.get();
         if request.before_first_token() {
             request.parts.queue += now.saturating_sub(request.since);
             request.since = now;
@@ -349,7 +351,7 @@ impl Scheduler {
         *in_step = true;
         let from = plan.blocks.len() as u32;
         if blocks > 0 {
-            request.capacity += (blocks * self.config.block_size) as u64;
+            request.add_blocks(blocks, self.config.block_size);
             self.kv.allocate(place, blocks, &mut plan.blocks);
         }
         let adapter = slot.map(|slot| (AdapterId(request.group - 1), slot));

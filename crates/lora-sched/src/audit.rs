@@ -46,8 +46,12 @@ impl Scheduler {
             );
             let needed = self.config.blocks_for(request.computed as usize);
             hold!(self.kv.held(place) >= needed, "request {} has too few blocks", request.id);
-            let capacity = (self.kv.held(place) * self.config.block_size) as u64;
-            hold!(capacity == request.capacity, "request {} miscounts its blocks", request.id);
+            let capacity = self.kv.held(place) * self.config.block_size;
+            hold!(
+                capacity.min(u32::MAX as usize) == request.capacity as usize,
+                "request {} miscounts its blocks",
+                request.id
+            );
         }
         for &place in &self.places {
             hold!(
@@ -136,7 +140,14 @@ impl Scheduler {
         for (group, g) in self.queue.groups().iter().enumerate() {
             let mut own = waiting.iter().filter(|(_, r)| r.group == group as u32);
             hold!(own.clone().count() == g.waiting as usize, "group {group} miscounts its waiting");
-            hold!(own.next().map(|w| w.0) == g.head(), "group {group} has the wrong head");
+            let head = own.next();
+            hold!(head.map(|w| w.0) == g.head(), "group {group} has the wrong head");
+            hold!(head.map(|w| w.1.id) == g.head_id(), "group {group} has the wrong head's id");
+            let second = own.next().map(|w| w.1.id);
+            hold!(
+                second.is_none() || second == head.map(|w| w.1.next_id_in_group),
+                "group {group} has the wrong successor's id"
+            );
             if g.readiness == Readiness::Ready {
                 ready += g.waiting as usize;
             }

@@ -96,7 +96,7 @@ impl Scheduler {
             HostState::Fetching => Readiness::Loading,
             HostState::Disk | HostState::Failed => Readiness::OnDisk,
         };
-        self.queue.set_readiness(group, readiness, &self.clock, &self.requests);
+        self.queue.set_readiness(group, readiness, &self.clock);
     }
 
     /// Whether a group's host copy is neither being copied into a slot nor needed for one.
@@ -157,11 +157,8 @@ impl Scheduler {
         Some(Some(victim))
     }
 
-    /// Reads ahead what waiting requests, and the user's pins, will need.
+    /// Reads ahead what waiting requests, and the user's pins, will need. Where there is a disk.
     pub(crate) fn start_fetches(&mut self, out: &mut Outbox) {
-        if self.host.is_none() {
-            return;
-        }
         loop {
             let pinned = self.wanted.iter().copied().find(|&g| self.queue.group(g).host == HostState::Disk);
             let (asks, group) = match (pinned, self.queue.oldest(Readiness::OnDisk)) {

@@ -29,6 +29,8 @@ pub(crate) struct Group {
     pub(crate) live: u32,
     pub(crate) readiness: Readiness,
     head: u32,
+    /// Id of `head`, if there is one: in a long queue the request itself is far from the processor.
+    head_id: RequestId,
     tail: u32,
     meter: AdapterMeter,
 }
@@ -36,6 +38,11 @@ pub(crate) struct Group {
 impl Group {
     pub(crate) fn head(&self) -> Option<u32> {
         (self.head != NONE).then_some(self.head)
+    }
+
+    /// [`Self::head`]'s id.
+    pub(crate) fn head_id(&self) -> Option<RequestId> {
+        (self.head != NONE).then_some(self.head_id)
     }
 }
 
@@ -88,6 +95,7 @@ impl Queue {
             live: 0,
             readiness,
             head: NONE,
+            head_id: RequestId(0),
             tail: NONE,
             meter: AdapterMeter::default(),
         });
@@ -148,23 +156,17 @@ impl Queue {
     }
 
     /// Tells the heaps what the group's oldest request is now.
-    fn rekey(&mut self, group: u32, requests: &Requests) {
+    fn rekey(&mut self, group: u32) {
         let g = &self.groups[group as usize];
-        let (readiness, head) = (g.readiness, g.head());
+        let (readiness, head, id) = (g.readiness, g.head(), g.head_id);
         match head {
-            Some(head) => self.heap(readiness).set(group, requests[head].id),
+            Some(_) => self.heap(readiness).set(group, id),
             None => self.heap(readiness).remove(group),
         }
     }
 
     /// What the group lacks has changed.
-    pub(crate) fn set_readiness(
-        &mut self,
-        group: u32,
-        readiness: Readiness,
-        clock: &GateClock,
-        requests: &Requests,
-    ) {
+    pub(crate) fn set_readiness(&mut self, group: u32, readiness: Readiness, clock: &GateClock) {
         let g = &mut self.groups[group as usize];
         if g.readiness == readiness {
             return;
@@ -179,7 +181,7 @@ impl Queue {
             self.ready_len += waiting;
         }
         self.heap(before).remove(group);
-        self.rekey(group, requests);
+        self.rekey(group);
     }
 
     /// The group's meter, read now.
@@ -242,12 +244,18 @@ impl Queue {
         requests[index].prev_in_group = after;
         requests[index].next_in_group = next;
         match after {
-            NONE => g.head = index,
-            after => requests[after].next_in_group = index,
+            NONE => (g.head, g.head_id) = (index, id),
+            after => {
+                requests[after].next_in_group = index;
+                requests[after].next_id_in_group = id;
+            }
         }
         match next {
             NONE => g.tail = index,
-            next => requests[next].prev_in_group = index,
+            next => {
+                requests[index].next_id_in_group = requests[next].id;
+                requests[next].prev_in_group = index;
+            }
         }
         g.waiting += 1;
         self.len += 1;
@@ -256,7 +264,7 @@ impl Queue {
             self.ready_len += 1;
         }
         if first {
-            self.rekey(group, requests);
+            self.rekey(group);
         }
     }
 
@@ -275,10 +283,14 @@ impl Queue {
             }
         }
         let (prev, next) = (requests[index].prev_in_group, requests[index].next_in_group);
+        let next_id = requests[index].next_id_in_group;
         let g = &mut self.groups[group as usize];
         match prev {
-            NONE => g.head = next,
-            prev => requests[prev].next_in_group = next,
+            NONE => (g.head, g.head_id) = (next, next_id),
+            prev => {
+                requests[prev].next_in_group = next;
+                requests[prev].next_id_in_group = next_id;
+            }
         }
         match next {
             NONE => g.tail = prev,
@@ -290,7 +302,7 @@ impl Queue {
             self.ready_len -= 1;
         }
         if prev == NONE {
-            self.rekey(group, requests);
+            self.rekey(group);
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::kv::BlockPool;
 use crate::meter::{GateClock, Readiness, Reading};
 use crate::parts::Parts;
 use crate::queue::{BASE, Queue};
-use crate::requests::{NONE, Phase, Request, Requests};
+use crate::requests::{NONE, Phase, PinnedSlot, Request, Requests};
 use crate::slots::{AdapterUse, SlotState, SlotView, Slots};
 use crate::types::{AdapterId, Nanos, PlaceId, RequestId, SlotId};
 
@@ -162,12 +162,16 @@ impl Scheduler {
             Event::PinAdapter(adapter, pinned) => self.pin_adapter(adapter, pinned)?,
             Event::FetchDone { adapter, failed } => self.fetch_done(adapter, failed, out)?,
         }
-        self.start_pinned(out);
+        if !self.wanted.is_empty() {
+            self.start_pinned(out);
+        }
         // While a step runs, slots that can be had are used at once; without one the driver plans.
         if self.step.active {
             self.start_swaps(out);
         }
-        self.start_fetches(out);
+        if self.host.is_some() {
+            self.start_fetches(out);
+        }
         self.clock.slot_available = self.slots.available();
         Ok(())
     }
@@ -218,7 +222,7 @@ impl Scheduler {
             fed: 0,
             phase: Phase::Waiting,
             capacity: 0,
-            slot: None,
+            slot: PinnedSlot::new(None),
             arrived: now,
             holds_slot: false,
             parts: Parts { front: now.saturating_sub(arrival.received), ..Parts::default() },
@@ -226,6 +230,7 @@ impl Scheduler {
             reading,
             prev_in_group: NONE,
             next_in_group: NONE,
+            next_id_in_group: RequestId(0),
             prev: NONE,
             next: NONE,
         });
@@ -294,7 +299,7 @@ impl Scheduler {
             if request.before_first_token() {
                 let step = &self.step;
                 let took = now.saturating_sub(step.formed);
-                let waited = request.slot.map_or(0, |slot| {
+                let waited = request.slot.get().map_or(0, |slot| {
                     if step.waits && step.loading.contains(&slot) {
                         step.swaps_done.saturating_sub(step.formed)
                     } else {
@@ -421,7 +426,7 @@ impl Scheduler {
             // The request can be in a step at once; the step does the waiting.
             SwapMode::Blocking | SwapMode::Layered => Readiness::Ready,
         };
-        self.queue.set_readiness(group, readiness, &self.clock, &self.requests);
+        self.queue.set_readiness(group, readiness, &self.clock);
         self.wanted.retain(|&w| w != group);
         self.settle_host(group);
     }
@@ -430,7 +435,7 @@ impl Scheduler {
         let adapter = self.slots.view(slot).and_then(|v| v.state.adapter());
         self.slots.end_load(slot);
         if let Some(adapter) = adapter {
-            self.queue.set_readiness(adapter.0 + 1, Readiness::Ready, &self.clock, &self.requests);
+            self.queue.set_readiness(adapter.0 + 1, Readiness::Ready, &self.clock);
             self.settle_host(adapter.0 + 1);
         }
     }
