@@ -110,7 +110,7 @@ pub fn synthesise(tokenizer: &Tokenizer, tokens: u32, seed: u64, number: u64) ->
     // Words of one token each make the second round exact; others come out even after a few draws.
     let wanted = tokens as usize;
     let mut words: Vec<&str> = (0..tokens - begin).map(|_| word(&mut rng)).collect();
-    for _ in 0..MOST_ROUNDS {
+    for round in 0..MOST_ROUNDS {
         let text = words.join(" ");
         let found = tokenizer.encode(&text)?.len();
         if found == wanted {
@@ -119,7 +119,8 @@ pub fn synthesise(tokenizer: &Tokenizer, tokens: u32, seed: u64, number: u64) ->
         let per_word = (found as f64 / words.len() as f64).max(1.0);
         let miss = (found.abs_diff(wanted) as f64 / per_word).round().max(1.0) as usize;
         if found > wanted {
-            words.truncate(words.len().saturating_sub(miss));
+            // What is left may lack less than any word has, so the longer it takes the more is drawn anew.
+            words.truncate(words.len().saturating_sub(miss + round / ROUNDS_PER_WORD));
             if words.is_empty() {
                 words.push(word(&mut rng));
             }
@@ -131,6 +132,8 @@ pub fn synthesise(tokenizer: &Tokenizer, tokens: u32, seed: u64, number: u64) ->
 }
 
 const MOST_ROUNDS: usize = 64;
+/// After how many rounds one word more is drawn anew.
+const ROUNDS_PER_WORD: usize = 4;
 
 fn word(rng: &mut ChaCha8Rng) -> &'static str {
     WORDS[rng.random_range(0..WORDS.len())]
@@ -175,6 +178,12 @@ mod tests {
         let (_folder, t) = crate::workload::tokenizer::llama_like();
         for (number, tokens) in [12, 40, 256, 1000, 1024].into_iter().enumerate() {
             let text = synthesise(&t, tokens, 1, number as u64).unwrap();
+            assert_eq!(t.encode(&text).unwrap().len(), tokens as usize);
+        }
+        // Where a letter is a token, many beginnings leave a rest that no single word fills.
+        for number in 0..200 {
+            let tokens = 16 + 5 * number as u32;
+            let text = synthesise(&t, tokens, 1, number).unwrap();
             assert_eq!(t.encode(&text).unwrap().len(), tokens as usize);
         }
         // No word is as short as one token here.

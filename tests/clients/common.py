@@ -2,7 +2,7 @@
 
 Every script starts `lora-hbm serve`, lets one public client load it over completions and over chat with a mix
 of adapters, and holds the client's own report against the server's decision log: no errors, and a median TTFT
-within 2 ms. Only the standard library is used here; a client is installed where it is told to.
+within 2 ms. Before, the client loads a server that only waits, which tells what it adds itself. Only the standard library is used here; a client is installed where it is told to.
 """
 
 import argparse
@@ -24,6 +24,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 # How far apart the client's and the server's median TTFT may be.
 ALLOWED_MS = 2.0
+# What the server that only waits waits, about what `tiny` takes for these prompts.
+WAIT_MS = 17
 
 
 def arguments(description):
@@ -61,6 +63,12 @@ def packages(work, name, *requirements):
     return folder / "bin"
 
 
+def version(binaries, package):
+    """The installed version of a package, in words."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return f"{package} {run([binaries / 'python', '-c', code]).strip()}"
+
+
 def tokenizer(work, binaries):
     """A tokenizer folder for clients that must have one; `binaries` must have the package transformers."""
     folder = work / "tokenizer"
@@ -69,18 +77,13 @@ def tokenizer(work, binaries):
     return folder
 
 
-class Server:
-    """A running `lora-hbm serve` with 16 adapters and 4 slots, and what it decided."""
+class Started:
+    """A server of 16 adapters that a client is held against: a process that says where it serves."""
 
     adapters = 16
 
-    def __init__(self, args, name, more=()):
-        self.log = args.work / f"{name}.decisions.jsonl"
-        self.log.unlink(missing_ok=True)
-        command = [args.program, "serve", "--port", "0", "--total-loras", str(self.adapters), "--gpu-loras", "4",
-                   "--decision-log", self.log]
-        command += ["--emulate", args.emulate] if args.emulate else ["--model", "tiny"]
-        self.process = subprocess.Popen([*map(str, command), *more], stderr=subprocess.PIPE, text=True)
+    def __init__(self, command):
+        self.process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
         self.url = None
         said = []
         for line in self.process.stderr:
@@ -99,24 +102,66 @@ class Server:
         return f"lora-{number % self.adapters}"
 
     def stop(self):
-        """Ends it and returns its TTFTs in ms, in the order of arrival."""
+        """Ends it and returns its TTFTs in ms."""
         self.process.send_signal(signal.SIGTERM)
         status = self.process.wait(60)
         if status != 0:
             raise SystemExit(f"the server ended with status {status}")
+        return self.ttfts()
+
+    def ttfts(self):
+        raise NotImplementedError
+
+
+class Server(Started):
+    """`lora-hbm serve` with 4 slots, and what it decided."""
+
+    def __init__(self, args, name):
+        self.log = args.work / f"{name}.decisions.jsonl"
+        self.log.unlink(missing_ok=True)
+        command = [args.program, "serve", "--port", 0, "--total-loras", self.adapters, "--gpu-loras", 4]
+        command += ["--decision-log", self.log]
+        command += ["--emulate", args.emulate] if args.emulate else ["--model", "tiny"]
+        super().__init__(command)
+
+    def ttfts(self):
         return ttfts(self.log)
 
 
+class Waiting(Started):
+    """The server of `waiting.py`: what a client reports of it beyond its wait is the client's own."""
+
+    def __init__(self, args, name):
+        self.out = args.work / f"{name}.waited.json"
+        super().__init__([sys.executable, HERE / "waiting.py", WAIT_MS, self.out])
+
+    def ttfts(self):
+        return json.loads(self.out.read_text())
+
+
 @contextlib.contextmanager
-def serving(args, name, more=()):
+def started(server):
     """A server that is gone afterwards, whatever happens."""
-    server = Server(args, name, more)
     try:
         yield server
     finally:
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
+
+
+def compare(args, client, interface, load, sent, what=""):
+    """Lets `load(server, name)` drive both servers and judges its reports; true if all held.
+
+    `load` returns the client's `requests`, `errors` and `ttft_ms` (its median). `sent`: how many requests the client
+    was told to send. `what` tells several runs of an interface apart."""
+    name = "-".join(filter(None, (client.split()[0], interface, what)))
+    with started(Waiting(args, name)) as waiting:
+        report = load(waiting, f"{name}-waiting")
+        own = report["ttft_ms"] - statistics.median(waiting.stop())
+    with started(Server(args, name)) as server:
+        report = load(server, name)
+        return judge(f"{client} {interface} {what}".strip(), report, server.stop(), sent, own)
 
 
 def ttfts(log):
@@ -136,17 +181,19 @@ def ttfts(log):
     return [(first[i] - at) / 1e6 for i, at in received.items() if i in first]
 
 
-def judge(client, interface, report, server_ms, sent):
+def judge(name, report, server_ms, sent, own):
     """Prints both sides; true if there was no error and the medians agree.
 
-    `report`: the client's `requests`, `errors` and `ttft_ms` (its median). `sent`: how many the client was
-    told to send. The server may have seen more (warm-up)."""
+    The server may have seen more requests than `sent` (warm-up). `own` is what the client adds, in ms, where the
+    server only waits: a difference that is there without the engine is not the engine's."""
     server = statistics.median(server_ms) if server_ms else float("nan")
     apart = report["ttft_ms"] - server
-    holds = report["errors"] == 0 and report["requests"] >= sent and abs(apart) <= ALLOWED_MS
+    agree = abs(apart) <= ALLOWED_MS or abs(apart - own) <= ALLOWED_MS
+    holds = report["errors"] == 0 and report["requests"] >= sent and agree
     print(
-        f"{'ok  ' if holds else 'FAIL'} {client} {interface}: {report['requests']} requests, {report['errors']} errors, "
-        f"median TTFT {report['ttft_ms']:.2f} ms, server's {server:.2f} ms ({apart:+.2f}), server saw {len(server_ms)}",
+        f"{'ok  ' if holds else 'FAIL'} {name}: {report['requests']} requests, {report['errors']} errors, "
+        f"median TTFT {report['ttft_ms']:.2f} ms, server's {server:.2f} ms ({apart:+.2f}; client's own {own:+.2f}), "
+        f"server saw {len(server_ms)}",
         flush=True,
     )
     return holds

@@ -3,7 +3,8 @@
     python make_model.py tokenizer DIR
     python make_model.py model DIR [--adapters 4] [--rank 8] [--layers 12] [--hidden 768]
 
-The tokenizer is byte-level: one token a byte of UTF-8, a begin mark before the text. The model has OPT's
+The tokenizer has one token for each printable character of ASCII and the end of a line, and a begin mark before
+the text: whatever a random model says is text, token by token, and a client's count is the server's. The model has OPT's
 architecture (opt-125m's size by default) and weights drawn from a seed; its adapters lie in DIR/lora-0 ….
 `tokenizer` needs the packages transformers and tokenizers, `model` torch and peft too.
 """
@@ -13,11 +14,12 @@ import pathlib
 
 
 def make_tokenizer(folder):
-    """Byte-level tokens 0…255 of GPT-2's byte alphabet, then the special tokens."""
+    """Printable ASCII in GPT-2's byte alphabet, then the special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # In that alphabet printable characters are themselves, but for these two.
+    alphabet = [*(chr(code) for code in range(ord("!"), ord("~") + 1)), "Ġ", "Ċ"]
     vocabulary = {letter: number for number, letter in enumerate(alphabet)}
     for special in ("<s>", "</s>", "<pad>"):
         vocabulary[special] = len(vocabulary)

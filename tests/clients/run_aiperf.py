@@ -5,7 +5,7 @@ import json
 import common
 
 
-def report(folder, sent):
+def report(folder):
     """From the client's own JSON of the whole run."""
     result = json.loads(next(folder.rglob("profile_export_aiperf.json")).read_text())
     errors = result.get("error_request_count") or {}
@@ -20,11 +20,11 @@ def main():
     args = common.arguments(__doc__)
     binaries = common.packages(args.work, "aiperf", "aiperf")
     tokenizer = common.tokenizer(args.work, binaries)
-    held = []
-    for interface in args.interfaces:
-        name = f"aiperf-{interface}"
-        folder = args.work / name
-        with common.serving(args, name) as server:
+    print(common.version(binaries, "aiperf"))
+
+    def load(interface):
+        def with_server(server, name):
+            folder = args.work / name
             # Not told to be offline: then it would look for a folder's name in its cache.
             common.run(
                 [
@@ -36,9 +36,11 @@ def main():
                     "--artifact-dir", folder, "--ui", "none",
                 ]
             )
-            server_ms = server.stop()
-        held.append(common.judge("aiperf", interface, report(folder, args.requests), server_ms, args.requests))
-    common.end(held)
+            return report(folder)
+
+        return with_server
+
+    common.end([common.compare(args, "aiperf", i, load(i), args.requests) for i in args.interfaces])
 
 
 if __name__ == "__main__":

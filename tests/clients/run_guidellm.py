@@ -20,34 +20,55 @@ def report(path):
     }
 
 
+def environment():
+    """One worker on a small machine, and a schedule that begins when all prompts are there.
+
+    By itself it starts ten processes and the schedule at once: its first seconds are then sent late and all together,
+    and what is measured is a queue that nobody asked for."""
+    return {
+        **common.offline(),
+        "GUIDELLM__MAX_WORKER_PROCESSES": "1",
+        "GUIDELLM__MAX_CONCURRENCY": "512",
+        "GUIDELLM__SCHEDULER_START_DELAY_NON_DISTRIBUTED": "5",
+    }
+
+
 def main():
     args = common.arguments(__doc__)
     binaries = common.packages(args.work, "guidellm", "guidellm")
     tokenizer = common.tokenizer(args.work, binaries)
+    print(common.version(binaries, "guidellm"))
     each = args.requests // ADAPTERS
-    held = []
-    for interface in args.interfaces:
+
+    def load(interface, number):
         route = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}[interface]
-        for number in range(ADAPTERS):
-            name = f"guidellm-{interface}-{number}"
+
+        def with_server(server, name):
             out = args.work / f"{name}.json"
-            with common.serving(args, name) as server:
-                common.run(
-                    [
-                        binaries / "guidellm", "run",
-                        "--backend", f"kind=openai_http,target={server.url},model={server.lora(number)},"
-                                     f"request_format={route}",
-                        "--profile", f"kind=poisson,rate={args.rate}",
-                        "--constraint", f"kind=max_requests,count={each}",
-                        "--tokenizer", f"kind=huggingface_auto,model={tokenizer}",
-                        "--data", "kind=synthetic_text,prompt_tokens=200,output_tokens=8",
-                        "--output", f"kind=json,path={out}", "--disable-console",
-                    ],
-                    env=common.offline(),
-                )
-                server_ms = server.stop()
-            held.append(common.judge("guidellm", f"{interface} {server.lora(number)}", report(out), server_ms, each))
-    common.end(held)
+            common.run(
+                [
+                    binaries / "guidellm", "run",
+                    "--backend", f"kind=openai_http,target={server.url},model={server.lora(number)},"
+                                 f"request_format={route}",
+                    "--profile", f"kind=poisson,rate={args.rate}",
+                    "--constraint", f"kind=max_requests,count={each}",
+                    "--tokenizer", f"kind=huggingface_auto,model={tokenizer}",
+                    "--data", "kind=synthetic_text,prompt_tokens=200,output_tokens=8",
+                    "--output", f"kind=json,path={out}", "--disable-console",
+                ],
+                env=environment(),
+            )
+            return report(out)
+
+        return with_server
+
+    common.end(
+        [
+            common.compare(args, "guidellm", interface, load(interface, number), each, f"lora-{number}")
+            for interface in args.interfaces
+            for number in range(ADAPTERS)
+        ]
+    )
 
 
 if __name__ == "__main__":

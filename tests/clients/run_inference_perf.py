@@ -1,22 +1,36 @@
 """`inference-perf` against `serve`: python tests/clients/run_inference_perf.py [--work DIR] [--program FILE]"""
 
+import itertools
 import json
 
 import common
+
+
+def conversations(args, tokens=200):
+    """A file in ShareGPT's shape: prompts of as many characters, answers of eight.
+
+    Its own random prompts are for completions alone, and are made while it sends."""
+    words = "the of and to in is it that was for on are with as his they be at one have this from or had by not but what all"
+    letters = itertools.cycle(words.split())
+    path = args.work / "conversations.json"
+    with path.open("w", encoding="utf-8") as file:
+        # A record a line, which the reader of this shape takes as well as a list.
+        for _ in range(args.requests + 1):
+            text = ""
+            while len(text) < tokens:
+                text += next(letters) + " "
+            turns = [{"from": "human", "value": text[: tokens - 1] + "."}, {"from": "gpt", "value": "an answer"[:8]}]
+            print(json.dumps({"conversations": turns}), file=file)
+    return path
 
 
 def config(args, server, interface, tokenizer, folder):
     """Its configuration; JSON is YAML."""
     seconds = max(1, round(args.requests / args.rate))
     share = 1 / server.adapters
-    lengths = {"type": "fixed", "total_count": args.requests + 1}
     return {
         "api": {"type": {"completions": "completion", "chat": "chat"}[interface], "streaming": True},
-        "data": {
-            "type": "random",
-            "input_distribution": {**lengths, "min": 200, "max": 200, "mean": 200, "std_dev": 0},
-            "output_distribution": {**lengths, "min": 8, "max": 8, "mean": 8, "std_dev": 0},
-        },
+        "data": {"type": "shareGPT", "path": str(conversations(args))},
         "load": {
             "type": "poisson",
             "stages": [{"rate": args.rate, "duration": seconds}],
@@ -37,24 +51,24 @@ def main():
     args = common.arguments(__doc__)
     binaries = common.packages(args.work, "inference-perf", "inference-perf")
     tokenizer = common.tokenizer(args.work, binaries)
-    held = []
-    for interface in args.interfaces:
-        name = f"inference-perf-{interface}"
-        folder = args.work / name
-        with common.serving(args, name) as server:
+    print(common.version(binaries, "inference-perf"))
+
+    def load(interface):
+        def with_server(server, name):
+            folder = args.work / name
             path = args.work / f"{name}.yaml"
             path.write_text(json.dumps(config(args, server, interface, tokenizer, folder), indent=1))
             common.run([binaries / "inference-perf", "-c", path], env=common.offline())
-            server_ms = server.stop()
-        result = json.loads((folder / "summary_lifecycle_metrics.json").read_text())
-        report = {
-            "requests": result["successes"]["count"],
-            "errors": result["failures"]["count"],
-            "ttft_ms": result["successes"]["latency"]["time_to_first_token"]["median"] * 1e3,
-        }
-        # Its arrivals are drawn for the time, not for the number.
-        held.append(common.judge("inference-perf", interface, report, server_ms, round(0.7 * args.requests)))
-    common.end(held)
+            result = json.loads((folder / "summary_lifecycle_metrics.json").read_text())
+            return {
+                "requests": result["successes"]["count"],
+                "errors": result["failures"]["count"],
+                "ttft_ms": result["successes"]["latency"]["time_to_first_token"]["median"] * 1e3,
+            }
+
+        return with_server
+
+    common.end([common.compare(args, "inference-perf", i, load(i), args.requests) for i in args.interfaces])
 
 
 if __name__ == "__main__":

@@ -31,31 +31,35 @@ def report(text):
 def main():
     args = common.arguments(__doc__)
     program = install(args.work)
-    held = []
+    print(common.run([program, "--version"]).strip())
     prompt = "word " * 40
-    for interface in args.interfaces:
-        name = f"oha-{interface}"
+
+    def load(interface):
         path = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}[interface]
         asked = {
             "completions": {"prompt": prompt},
             "chat": {"messages": [{"role": "user", "content": prompt}]},
         }[interface]
-        with common.serving(args, name) as server:
+
+        def with_server(server, name):
             bodies = args.work / f"{name}.bodies.jsonl"
             lines = [
                 json.dumps({"model": server.lora(n), **asked, "max_tokens": 1, "ignore_eos": True})
                 for n in range(server.adapters)
             ]
             bodies.write_text("\n".join(lines) + "\n")
-            text = common.run(
-                [
-                    program, "--no-tui", "--output-format", "json", "-n", args.requests, "-c", 4, "-q", args.rate,
-                    "-m", "POST", "-T", "application/json", "-Z", bodies, server.url + path,
-                ]
+            return report(
+                common.run(
+                    [
+                        program, "--no-tui", "--output-format", "json", "-n", args.requests, "-c", 4, "-q", args.rate,
+                        "-m", "POST", "-T", "application/json", "-Z", bodies, server.url + path,
+                    ]
+                )
             )
-            server_ms = server.stop()
-        held.append(common.judge("oha", interface, report(text), server_ms, args.requests))
-    common.end(held)
+
+        return with_server
+
+    common.end([common.compare(args, "oha", i, load(i), args.requests) for i in args.interfaces])
 
 
 if __name__ == "__main__":

