@@ -199,7 +199,6 @@ impl Measure {
         let own_times = matches!(source, Source::Trace { .. }) && self.workload.arrival_rate.is_none();
         let replays = own_times && self.workload.arrivals_column(source) == "trace";
         let by_time = matches!(self.amount, Some(Amount::DurationS(_)));
-        let tokens = trace.requests.first().map(|r| r.output_tokens);
         let run = RunContext {
             arrival_rate: (!replays).then_some(self.workload.arrival_rate.unwrap_or(DEFAULT_RATE)),
             num_requests: (!by_time).then_some(trace.requests.len() as u64),
@@ -212,7 +211,7 @@ impl Measure {
             popularity: Some(trace.header.popularity.clone()),
             seed: Some(trace.header.seed),
             max_num_seqs: config.max_num_seqs,
-            max_tokens: tokens.filter(|t| trace.requests.iter().all(|r| r.output_tokens == *t)),
+            max_tokens: trace.common_output_tokens(),
             arrivals: Some(self.workload.arrivals_column(source)),
             swap_count: swaps.map(|s| s.runtime.swap_count),
             saturated: saturated(&outcome.records),

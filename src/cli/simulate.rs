@@ -282,7 +282,12 @@ impl Simulation {
             }
             Source::Trace { .. } => {
                 let trace = workload.trace(&self.source, &how)?;
-                let context = RunContext { popularity: Some(trace.header.popularity.clone()), ..context };
+                let context = RunContext {
+                    popularity: Some(trace.header.popularity.clone()),
+                    // As `measure` writes it, so that the two are rows of one workload.
+                    max_tokens: trace.common_output_tokens(),
+                    ..context
+                };
                 let requests = trace.requests.iter().cloned();
                 let row = simulator.stream(&engine, requests, (trace.requests.len(), warm_up), &context);
                 let rate = workload.arrival_rate.or(trace.mean_rate());

@@ -116,11 +116,16 @@ pub fn synthesise(tokenizer: &Tokenizer, tokens: u32, seed: u64, number: u64) ->
         if found == wanted {
             return Ok(text);
         }
+        // Where words are several tokens each, what is left may lack less than any word has.
+        if round >= PATIENT_ROUNDS
+            && let Some(text) = with_another_end(tokenizer, &words, wanted)?
+        {
+            return Ok(text);
+        }
         let per_word = (found as f64 / words.len() as f64).max(1.0);
         let miss = (found.abs_diff(wanted) as f64 / per_word).round().max(1.0) as usize;
         if found > wanted {
-            // What is left may lack less than any word has, so the longer it takes the more is drawn anew.
-            words.truncate(words.len().saturating_sub(miss + round / ROUNDS_PER_WORD));
+            words.truncate(words.len().saturating_sub(miss + usize::from(round >= PATIENT_ROUNDS)));
             if words.is_empty() {
                 words.push(word(&mut rng));
             }
@@ -132,8 +137,26 @@ pub fn synthesise(tokenizer: &Tokenizer, tokens: u32, seed: u64, number: u64) ->
 }
 
 const MOST_ROUNDS: usize = 64;
-/// After how many rounds one word more is drawn anew.
-const ROUNDS_PER_WORD: usize = 4;
+/// After how many rounds every last word is tried.
+const PATIENT_ROUNDS: usize = 8;
+
+/// `words` with the first of all words as the last that makes it `wanted` tokens; none if no word does.
+fn with_another_end(
+    tokenizer: &Tokenizer,
+    words: &[&str],
+    wanted: usize,
+) -> Result<Option<String>, PromptError> {
+    let mut words = words.to_vec();
+    for &end in WORDS {
+        words.pop();
+        words.push(end);
+        let text = words.join(" ");
+        if tokenizer.encode(&text)?.len() == wanted {
+            return Ok(Some(text));
+        }
+    }
+    Ok(None)
+}
 
 fn word(rng: &mut ChaCha8Rng) -> &'static str {
     WORDS[rng.random_range(0..WORDS.len())]

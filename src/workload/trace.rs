@@ -139,6 +139,12 @@ impl Trace {
         (self.requests.len() > 1 && duration > 0.0).then(|| self.requests.len() as f64 / duration)
     }
 
+    /// The output tokens of every request, if all have the same.
+    pub fn common_output_tokens(&self) -> Option<u32> {
+        let first = self.requests.first()?.output_tokens;
+        self.requests.iter().all(|r| r.output_tokens == first).then_some(first)
+    }
+
     /// One more than the highest adapter; 0 if no request names one.
     pub fn adapters(&self) -> u32 {
         self.requests.iter().filter_map(|r| r.adapter).max().map_or(0, |a| a + 1)

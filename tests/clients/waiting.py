@@ -56,7 +56,8 @@ class Waiting:
     async def answer(self, writer, path, body, began):
         if not path.endswith("/completions"):
             # The list of models, which clients ask for before they begin; and whether it is healthy.
-            send(writer, json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}).encode())
+            names = ["tiny", *(f"lora-{number}" for number in range(16))]
+            send(writer, json.dumps({"object": "list", "data": [{"id": n, "object": "model"} for n in names]}).encode())
             return
         asked = json.loads(body)
         chat = "messages" in asked

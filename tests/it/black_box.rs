@@ -26,6 +26,23 @@ fn a_server_seen_from_outside_can_be_simulated() {
     let more = ["--longest", "200", "--repeats", "2", "--max-model-len", "2048", "-o", "bb.json"];
     let done = program(folder.path()).args(calibrate).args(more).assert().success();
     assert!(stdout(&done).contains("nothing but response times was seen"), "{}", stdout(&done));
+
+    // One trace measured and simulated is one workload for `validate`.
+    let trace = ["trace", "generate", "--total-loras", "6", "-r", "20", "-n", "20", "-o", "t.jsonl"];
+    program(folder.path()).args(trace).assert().success();
+    let of_trace = ["--total-loras", "6", "--gpu-loras", "2", "--trace", "t.jsonl", "-o"];
+    let measure = ["measure", "--endpoint", &serve.url, "--api", "openai"];
+    program(folder.path()).args(measure).args(of_trace).arg("tm.csv").assert().success();
+    let simulate = ["simulate", "--profile", "bb.json"];
+    program(folder.path()).args(simulate).args(of_trace).arg("ts.csv").assert().success();
+    let validate = ["validate", "--measured", "tm.csv", "--simulated", "ts.csv"];
+    let done = program(folder.path()).args(validate).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(
+        said.contains("Simulated with a black-box profile"),
+        "{said}{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
     drop(serve);
 
     let profile = Profile::load(&folder.path().join("bb.json")).unwrap();
