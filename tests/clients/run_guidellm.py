@@ -29,7 +29,7 @@ def environment():
         **common.offline(),
         "GUIDELLM__MAX_WORKER_PROCESSES": "1",
         "GUIDELLM__MAX_CONCURRENCY": "512",
-        "GUIDELLM__SCHEDULER_START_DELAY_NON_DISTRIBUTED": "5",
+        "GUIDELLM__SCHEDULER_START_DELAY_NON_DISTRIBUTED": "8",
     }
 
 

@@ -131,6 +131,29 @@ async fn state_and_statistics_have_the_references_shapes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_metric_of_the_page_and_the_dashboard_is_served() {
+    let site = quick().await;
+    let metrics = reqwest::get(format!("{}/metrics", site.url)).await.unwrap().text().await.unwrap();
+    let served = |name: &str| metrics.contains(&format!("# TYPE {name} "));
+    for (file, text) in [
+        ("docs/metrics.md", include_str!("../../docs/metrics.md")),
+        ("docs/grafana.json", include_str!("../../docs/grafana.json")),
+    ] {
+        let words = text.split(|c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit() || "_:".contains(c)));
+        let mut found = 0;
+        for name in words.filter(|w| w.starts_with("vllm:") || w.starts_with("lora_hbm:")) {
+            // Beginnings of names, which the page has where it searches for several.
+            if name.ends_with([':', '_']) || name == "lora_hbm:swap" {
+                continue;
+            }
+            found += 1;
+            assert!(served(name) || served(name.trim_end_matches("_bucket")), "{file} names {name}");
+        }
+        assert!(found > 10, "{file} names {found} metrics");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_served_is_refused_in_one_shape() {
     let site = quick().await;
     let long = format!(r#"{{"prompt":"{}"}}"#, "a".repeat(600));
