@@ -317,6 +317,7 @@ pub(super) fn print(validation: &Validation) {
     ]);
     let error = |e: f64| format!("{e:+.1} %");
     let spread = |s: Option<f64>| s.map_or_else(|| "-".to_owned(), |s| format!("{s:.1} %"));
+    let count = |n: Option<f64>| n.map_or_else(|| "-".to_owned(), |n| format!("{n:.1}"));
     for b in &validation.budgets {
         let misses = if b.saturated { "saturated".to_owned() } else { b.misses().join(", ") };
         table.add_row([
@@ -332,8 +333,8 @@ pub(super) fn print(validation: &Validation) {
             spread(b.p90.spread_percent),
             error(b.p99.error_percent()),
             error(b.mean.error_percent()),
-            format!("{:.1}", b.swaps.0),
-            format!("{:.1}", b.swaps.1),
+            count(b.swaps.0),
+            count(b.swaps.1),
             misses,
         ]);
     }
