@@ -159,7 +159,11 @@ impl Elementwise {
         let grid = Grid::new((groups.div_ceil(threads), n as u32, 1), threads);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
         unsafe {
-            stream.launch_next(&self.silu_mul, grid, arguments![gate_up.address(), out.address(), width as u32])
+            stream.launch_next(
+                &self.silu_mul,
+                grid,
+                arguments![gate_up.address(), out.address(), width as u32],
+            )
         }
     }
 

@@ -219,7 +219,9 @@ impl Gemm {
             (Some(Algorithm::Small(form)), Some(small)) => {
                 return small.run(stream, form, shape.n, weight, x, out, workspace.view_mut().cast());
             }
-            _ => return Err(CudaError::Shape { kernel: "gemm", what: format!("{shape:?} has no algorithm") }),
+            _ => {
+                return Err(CudaError::Shape { kernel: "gemm", what: format!("{shape:?} has no algorithm") });
+            }
         };
         if let Some((narrow, wide)) = &weight.bias {
             let bias =

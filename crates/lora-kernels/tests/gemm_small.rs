@@ -65,7 +65,8 @@ fn rows_of_every_kind_in_ragged_layers() -> Result<(), CudaError> {
 fn the_layers_of_models() -> Result<(), CudaError> {
     let (device, stream) = device();
     let mut gemm = GemmSmall::load(&device)?;
-    let shapes = [(4096, 4096), (12_288, 4096), (4096, 11_008), (22_016, 4096), (32_001, 4096), (4096, 14_336)];
+    let shapes =
+        [(4096, 4096), (12_288, 4096), (4096, 11_008), (22_016, 4096), (32_001, 4096), (4096, 14_336)];
     for (seed, shape) in shapes.into_iter().enumerate() {
         check(&mut gemm, (&device, &stream), &[3, 16, 24], shape, 100 + seed as u64)?;
     }
@@ -84,7 +85,12 @@ fn products_that_follow_one_another_give_the_same_bits_every_time() -> Result<()
         let weights: Vec<Weight> = (0..3)
             .map(|_| {
                 let values = random.bf16s(width * width, (3.0 / width as f32).sqrt());
-                Weight { values: upload(&device, &stream, &values), bias: None, outputs: width, inputs: width }
+                Weight {
+                    values: upload(&device, &stream, &values),
+                    bias: None,
+                    outputs: width,
+                    inputs: width,
+                }
             })
             .collect();
         for n in [5, 16, 32] {

@@ -50,13 +50,16 @@ fn small_product_times() {
     let mut small = GemmSmall::load(&device).unwrap();
     let mut scratch = device.buffer::<f32>(4 << 20).unwrap();
     let draw = Draw::load(&device).unwrap();
-    println!("| product | rows | kernel | slices | µs | GB/s of the weight | % of {HBM:.2e} B/µs | µs alone |");
+    println!(
+        "| product | rows | kernel | slices | µs | GB/s of the weight | % of {HBM:.2e} B/µs | µs alone |"
+    );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     for (name, outputs, inputs, adds) in SHAPES {
         let weights = weights(&device, &stream, outputs, inputs);
         let all: Vec<&Weight> = weights.iter().collect();
         let mut x = device.buffer::<bf16>(32 * inputs).unwrap();
-        draw.fill(&stream, &Uniform { key: [9; 32], skip: 0, bound: 1.0, centre: 0.0 }, x.view_mut()).unwrap();
+        draw.fill(&stream, &Uniform { key: [9; 32], skip: 0, bound: 1.0, centre: 0.0 }, x.view_mut())
+            .unwrap();
         let mut narrow = device.buffer::<bf16>(32 * outputs).unwrap();
         let mut wide = device.buffer::<f32>(32 * outputs).unwrap();
         let bytes = 2.0 * (outputs * inputs) as f64;
@@ -103,8 +106,10 @@ fn small_product_times() {
 fn layer_times() {
     let (device, stream) = device();
     let kernels = Elementwise::load(&device).unwrap();
-    let layers: Vec<Vec<Weight>> =
-        SHAPES[..4].iter().map(|(_, outputs, inputs, _)| weights(&device, &stream, *outputs, *inputs)).collect();
+    let layers: Vec<Vec<Weight>> = SHAPES[..4]
+        .iter()
+        .map(|(_, outputs, inputs, _)| weights(&device, &stream, *outputs, *inputs))
+        .collect();
     let norm = {
         let mut norm = device.buffer::<bf16>(4096).unwrap();
         let from = Uniform { key: [3; 32], skip: 0, bound: 0.1, centre: 1.0 };
