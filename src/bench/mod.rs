@@ -106,7 +106,8 @@ pub fn run_engine(
     let prefill = steps::prefill(&mut bench, grid, &floors, &mut progress)?;
     let decode = steps::decode(&mut bench, grid, &floors, &config, &mut progress)?;
     progress("swaps");
-    let swaps = swaps::swaps(&mut bench, loaded, gpu_loras, &floors)?;
+    let longest = grid.longest();
+    let swaps = swaps::swaps(&mut bench, loaded, gpu_loras, grid.runs, longest, &floors)?;
     let settings = loaded.settings();
     Ok(EngineReport {
         device: loaded.device_said(),
@@ -127,12 +128,14 @@ pub fn run_engine(
 pub fn run_swaps(
     loaded: &Loaded,
     gpu_loras: usize,
+    grid: &StepGrid,
     ceilings: Option<Ceilings>,
 ) -> Result<Vec<SwapRow>, BenchError> {
     let mut executor = loaded.executor(gpu_loras, false)?;
     let config = loaded.scheduler_config(gpu_loras);
     let mut bench = step_bench(loaded, &mut executor, &config)?;
-    swaps::swaps(&mut bench, loaded, gpu_loras, &Floors::new(loaded, ceilings))
+    let floors = Floors::new(loaded, ceilings);
+    swaps::swaps(&mut bench, loaded, gpu_loras, grid.runs, grid.longest(), &floors)
 }
 
 /// A bench over an executor whose slots are filled with the first adapters.

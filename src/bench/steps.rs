@@ -21,6 +21,13 @@ pub struct StepGrid {
     pub runs: usize,
 }
 
+impl StepGrid {
+    /// The longest prompt; 1 if there is none.
+    pub fn longest(&self) -> u32 {
+        self.prompts.iter().copied().max().unwrap_or(1).max(1)
+    }
+}
+
 /// One prompt, or several in one step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PrefillRow {

@@ -82,6 +82,10 @@ struct GridArgs {
     #[arg(long, value_name = "RANK,…", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
     each_rank: Option<Vec<u32>>,
+    /// Time copies in every swap mode, from pinned and pageable memory, at the middle one of the ranks
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    all_modes: bool,
     /// What scripts/bench_peft.py has measured on the same device, to be compared with
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -125,6 +129,7 @@ struct BenchSettings {
     contexts: Vec<u32>,
     adapters: Vec<u32>,
     each_rank: Vec<u32>,
+    all_modes: bool,
     peft: Option<PathBuf>,
     runs: usize,
     budgets: Vec<u32>,
@@ -142,6 +147,7 @@ impl Default for BenchSettings {
             contexts: vec![128, 512, 2048, 4096],
             adapters: vec![0, 1, 16],
             each_rank: Vec::new(),
+            all_modes: false,
             peft: None,
             runs: 20,
             budgets: vec![2, 8, 32, 128],
@@ -194,7 +200,7 @@ fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
         runs: s.runs,
     };
     let bar = ui::spinner("bench");
-    let mut reports = Vec::new();
+    let (mut reports, mut document) = (Vec::new(), serde_json::Value::Null);
     for &max_r in &ranks {
         let of_rank = if s.each_rank.is_empty() { base.ranks.clone() } else { Vec::new() };
         let settings = setup::EngineSettings { max_r, ranks: of_rank, ..base.clone() };
@@ -213,17 +219,20 @@ fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
         let others = [SwapMode::Blocking, SwapMode::Overlap, SwapMode::Layered]
             .into_iter()
             .flat_map(|mode| memories.iter().map(move |memory| (mode, *memory)))
-            .filter(|other| *other != (settings.swap_mode, settings.host_memory));
+            .filter(|other| *other != (settings.swap_mode, settings.host_memory))
+            // How a mode copies does not depend on the rank: once is enough.
+            .filter(|_| s.all_modes && max_r == ranks[ranks.len() / 2]);
         for (swap_mode, host_memory) in others {
             bar.set_message(format!("rank {max_r}: swaps, {swap_mode}, {host_memory}"));
             let loaded = load(setup::EngineSettings { swap_mode, host_memory, ..settings.clone() })?;
-            report.swaps.extend(run_swaps(&loaded, slots, report.ceilings).map_err(failed)?);
+            report.swaps.extend(run_swaps(&loaded, slots, &steps, report.ceilings).map_err(failed)?);
         }
         reports.push(report);
+        // Each rank takes a minute: what is done is kept.
+        document = serde_json::json!({ "engine": &reports, "peft": &peft });
+        write(&s.out, &document, &mut manifest, reports.len() == ranks.len())?;
     }
     bar.finish_and_clear();
-    let document = serde_json::json!({ "engine": &reports, "peft": &peft });
-    write(&s.out, &document, &mut manifest)?;
     match ctx.format {
         OutputFormat::Json => println!("{}", serde_json::to_string(&document).map_err(Failure::failed)?),
         OutputFormat::Table => {
@@ -261,7 +270,7 @@ fn traces(args: &TraceBenchArgs, ctx: &Context) -> Result<(), Failure> {
         }
     }
     bar.finish_and_clear();
-    write(&s.out, &rows, &mut manifest)?;
+    write(&s.out, &rows, &mut manifest, true)?;
     match ctx.format {
         OutputFormat::Json => println!("{}", serde_json::to_string(&rows).map_err(Failure::failed)?),
         OutputFormat::Table => print_traces(&rows, &s.out),
@@ -269,11 +278,16 @@ fn traces(args: &TraceBenchArgs, ctx: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-fn write(out: &Path, report: &impl Serialize, manifest: &mut Manifest) -> Result<(), Failure> {
+fn write(
+    out: &Path,
+    report: &impl Serialize,
+    manifest: &mut Manifest,
+    complete: bool,
+) -> Result<(), Failure> {
     let mut text = serde_json::to_vec_pretty(report).map_err(Failure::failed)?;
     text.push(b'\n');
     write_atomic(out, &text).map_err(Failure::failed)?;
-    manifest.end(true);
+    manifest.end(complete);
     manifest.write(path_beside(out)).map_err(Failure::failed)
 }
 

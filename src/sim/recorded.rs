@@ -44,6 +44,9 @@ pub struct Recorded {
     pub config: Config,
     /// Arrivals and cancels in order of time.
     pub inputs: Vec<Input>,
+    /// From the event that made a plan possible to the plan, of every plan in order: of steps, and of nothing
+    /// while all that wait lack something.
+    pub gaps: Vec<Nanos>,
     /// Steps in order.
     pub steps: Vec<RecordedStep>,
     /// Swaps in order of decision.
@@ -93,7 +96,7 @@ impl Recorded {
         inputs.extend(cancels);
         inputs.sort_by_key(Input::at);
 
-        let triggers = triggers(lines);
+        let (gaps, gap_of) = gaps(lines);
         let mut steps = Vec::new();
         for line in lines {
             let LogLine::Step { step, formed, done, seqs, loading, waited, submitted, .. } = line else {
@@ -108,7 +111,7 @@ impl Recorded {
             steps.push(RecordedStep {
                 seqs: seqs.iter().map(renumber).collect::<Result<_, RecordError>>()?,
                 loading: loading.clone(),
-                gap: formed - triggers.get(formed).copied().unwrap_or(*formed),
+                gap: gap_of.get(formed).copied().unwrap_or(0),
                 took: done - from,
                 stalled: stalls.remove(step).unwrap_or_default(),
             });
@@ -123,7 +126,7 @@ impl Recorded {
         }
         swaps.sort_by_key(|s| (s.0, s.1));
         let swaps = swaps.into_iter().map(|s| s.2).collect();
-        Ok(Self { config, inputs, steps, swaps, ttft })
+        Ok(Self { config, inputs, gaps, steps, swaps, ttft })
     }
 }
 
@@ -174,47 +177,53 @@ fn requests(lines: &[LogLine]) -> Vec<Input> {
     inputs
 }
 
-/// For the plan at each time, the event that made it possible: the first one after the plan before
-/// it that left no step in flight.
-fn triggers(lines: &[LogLine]) -> HashMap<Nanos, Nanos> {
+/// From the event that made a plan possible to the plan, of each plan in order, and by the time of the plan. That
+/// event is the first after the plan before that leaves no step in flight and some request there: the
+/// simulator asks for a plan after such an event and after no other, so plans that the engine makes with
+/// nothing to plan for are left out.
+fn gaps(lines: &[LogLine]) -> (Vec<Nanos>, HashMap<Nanos, Nanos>) {
+    /// What happened, at one time in this order: a request's end is told before the event that it came of.
     #[derive(PartialEq, Eq, PartialOrd, Ord)]
     enum Mark {
+        Ended,
+        Arrived,
         Input,
         StepDone,
         Plan { formed: bool },
     }
-    let mut marks = Vec::new();
-    for line in lines {
-        match *line {
-            LogLine::Arrive { t, .. } | LogLine::Cancel { t, .. } | LogLine::SwapDone { t, .. } => {
-                marks.push((t, Mark::Input));
-            }
-            LogLine::StepDone { t, .. } => marks.push((t, Mark::StepDone)),
-            LogLine::Idle { t } => marks.push((t, Mark::Plan { formed: false })),
-            LogLine::Step { formed, .. } => marks.push((formed, Mark::Plan { formed: true })),
-            _ => {}
-        }
-    }
+    let mark = |line: &LogLine| match *line {
+        LogLine::Ended { t, .. } => Some((t, Mark::Ended)),
+        LogLine::Arrive { t, refused: None, .. } => Some((t, Mark::Arrived)),
+        LogLine::Cancel { t, .. } | LogLine::SwapDone { t, .. } => Some((t, Mark::Input)),
+        LogLine::StepDone { t, .. } => Some((t, Mark::StepDone)),
+        LogLine::Idle { t } => Some((t, Mark::Plan { formed: false })),
+        LogLine::Step { formed, .. } => Some((formed, Mark::Plan { formed: true })),
+        _ => None,
+    };
+    let mut marks: Vec<_> = lines.iter().filter_map(mark).collect();
     marks.sort();
-    let (mut in_flight, mut first, mut triggers) = (false, None, HashMap::new());
+    let (mut gaps, mut gap_of) = (Vec::new(), HashMap::new());
+    let (mut there, mut in_flight, mut possible) = (0usize, false, None);
     for (t, mark) in marks {
         match mark {
-            Mark::Input if in_flight => {}
-            Mark::Input => first = first.or(Some(t)),
-            Mark::StepDone => {
-                in_flight = false;
-                first = first.or(Some(t));
-            }
+            Mark::Ended => there = there.saturating_sub(1),
+            Mark::Arrived => there += 1,
+            Mark::Input => {}
+            Mark::StepDone => in_flight = false,
             Mark::Plan { formed } => {
-                if formed {
-                    triggers.insert(t, first.unwrap_or(t));
+                if let Some(since) = possible.take() {
+                    gaps.push(t - since);
+                    gap_of.insert(t, t - since);
                 }
                 in_flight = formed;
-                first = None;
+                continue;
             }
         }
+        if mark != Mark::Ended && !in_flight && there > 0 {
+            possible = possible.or(Some(t));
+        }
     }
-    triggers
+    (gaps, gap_of)
 }
 
 /// When the last swap into one of `slots` was known to be done, at `by` at the latest.
@@ -224,4 +233,52 @@ fn last_swap(lines: &[LogLine], slots: &[u32], by: Nanos) -> Option<Nanos> {
         _ => None,
     });
     ends.max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::decision_log::LoggedEnd;
+
+    fn arrive(t: Nanos, id: u64) -> LogLine {
+        let (adapter, received, refused) = (Some(1), t, None);
+        LogLine::Arrive { t, id, adapter, received, prompt_tokens: 1, max_tokens: 1, refused }
+    }
+
+    fn step(step: u64, formed: Nanos, done: Nanos) -> LogLine {
+        let (submitted, started, ended) = (formed, formed, done);
+        let (seqs, loading, waited) = (Vec::new(), Vec::new(), false);
+        LogLine::Step { step, formed, submitted, started, ended, done, seqs, loading, waited }
+    }
+
+    fn step_done(t: Nanos, step: u64) -> LogLine {
+        LogLine::StepDone { t, step, stopped: Vec::new(), stalled: Vec::new() }
+    }
+
+    #[test]
+    fn a_gap_begins_with_the_event_that_left_something_to_plan_for() {
+        let lines = [
+            // Its adapter has to come first: the first plan is of nothing, and has a gap all the same.
+            arrive(10, 0),
+            LogLine::Idle { t: 13 },
+            LogLine::SwapDone { t: 20, slot: 0 },
+            step(0, 25, 40),
+            // The engine falls idle, and something arrives before it has planned.
+            step_done(40, 0),
+            LogLine::Ended { t: 40, id: 0, why: LoggedEnd::Length },
+            arrive(42, 1),
+            arrive(44, 2),
+            step(1, 49, 60),
+            step_done(60, 1),
+            step(2, 66, 70),
+            step_done(70, 2),
+            LogLine::Ended { t: 70, id: 1, why: LoggedEnd::Length },
+            LogLine::Ended { t: 70, id: 2, why: LoggedEnd::Length },
+            // Nothing is there, so nobody asks the simulator for a plan.
+            LogLine::Idle { t: 72 },
+        ];
+        let (gaps, gap_of) = gaps(&lines);
+        assert_eq!(gaps, [3, 5, 7, 6]);
+        assert_eq!([25, 49, 66].map(|formed| gap_of[&formed]), [5, 7, 6]);
+    }
 }

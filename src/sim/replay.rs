@@ -1,7 +1,7 @@
 //! Is the simulator the same machine as the engine?
 //!
 //! A replay takes arrivals as the engine's scheduler saw them, the measured duration of each step
-//! and swap, and the measured host gap before each step, and runs them on the simulator's own clock
+//! and swap, and the measured host gap before each plan, and runs them on the simulator's own clock
 //! in its own event order. Then every decision must be the engine's, and every TTFT too. Nothing is
 //! excused and nothing resynchronised: events have times of their own in the log, so an arrival at a
 //! step's end falls on the same side in both.
@@ -74,6 +74,7 @@ pub fn replay(recorded: &Recorded, config: Config) -> Result<ReplayReport, Repla
 /// Durations from a recording: of the n-th step, and of the n-th swap of an adapter. Where the
 /// simulator does what the engine did not, the medians serve.
 struct RecordedDevice<'a> {
+    gaps: std::slice::Iter<'a, Nanos>,
     steps: &'a [RecordedStep],
     swaps: HashMap<u32, std::collections::VecDeque<Nanos>>,
     usual_step: Nanos,
@@ -97,6 +98,7 @@ impl<'a> RecordedDevice<'a> {
             swaps.entry(swap.adapter).or_default().push_back(swap.took);
         }
         Self {
+            gaps: recorded.gaps.iter(),
             steps: &recorded.steps,
             swaps,
             usual_step: median(recorded.steps.iter().map(|s| s.took)),
@@ -110,8 +112,8 @@ impl<'a> RecordedDevice<'a> {
 }
 
 impl Device for RecordedDevice<'_> {
-    fn gap(&self) -> Nanos {
-        self.steps.get(self.planned).map_or(0, |s| s.gap)
+    fn gap(&mut self) -> Nanos {
+        self.gaps.next().copied().unwrap_or(0)
     }
 
     fn submit_step(&mut self, now: Nanos, _: &StepPlan) {
@@ -128,7 +130,7 @@ impl Device for RecordedDevice<'_> {
         self.copies.push((now + took, swap.slot));
     }
 
-    fn next(&self) -> Option<(Nanos, Done)> {
+    fn next(&mut self) -> Option<(Nanos, Done)> {
         let copy = self.copies.iter().min().map(|&(at, slot)| (at, Done::Swap(slot)));
         self.step.map(|at| (at, Done::Step)).into_iter().chain(copy).min()
     }

@@ -17,7 +17,7 @@ const TINY: [&str; 8] = ["--model", "tiny", "--device", "cpu", "--max-r", "4", "
 fn engine_times_every_shape_that_fits_and_says_how() {
     let dir = tempfile::tempdir().unwrap();
     let shape = ["--gpu-loras", "3", "--prompts", "16,32", "--batches", "1,2", "--contexts", "40"];
-    let adapters = ["--adapters", "0,1,2", "--runs", "2"];
+    let adapters = ["--adapters", "0,1,2", "--runs", "2", "--all-modes"];
     bench(&dir, &[&["engine"][..], &TINY, &shape, &adapters].concat()).success();
     let report = &json(&dir, "bench.json")["engine"][0];
     let of = |key: &str, part: &str| -> Vec<u64> {
@@ -28,7 +28,8 @@ fn engine_times_every_shape_that_fits_and_says_how() {
     // One sequence has one adapter at most.
     assert_eq!(of("adapters", "decode"), [0, 1, 0, 1, 2]);
     let beside: Vec<_> = report["swaps"].as_array().unwrap().iter().map(|r| &r["beside"]).collect();
-    let each = ["alone", "beside prefill", "beside decode"];
+    let each =
+        ["alone", "one, beside prefill", "all along a prefill", "one, beside decode", "all along a decode"];
     assert_eq!(beside, each.repeat(3), "three modes");
     assert!(report["swaps"][1]["step"][0]["median_ms"].as_f64().unwrap() > 0.0);
     assert_eq!(json(&dir, "bench.manifest.json")["complete"], true);

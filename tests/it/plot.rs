@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use assert_cmd::Command;
+use lora_hbm::report::manifest::Manifest;
 use lora_hbm::report::results::{ResultRow, RunContext, Source, append_rows, read_rows};
 use predicates::str::contains;
 
@@ -91,6 +92,23 @@ fn the_same_rows_give_the_same_bytes() {
         ["svg", "png"].map(|e| std::fs::read(dir.path().join(out).with_extension(e)).unwrap())
     };
     assert_eq!(draw("a.svg"), draw("b.png"));
+}
+
+#[test]
+fn the_foot_names_machine_and_program_of_the_manifests_that_rows_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rows = curve("skip");
+    rows.iter_mut().for_each(|r| r.manifest = Some("results.measured.manifest.json".to_owned()));
+    append_rows(dir.path().join("results.csv"), &rows).unwrap();
+    let draw = || {
+        lora_hbm(dir.path()).args(["plot", "results.csv"]).assert().success();
+        std::fs::read_to_string(dir.path().join("results.svg")).unwrap()
+    };
+    assert!(!draw().contains("lora-hbm 0."), "there is no manifest yet");
+    let manifest = Manifest::begin("sweep", &serde_json::json!({}), &[]).unwrap();
+    manifest.write(dir.path().join("results.measured.manifest.json")).unwrap();
+    let svg = draw();
+    assert!(svg.contains(&manifest.tool.describe()) && svg.contains("incomplete run"), "{svg}");
 }
 
 #[test]

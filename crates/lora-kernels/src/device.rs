@@ -54,7 +54,11 @@ impl Device {
                          the CPU (--device cpu)",
             });
         }
-        let count = CudaContext::device_count().doing("counting devices")? as usize;
+        let count = match CudaContext::device_count() {
+            // What the driver says instead of 0.
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
+            counted => counted.doing("counting devices")? as usize,
+        };
         if ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
         }

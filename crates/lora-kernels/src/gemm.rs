@@ -20,6 +20,9 @@ const WORKSPACE: usize = 64 << 20;
 const OP_T: i32 = 1;
 /// Candidates that are timed for a shape.
 const CANDIDATES: usize = 8;
+/// Shapes of more rows than this are many and slow to time, and their first candidates are near each other.
+const MANY_ROWS: usize = 512;
+const CANDIDATES_OF_MANY: usize = 4;
 /// Runs of each candidate; the fastest counts, since all noise slows.
 const RUNS: usize = 4;
 /// Products of few rows that are timed as one.
@@ -105,6 +108,9 @@ impl Gemm {
             let room = WORKSPACE / size_of::<f32>();
             let forms = small.forms(n, shape.outputs, shape.inputs).into_iter();
             candidates.extend(forms.filter(|form| form.scratch() <= room).map(Algorithm::Small));
+        }
+        if n > MANY_ROWS {
+            candidates.truncate(CANDIDATES_OF_MANY);
         }
         // If none runs, the first says why when it is used.
         let mut best = (f32::INFINITY, candidates[0]);

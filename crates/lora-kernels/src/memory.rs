@@ -65,6 +65,10 @@ impl<T: Element> DeviceBuffer<T> {
             })?;
             // SAFETY: fresh memory of that size.
             unsafe { result::memset_d8_sync(at, 0, bytes) }.doing("clearing memory")?;
+            // Despite its name it returns before the memory is clear, on a stream that no other waits for: what
+            // is written next would be cleared again.
+            // SAFETY: null is the default stream.
+            unsafe { result::stream::synchronize(std::ptr::null_mut()) }.doing("clearing memory")?;
             at
         };
         Ok(Self { context: context.clone(), at, len, of: PhantomData })

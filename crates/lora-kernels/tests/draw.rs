@@ -25,6 +25,9 @@ fn the_hosts_stream_can_be_entered_anywhere() {
     for skip in [1, 2, 31, 32, 33, 4097] {
         assert_eq!(on_host(&from(skip), 10), whole[skip..skip + 10], "{skip}");
     }
+    // Past the counter's low word, too.
+    let border = 1 << 37;
+    assert_eq!(on_host(&from(border - 40), 200)[46..], on_host(&from(border + 6), 154));
 }
 
 #[test]

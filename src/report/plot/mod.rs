@@ -4,6 +4,7 @@
 //! an embedded font, so that both show the same thing on every machine. The same rows give the same
 //! bytes.
 
+pub mod agreement;
 mod axis;
 mod canvas;
 pub mod data;
@@ -128,7 +129,13 @@ pub fn footer(csv: &[PathBuf], rows: &[ResultRow]) -> String {
         Some(last) if last != first => format!("{first} to {last}"),
         _ => (*first).to_owned(),
     }));
-    let manifests: Vec<Manifest> = csv.iter().filter_map(|p| Manifest::read(path_beside(p)).ok()).collect();
+    // Measured and simulated rows of one file have manifests of their own, which the rows name.
+    let named: BTreeSet<_> = rows.iter().filter_map(|r| r.manifest.as_deref()).collect();
+    let paths: BTreeSet<PathBuf> = csv
+        .iter()
+        .flat_map(|p| named.iter().map(|name| p.with_file_name(name)).chain([path_beside(p)]))
+        .collect();
+    let manifests: Vec<Manifest> = paths.iter().filter_map(|p| Manifest::read(p).ok()).collect();
     let machines: BTreeSet<_> = manifests.iter().map(|m| m.machine.describe()).collect();
     let tools: BTreeSet<_> = manifests.iter().map(|m| m.tool.describe()).collect();
     parts.extend(machines);

@@ -52,7 +52,7 @@ pub fn describe(column: &str, value: &str) -> String {
         "model" => value.to_owned(),
         "total_loras" => format!("{value} adapters"),
         "prompt_regime" => format!("{value} prompts"),
-        "arrival_rate" => format!("{value} requests/s"),
+        "arrival_rate" => format!("{} requests/s", short(value)),
         "rho" => format!("load ρ {value}"),
         "popularity" => format!("{} popularity", proper(value)),
         "arrivals" => format!("{} arrivals", proper(value)),
@@ -62,6 +62,14 @@ pub fn describe(column: &str, value: &str) -> String {
         "num_requests" => format!("{value} requests a run"),
         "max_tokens" => format!("{value} output tokens"),
         _ => format!("{column} {value}"),
+    }
+}
+
+/// A number to three decimals, which a rate computed from a load has more of.
+fn short(value: &str) -> String {
+    match value.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.001 => ((number * 1e3).round() / 1e3).to_string(),
+        _ => value.to_owned(),
     }
 }
 
@@ -97,5 +105,8 @@ mod tests {
         assert_eq!(describe("popularity", "zipf:1.1"), "Zipf 1.1 popularity");
         assert_eq!(describe("rank", "8+64"), "rank 8+64");
         assert_eq!(describe("policy", ""), "policy unknown");
+        assert_eq!(describe("arrival_rate", "6.141610130267201"), "6.142 requests/s");
+        assert_eq!(describe("arrival_rate", "2"), "2 requests/s");
+        assert_eq!(describe("arrival_rate", "0.0004"), "0.0004 requests/s");
     }
 }
