@@ -19,6 +19,7 @@ mod paged;
 mod rope_kv;
 mod sample;
 mod stream;
+mod tensor_map;
 pub mod twins;
 
 pub use attention::{Attention, DecodeWorkspace, Queries};
