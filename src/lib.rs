@@ -5,6 +5,8 @@
 //! engine's measured costs. `ARCHITECTURE.md` has the picture of the house.
 
 #[cfg(feature = "server")]
+pub mod bench;
+#[cfg(feature = "server")]
 pub mod calibrate;
 pub mod cli;
 #[cfg(feature = "engine")]

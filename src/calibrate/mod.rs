@@ -128,7 +128,7 @@ pub fn calibrate(
         vocab_size: loaded.spec().vocab_size,
         ranks: specs[..reading].iter().map(|s| s.rank).collect(),
     };
-    let memory = *executor.memory();
+    let memory = loaded.memory_plan(reading + 1);
     let mut bench = StepBench::new(&mut executor, limits, stream(options.seed, "calibrate"));
     let steps = bench.sample(options.step_time, options.longest, |share| progress("steps", share))?;
     progress("swaps", 0.0);
@@ -174,8 +174,11 @@ pub fn calibrate(
             kv_block_bytes: memory.kv_block,
             weights_bytes: memory.weights,
             workspace_bytes: memory.workspace,
-            memory_bytes: None,
-            kv_memory_bytes: Some(s.kv_memory),
+            memory_bytes: loaded.shared_memory(),
+            kv_memory_bytes: match loaded.shared_memory() {
+                Some(_) => s.kv_memory,
+                None => Some(s.kv_memory.unwrap_or(crate::engine::setup::CPU_KV_MEMORY)),
+            },
             max_model_len: config.max_model_len as u32,
             max_num_batched_tokens: config.max_num_batched_tokens as u32,
             max_num_seqs: config.max_num_seqs as u32,

@@ -214,6 +214,49 @@ impl<'a> StepBench<'a> {
         self.run(beside).map(Some)
     }
 
+    /// Begins the sequence at `place` anew and brings it to `context` tokens, with the adapter in `slot`;
+    /// false if that does not fit.
+    pub fn bring_to(&mut self, place: u32, context: u32, slot: Option<u32>) -> Result<bool, ExecutorError> {
+        self.places[place as usize].slot = slot;
+        let (mut at, most) = (0, self.limits.max_num_batched_tokens as u32);
+        while at < context {
+            let tokens = most.min(context - at);
+            if self.time(&[Part::Prefill { place, tokens, fresh: at == 0 }])?.is_none() {
+                return Ok(false);
+            }
+            at += tokens;
+        }
+        Ok(true)
+    }
+
+    /// One token more of each of the first `seqs` places, timed, with `beside` told of completions of other
+    /// work meanwhile; none if that does not fit.
+    pub fn decode(
+        &mut self,
+        seqs: u32,
+        beside: impl FnMut(&mut dyn Executor, Completion) -> Result<(), ExecutorError>,
+    ) -> Result<Option<StepSample>, ExecutorError> {
+        let parts: Vec<Part> = (0..seqs).map(|place| Part::Decode { place }).collect();
+        if !self.form(&parts) {
+            return Ok(None);
+        }
+        self.run(beside).map(Some)
+    }
+
+    /// First chunks of `tokens` tokens at the first places, one a slot of `slots`, in one step.
+    pub fn prefills(
+        &mut self,
+        tokens: u32,
+        slots: &[Option<u32>],
+    ) -> Result<Option<StepSample>, ExecutorError> {
+        let mut parts = Vec::with_capacity(slots.len());
+        for (place, slot) in (0..).zip(slots) {
+            self.places[place as usize].slot = *slot;
+            parts.push(Part::Prefill { place, tokens, fresh: true });
+        }
+        self.time(&parts)
+    }
+
     /// Times steps for about `time`: first a grid of plain prefills and decodes, then random
     /// mixtures, which are what serving is made of. `progress` is told the share that is done.
     pub fn sample(

@@ -174,7 +174,7 @@ pub fn tokenizer(name: Option<&str>, health: Option<&Health>) -> Result<(Tokeniz
         let tokenizer = Tokenizer::resolve(Some(name)).map_err(|e| Failure::Failed(e.into()))?;
         if let Some(served) = served
             && served != name
-            && served != tokenizer.source().to_string()
+            && Tokenizer::source_of(served).as_ref() != Some(tokenizer.source())
         {
             tracing::warn!(
                 "prompts are counted with {name} and the server's tokenizer is {served}: its counts may differ"

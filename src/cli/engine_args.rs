@@ -58,6 +58,10 @@ pub struct EngineArgs {
     #[arg(long, value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_memory: Option<String>,
+    /// Where it runs: auto, cpu, cuda [default: auto]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
     /// Compute threads [default: one less than the cores]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -80,6 +84,7 @@ pub struct EngineFlags {
     prefetch: Option<u32>,
     max_skip_age: Option<f64>,
     kv_memory: Option<String>,
+    device: Option<String>,
     threads: Option<u32>,
 }
 
@@ -105,6 +110,7 @@ impl EngineFlags {
             kv_memory: self.kv_memory.clone(),
             threads: self.threads,
             dtype: default.dtype,
+            device: self.device.clone().unwrap_or(default.device),
             seed: default.seed,
         })
     }

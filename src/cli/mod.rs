@@ -11,6 +11,8 @@ pub mod settings;
 pub mod ui;
 
 #[cfg(feature = "server")]
+mod bench;
+#[cfg(feature = "server")]
 mod calibrate;
 #[cfg(feature = "server")]
 mod client;
@@ -73,6 +75,9 @@ enum Command {
     /// Time this machine's steps, swaps and host: a profile
     #[cfg(feature = "server")]
     Calibrate(calibrate::CalibrateArgs),
+    /// Time the engine's own steps and swaps, or traces in-process
+    #[cfg(feature = "server")]
+    Bench(bench::BenchArgs),
     /// Predict TTFT at every gpu_loras from a profile
     Simulate(Box<simulate::SimulateArgs>),
     /// Run an experiment file: measured on an engine, or simulated from a profile
@@ -111,6 +116,8 @@ impl Command {
             Self::Measure(args) => measure::run(args, ctx),
             #[cfg(feature = "server")]
             Self::Calibrate(args) => calibrate::run(args, ctx),
+            #[cfg(feature = "server")]
+            Self::Bench(args) => bench::run(args, ctx),
             Self::Simulate(args) => simulate::run(args, ctx),
             Self::Sweep(args) => sweep::run(args, ctx),
             Self::Validate(args) => validate::run(args, ctx),

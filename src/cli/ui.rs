@@ -21,6 +21,17 @@ pub fn bar(len: u64, what: &str) -> ProgressBar {
     bar
 }
 
+/// A line that says what is being done; hidden when standard error is not a terminal.
+#[cfg(feature = "server")]
+pub fn spinner(what: &str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}
+
 /// A table whose first column is text and whose other columns are numbers, aligned right.
 pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();

@@ -6,12 +6,18 @@
 //! later operation of the step refers to. The KV cache and the adapter slots belong to the backend:
 //! operations name a layer, and the batch's block tables and segments say where to look.
 //!
-//! Operations are asynchronous for all that a caller may assume: only [`Backend::sampled`] gives
+//! Two kinds of memory: [`Backend::Buffer`] for what flows into matrix products, in the device's own
+//! number format, and [`Backend::Wide`] for the residual stream and the logits, in f32. A part's last
+//! product adds to the residual stream at once.
+//!
+//! Operations are asynchronous for all that a caller may assume: only [`StepBackend::sampled`] gives
 //! results back.
 
+use lora_sched::{Nanos, SlotId};
+
 use super::batch::Batch;
-use super::executor::TokenId;
-use super::model::ModelSpec;
+use super::executor::{Sampling, TokenId};
+use super::model::{ModelSpec, Values};
 
 /// A linear module inside a fused projection, for [`Backend::lora`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,13 +28,22 @@ pub struct LoraTarget {
     pub column: usize,
 }
 
+/// What adapters may add to a linear layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Adapted<'a> {
+    /// The decoder layer.
+    pub layer: usize,
+    /// The modules that the linear layer is made of.
+    pub targets: &'a [LoraTarget],
+}
+
 /// The weight of a linear layer, fused or not, on its way to the device.
 #[derive(Debug)]
 pub struct HostMatrix {
-    /// `[outputs, inputs]`, row-major.
-    pub weight: Vec<f32>,
-    /// `[outputs]`, or none.
-    pub bias: Option<Vec<f32>>,
+    /// `[outputs, inputs]`, row-major, in parts that follow one another.
+    pub weight: Vec<Values>,
+    /// `[outputs]` in parts; empty for none.
+    pub bias: Vec<Values>,
     /// Rows.
     pub outputs: usize,
     /// Columns.
@@ -53,6 +68,8 @@ pub struct Norm<T> {
 pub trait Backend {
     /// Device memory for activations, norm weights and embedding tables.
     type Buffer;
+    /// Device memory in f32: the residual stream, logits.
+    type Wide;
     /// The weight of a linear layer with its bias, in the layout that suits the device.
     type Matrix;
     /// A failure of the device.
@@ -61,14 +78,14 @@ pub trait Backend {
     /// Memory for `elements` elements, zeroed.
     fn buffer(&mut self, elements: usize) -> Result<Self::Buffer, Self::Error>;
 
+    /// Memory for `elements` f32 elements, zeroed.
+    fn wide(&mut self, elements: usize) -> Result<Self::Wide, Self::Error>;
+
     /// Memory that holds `values`.
-    fn upload(&mut self, values: Vec<f32>) -> Result<Self::Buffer, Self::Error>;
+    fn upload(&mut self, values: Values) -> Result<Self::Buffer, Self::Error>;
 
     /// A linear layer's weight.
     fn upload_matrix(&mut self, matrix: HostMatrix) -> Result<Self::Matrix, Self::Error>;
-
-    /// Takes the step's metadata.
-    fn begin(&mut self, batch: &Batch) -> Result<(), Self::Error>;
 
     /// `out[i] = table[token of row i]`; `table` is `[vocab, width]`, `out` `[n, width]`.
     fn embed(
@@ -76,7 +93,7 @@ pub trait Backend {
         n: usize,
         width: usize,
         table: &Self::Buffer,
-        out: &mut Self::Buffer,
+        out: &mut Self::Wide,
     ) -> Result<(), Self::Error>;
 
     /// `x[i] += table[position of row i + offset]`; `table` is `[positions + offset, width]`, `x`
@@ -87,16 +104,7 @@ pub trait Backend {
         width: usize,
         offset: usize,
         table: &Self::Buffer,
-        x: &mut Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// `x += y`, both `[n, width]`.
-    fn add(
-        &mut self,
-        n: usize,
-        width: usize,
-        y: &Self::Buffer,
-        x: &mut Self::Buffer,
+        x: &mut Self::Wide,
     ) -> Result<(), Self::Error>;
 
     /// `out = x / sqrt(mean(x²) + eps) · weight` by row; `x` and `out` are `[n, width]`.
@@ -104,17 +112,7 @@ pub trait Backend {
         &mut self,
         n: usize,
         norm: &Norm<Self::Buffer>,
-        x: &Self::Buffer,
-        out: &mut Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// `x += y`, then [`Backend::rms_norm`] of `x`; all are `[n, width]`.
-    fn add_rms_norm(
-        &mut self,
-        n: usize,
-        norm: &Norm<Self::Buffer>,
-        y: &Self::Buffer,
-        x: &mut Self::Buffer,
+        x: &Self::Wide,
         out: &mut Self::Buffer,
     ) -> Result<(), Self::Error>;
 
@@ -124,42 +122,54 @@ pub trait Backend {
         &mut self,
         n: usize,
         norm: &Norm<Self::Buffer>,
-        x: &Self::Buffer,
-        out: &mut Self::Buffer,
-    ) -> Result<(), Self::Error>;
-
-    /// `out = x · weightᵀ + bias`; `x` is `[n, inputs]`, `out` `[n, outputs]`.
-    fn linear(
-        &mut self,
-        n: usize,
-        matrix: &Self::Matrix,
-        x: &Self::Buffer,
+        x: &Self::Wide,
         out: &mut Self::Buffer,
     ) -> Result<(), Self::Error>;
 
     /// Waits until layer `layer` of every adapter that the batch lists as loading is in its slot.
     fn await_adapters(&mut self, layer: usize) -> Result<(), Self::Error>;
 
-    /// For every segment of the batch and every target that its adapter adapts, adds
-    /// `scale · (x · Aᵀ) · Bᵀ` to the target's columns of the segment's rows. `x` is `[n, inputs]`
-    /// with the targets' common input width, `out` is `[n, width]`. Its cost follows the segments of
-    /// the batch, never the number of slots.
-    fn lora(
+    /// `out = x · weightᵀ + bias`, and for every segment of the batch and every target that its adapter
+    /// adapts, plus `scale · (x · Aᵀ) · Bᵀ` in the target's columns of the segment's rows. `x` is
+    /// `[n, inputs]`, `out` `[n, outputs]`. What adapters cost follows the segments of the batch, never
+    /// the number of slots.
+    fn linear(
         &mut self,
-        layer: usize,
-        targets: &[LoraTarget],
+        n: usize,
+        matrix: &Self::Matrix,
+        adapted: Adapted<'_>,
         x: &Self::Buffer,
-        width: usize,
         out: &mut Self::Buffer,
     ) -> Result<(), Self::Error>;
 
-    /// Turns the query and key columns of `qkv` `[n, q + k + v]` in place by the rows' positions
-    /// (halves layout: dimension `i` pairs with `i + head_dim / 2`).
-    fn rope(&mut self, n: usize, qkv: &mut Self::Buffer) -> Result<(), Self::Error>;
+    /// [`Backend::linear`] added to `residual` `[n, outputs]`.
+    fn linear_add(
+        &mut self,
+        n: usize,
+        matrix: &Self::Matrix,
+        adapted: Adapted<'_>,
+        x: &Self::Buffer,
+        residual: &mut Self::Wide,
+    ) -> Result<(), Self::Error>;
+
+    /// `out = x · weightᵀ + bias`, in f32, without adapters: the output matrix.
+    fn linear_wide(
+        &mut self,
+        n: usize,
+        matrix: &Self::Matrix,
+        x: &Self::Buffer,
+        out: &mut Self::Wide,
+    ) -> Result<(), Self::Error>;
+
+    /// Turns the query and key columns of `qkv` `[n, q + k + v]` by the rows' positions (halves layout:
+    /// dimension `i` pairs with `i + head_dim / 2`), the queries in place, and writes keys and values into
+    /// the cache of `layer`, each row where the batch says. What becomes of `qkv`'s other columns is open.
+    fn rope_and_write_kv(&mut self, layer: usize, n: usize, qkv: &mut Self::Buffer)
+    -> Result<(), Self::Error>;
 
     /// Writes the key and value columns of `qkv` `[n, q + k + v]` into the cache of `layer`, each
     /// row where the batch says.
-    fn write_kv(&mut self, layer: usize, n: usize, qkv: &Self::Buffer) -> Result<(), Self::Error>;
+    fn write_kv(&mut self, layer: usize, n: usize, qkv: &mut Self::Buffer) -> Result<(), Self::Error>;
 
     /// Causal attention of every sequence's rows over its context in the cache of `layer`, scaled by
     /// `head_dim^-½`. The queries are the first columns of `qkv` `[n, q + k + v]`; `out` is `[n, q]`.
@@ -183,24 +193,43 @@ pub trait Backend {
     /// `x = max(x, 0)`, `[n, width]`.
     fn relu(&mut self, n: usize, width: usize, x: &mut Self::Buffer) -> Result<(), Self::Error>;
 
-    /// `out[j] = x[row that samples j]`; `x` is `[rows, width]`, `out` `[sampling seqs, width]`.
+    /// `out[j] = x[row that samples j]` for `samples` rows; `x` is `[rows, width]`, `out` `[samples, width]`.
     fn gather_samples(
         &mut self,
+        samples: usize,
         width: usize,
-        x: &Self::Buffer,
-        out: &mut Self::Buffer,
+        x: &Self::Wide,
+        out: &mut Self::Wide,
     ) -> Result<(), Self::Error>;
 
-    /// Chooses a token for each sampling sequence from `logits` `[sampling seqs, vocab]` and keeps it
-    /// as the last token of the sequence's place.
-    fn sample(&mut self, logits: &mut Self::Buffer) -> Result<(), Self::Error>;
+    /// Chooses a token for each of `samples` rows of `logits` `[samples, vocab]`, which stay as they are, and
+    /// keeps it as the last token of its sequence's place.
+    fn sample(&mut self, samples: usize, logits: &Self::Wide) -> Result<(), Self::Error>;
+}
 
-    /// The tokens of the last [`Backend::sample`], one for each sampling sequence; waits for them.
+/// What an executor needs of a backend besides the operations.
+pub trait StepBackend: Backend {
+    /// A sequence begins at a place.
+    fn begin_sequence(&mut self, place: u32, sampling: Sampling);
+
+    /// Takes the step's metadata and does `work(self, rows, samples)`, where the counts may be rounded up:
+    /// rows beyond the batch's write nothing that anyone reads. A backend may record what the work submits
+    /// and replay that for later batches of the same shape.
+    fn run(
+        &mut self,
+        batch: &Batch,
+        work: impl FnMut(&mut Self, usize, usize) -> Result<(), Self::Error>,
+    ) -> Result<(), Self::Error>;
+
+    /// The tokens of the last step, one for each sampling sequence in batch order; waits for the step's end.
     fn sampled(&mut self) -> Result<&[TokenId], Self::Error>;
 
-    /// Copies the first `out.len()` elements of `buffer` to the host; waits for them. For tests and
+    /// How long the last step waited for the adapter in each slot that was loading.
+    fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), Self::Error>;
+
+    /// Copies the first `out.len()` elements of `from` to the host; waits for them. For tests and
     /// diagnosis, never for serving.
-    fn download(&mut self, buffer: &Self::Buffer, out: &mut [f32]) -> Result<(), Self::Error>;
+    fn download(&mut self, from: &Self::Wide, out: &mut [f32]) -> Result<(), Self::Error>;
 }
 
 /// What a backend is made for.

@@ -1,5 +1,34 @@
 //! What an engine's memory goes to, and what there is.
 
+/// A device's memory by purpose, known before anything is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Weights, as the device keeps them.
+    pub weights: u64,
+    /// Activations and scratch.
+    pub workspace: u64,
+    /// One slot: an adapter of the largest rank on every linear module.
+    pub slot: u64,
+    /// Slots.
+    pub slots: u64,
+    /// One block of the KV cache, all layers.
+    pub kv_block: u64,
+    /// Blocks.
+    pub kv_blocks: u64,
+}
+
+impl MemoryPlan {
+    /// Bytes of everything.
+    pub fn total(&self) -> u64 {
+        self.weights + self.workspace + self.slots * self.slot + self.kv_blocks * self.kv_block
+    }
+
+    /// KV blocks that `bytes` hold.
+    pub fn kv_blocks_in(&self, bytes: u64) -> u64 {
+        bytes / self.kv_block
+    }
+}
+
 /// What the memory goes to, by purpose.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryTable {

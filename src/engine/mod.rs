@@ -6,6 +6,9 @@ pub mod batch;
 mod channel;
 pub mod clock;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod device;
 pub mod emulated;
 pub mod executor;
 mod facade;

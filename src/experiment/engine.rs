@@ -9,9 +9,6 @@ impl EngineSettings {
     /// # Errors
     /// If a value is none that the engine takes, in words.
     pub fn for_engine(&self) -> Result<setup::EngineSettings, String> {
-        if !matches!(self.dtype.as_str(), "auto" | "float") {
-            return Err(format!("dtype '{}': the CPU computes in float; use auto or float", self.dtype));
-        }
         let default = setup::EngineSettings::default();
         let kv_memory = self.kv_memory.as_deref().map(parse_size).transpose().map_err(|e| e.to_string())?;
         let ranks: Vec<usize> = self.ranks.iter().map(|&r| r as usize).collect();
@@ -26,7 +23,9 @@ impl EngineSettings {
             max_num_batched_tokens: self.max_num_batched_tokens as usize,
             max_model_len: self.max_model_len.map(|n| n as usize),
             block_size: self.block_size as usize,
-            kv_memory: kv_memory.unwrap_or(default.kv_memory),
+            kv_memory,
+            dtype: self.dtype.parse()?,
+            device: self.device.parse()?,
             policy: self.policy,
             evict: self.evict,
             swap_mode: self.swap_mode,

@@ -49,6 +49,8 @@ pub struct EngineSettings {
     pub kv_memory: Option<String>,
     /// Number type.
     pub dtype: String,
+    /// Where it runs: auto, cpu or cuda.
+    pub device: String,
     /// Seed of dummy weights and generated adapters.
     pub seed: u64,
     /// Compute threads; none is all cores.
@@ -75,6 +77,7 @@ impl Default for EngineSettings {
             max_skip_age: 2.0,
             kv_memory: None,
             dtype: "auto".to_owned(),
+            device: "auto".to_owned(),
             seed: 0,
             threads: None,
         }

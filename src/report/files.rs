@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+use crate::workload::atomic::write_atomically;
+
 /// A file that could not be read or written: which, why, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
@@ -41,20 +43,9 @@ impl FileError {
 /// folder is created where it is missing.
 pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<(), FileError> {
     let path = path.as_ref();
-    let replace = || -> io::Result<()> {
-        let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidFilename))?;
-        create_parent(path)?;
-        let temporary = path.with_file_name(format!(".{}.{}.tmp", name.display(), std::process::id()));
-        let written = File::create(&temporary)
-            .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-            .and_then(|()| fs::rename(&temporary, path));
-        if written.is_err() {
-            // The first error is the one to tell; a temporary file that stays is only litter.
-            let _ = fs::remove_file(&temporary);
-        }
-        written
-    };
-    replace().map_err(|e| FileError::write(path, e))
+    create_parent(path)
+        .and_then(|()| write_atomically(path, |out| out.write_all(bytes)))
+        .map_err(|e| FileError::write(path, e))
 }
 
 /// Whether `path` can be written, asked before the work whose result goes there. Leaves no trace but

@@ -82,7 +82,8 @@ pub struct Manifest {
     pub tool: Tool,
     /// The subcommand.
     pub command: String,
-    /// Its resolved settings. They are written down as they are: leave secrets out.
+    /// Its resolved settings. They are written down as they are, but for paths below the working
+    /// directory, which are relative to it: leave secrets out.
     pub config: Value,
     /// SHA-256 of the settings' canonical JSON.
     pub config_sha256: String,
@@ -105,7 +106,10 @@ pub struct Manifest {
 impl Manifest {
     /// Of a run that begins now; `config` is everything that its results depend on.
     pub fn begin(command: &str, config: &impl Serialize, seeds: &[u64]) -> Result<Self, ManifestError> {
-        let config = serde_json::to_value(config).map_err(ManifestError::Settings)?;
+        let mut config = serde_json::to_value(config).map_err(ManifestError::Settings)?;
+        if let Ok(here) = std::env::current_dir() {
+            make_relative(&mut config, &here);
+        }
         let config_sha256 = sha256(canonical_json(&config).as_bytes());
         Ok(Self {
             schema_version: SCHEMA_VERSION,
@@ -144,6 +148,24 @@ impl Manifest {
     }
 }
 
+/// Makes absolute paths below `here` relative to it: where a checkout lies says nothing of a run, and
+/// the same run from another checkout has the same settings.
+fn make_relative(config: &mut Value, here: &Path) {
+    match config {
+        Value::String(text) => {
+            if let Ok(below) = Path::new(text.as_str()).strip_prefix(here) {
+                *text = match below.display().to_string() {
+                    same if same.is_empty() => ".".to_owned(),
+                    below => below,
+                };
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| make_relative(item, here)),
+        Value::Object(fields) => fields.values_mut().for_each(|field| make_relative(field, here)),
+        _ => {}
+    }
+}
+
 /// Where the manifest of a result lies: `runs/a.csv` has `runs/a.manifest.json`.
 pub fn path_beside(result: impl AsRef<Path>) -> PathBuf {
     let result = result.as_ref();
@@ -173,6 +195,21 @@ mod tests {
         manifest.end(true);
         manifest.write(&path).unwrap();
         assert_eq!(Manifest::read(&path).unwrap(), manifest);
+    }
+
+    #[test]
+    fn paths_below_the_working_directory_are_relative() {
+        let here = std::env::current_dir().unwrap();
+        let below = here.join("configs/experiments/demo.toml");
+        let beside = here.with_file_name(format!("{}-2", here.file_name().unwrap().display()));
+        let config = json!([{"experiment": below, "folders": [here, beside]}, "plots/a.csv"]);
+        assert_eq!(
+            Manifest::begin("sweep", &config, &[]).unwrap().config,
+            json!([
+                {"experiment": "configs/experiments/demo.toml", "folders": [".", beside]},
+                "plots/a.csv"
+            ])
+        );
     }
 
     #[test]

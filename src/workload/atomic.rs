@@ -20,6 +20,8 @@ pub fn write_atomically(
         let mut out = BufWriter::with_capacity(1 << 16, File::create(&temporary)?);
         fill(&mut out)?;
         out.flush()?;
+        // Durable before it takes the old file's place: else a power cut could leave neither.
+        out.get_ref().sync_all()?;
         std::fs::rename(&temporary, path)
     })();
     if filled.is_err() {
@@ -27,4 +29,23 @@ pub fn write_atomically(
         let _ = std::fs::remove_file(&temporary);
     }
     filled
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_half_way_leaves_the_old_file_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trace.jsonl");
+        write_atomically(&path, |out| out.write_all(b"old")).unwrap();
+        let failed = write_atomically(&path, |out| {
+            out.write_all(b"half of the ne")?;
+            Err(io::Error::other("the source ran dry"))
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "the source ran dry");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
 }

@@ -3,6 +3,8 @@
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
+#[cfg(feature = "cuda")]
+mod gpu;
 #[cfg(feature = "server")]
 mod load_commands;
 #[cfg(feature = "server")]
@@ -21,6 +23,7 @@ mod rig;
 mod serve_command;
 #[cfg(feature = "server")]
 mod server;
+mod simulate;
 #[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]

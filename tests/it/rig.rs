@@ -1,24 +1,33 @@
 //! A CPU executor over a fixture, and a driver that plans by hand.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use lora_hbm::engine::adapters::HostPool;
 use lora_hbm::engine::batch::BatchLimits;
-use lora_hbm::engine::cpu::{CpuExecutor, CpuOptions};
+use lora_hbm::engine::cpu::{CpuOptions, cpu_executor};
+use lora_hbm::engine::device::DeviceExecutor;
 use lora_hbm::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed};
-use lora_hbm::engine::model::{DummyWeights, resolve};
+use lora_hbm::engine::model::{DummyWeights, Model, resolve};
 use lora_sched::{AdapterId, PlaceId, RequestId, SeqStep, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
 /// Adapters of the fixtures in id order (the pool's order is the folders').
-pub const ADAPTERS: [&str; 4] = ["a-r4", "b-r8", "c-r16", "d-r2"];
+pub const ADAPTERS: [&str; 4] = ["a-r4", "b-r8", "c-r16", "d-r3"];
 
 /// The base model and every adapter.
 pub const EVERYONE: [Option<usize>; 5] = [None, Some(0), Some(1), Some(2), Some(3)];
 
 const BLOCK: usize = 8;
+
+const LIMITS: BatchLimits = BatchLimits {
+    max_num_seqs: 6,
+    max_num_batched_tokens: 256,
+    max_model_len: 96,
+    block_size: BLOCK,
+    kv_blocks: 80,
+};
 
 /// A fixture's reference values.
 pub struct Reference {
@@ -56,8 +65,10 @@ impl Reference {
     }
 }
 
+/// Cargo sets the variable for tests that it runs; whoever carries the binary to another machine can too.
 fn fixture(family: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(family)
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    PathBuf::from(root).join("tests/fixtures").join(family)
 }
 
 /// One sequence's share of a step.
@@ -72,7 +83,7 @@ pub struct Share<'a> {
 
 /// An executor with block tables and slots kept by hand.
 pub struct Rig {
-    pub executor: CpuExecutor,
+    pub executor: DeviceExecutor,
     free: Vec<u32>,
     held: HashMap<u32, Vec<u32>>,
     /// Slot of each adapter.
@@ -81,31 +92,54 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// `gpu_loras` slots, the first adapters preloaded.
+    /// `gpu_loras` slots on the CPU, the first adapters preloaded.
     pub fn new(family: &str, gpu_loras: usize, threads: usize) -> Self {
         let folder = fixture(family);
-        let name = folder.join("model");
-        let model = resolve(name.to_str().unwrap(), DummyWeights::Never, 0).unwrap();
+        let model = Self::model(&folder);
         let pool = HostPool::load(&model.spec, 16, &folder.join("adapters"), None).unwrap();
-        let kv_blocks = 80;
-        let mut executor = CpuExecutor::new(CpuOptions {
-            limits: BatchLimits {
-                max_num_seqs: 6,
-                max_num_batched_tokens: 256,
-                max_model_len: 96,
-                block_size: BLOCK,
-                kv_blocks,
-            },
+        let executor = cpu_executor(CpuOptions {
+            limits: LIMITS,
             spec: model.spec,
             weights: model.weights,
+            loaded: Default::default(),
             adapters: Arc::new(pool),
             gpu_loras,
             swap_mode: SwapMode::Layered,
             threads,
             allowed_tokens: None,
             keep_logits: true,
-        })
-        .unwrap();
+        });
+        Self::over(executor.unwrap(), gpu_loras)
+    }
+
+    /// The same on the first GPU.
+    #[cfg(feature = "cuda")]
+    pub fn on_gpu(family: &str, gpu_loras: usize) -> Self {
+        let folder = fixture(family);
+        let model = Self::model(&folder);
+        let device = lora_hbm::engine::cuda::CudaDevice::open().unwrap();
+        let slabs = device.slabs(lora_hbm::engine::setup::HostMemory::Pinned).unwrap();
+        let pool = HostPool::load_in(slabs, &model.spec, 16, &folder.join("adapters"), None).unwrap();
+        let executor = device.executor(lora_hbm::engine::cuda::CudaOptions {
+            limits: LIMITS,
+            spec: model.spec,
+            weights: model.weights,
+            adapters: Arc::new(pool),
+            gpu_loras,
+            swap_mode: SwapMode::Layered,
+            allowed_tokens: None,
+            keep_logits: true,
+        });
+        Self::over(executor.unwrap(), gpu_loras)
+    }
+
+    fn model(folder: &Path) -> Model {
+        let name = folder.join("model");
+        resolve(name.to_str().unwrap(), DummyWeights::Never, 0).unwrap()
+    }
+
+    fn over(mut executor: DeviceExecutor, gpu_loras: usize) -> Self {
+        let kv_blocks = LIMITS.kv_blocks;
         let preloaded = gpu_loras.min(ADAPTERS.len());
         let ids: Vec<_> = (0..preloaded as u32).map(AdapterId).collect();
         executor.preload(&ids).unwrap();
@@ -233,6 +267,14 @@ impl Rig {
         }
         out
     }
+}
+
+/// ‖a − b‖ / ‖b‖: of a row of logits.
+#[cfg(feature = "cuda")]
+pub fn relative_distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
+    norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied())
 }
 
 /// The largest absolute difference.

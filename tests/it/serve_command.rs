@@ -109,6 +109,22 @@ fn what_cannot_be_had_fails_with_its_reason() {
     assert!(status == 1 && message.contains("KV"), "{message}");
     let (status, message) = with(&["--model", "tiny", "--adapters", "/no/such/folder"]);
     assert!(status == 1 && message.contains("/no/such/folder"), "{message}");
+    // A tokenizer whose ids the model does not have.
+    let dir = tempfile::tempdir().unwrap();
+    let words: serde_json::Map<_, _> = (0..400).map(|i| (format!("w{i}"), json!(i))).collect();
+    let other = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    });
+    let file = dir.path().join("tokenizer.json");
+    std::fs::write(&file, other.to_string()).unwrap();
+    let (status, message) = with(&["--model", "tiny", "--tokenizer", file.to_str().unwrap()]);
+    assert!(message.contains("400 ids") && message.contains("--tokenizer"), "{message}");
+    assert_eq!(status, 2, "{message}");
+    std::fs::write(&file, "{").unwrap();
+    let (status, message) = with(&["--model", "tiny", "--tokenizer", file.to_str().unwrap()]);
+    assert!(status == 1 && message.contains("tokenizer.json that can be used"), "{message}");
     // Sixteen thousand 7B adapters and their slots fit in no machine that runs this.
     let huge = ["--model", "meta-llama/Llama-2-7b-hf", "--total-loras", "16000", "--gpu-loras", "16000"];
     let (status, message) = refused(&[&huge[..], &["--port", "0"]].concat());
@@ -152,6 +168,10 @@ fn it_says_what_it_serves_and_drains_on_sigterm() {
         "--gpu-loras",
         "2",
         "--use-dummy-weights",
+        "--ranks",
+        "4,8,2",
+        "--max-r",
+        "8",
         "--policy",
         "credit",
         "--kv-memory",
@@ -175,6 +195,10 @@ fn it_says_what_it_serves_and_drains_on_sigterm() {
         }
         again
     });
+    let health: lora_hbm::loadgen::endpoint::Health =
+        serde_json::from_str(&get(&format!("{}/health", serve.url))).unwrap();
+    assert_eq!(health.config.tokenizer.as_deref(), Some("byte-level"));
+    assert_eq!((health.config.ranks, health.config.max_r), (Some(vec![4, 8, 2]), Some(8)));
     let stats = parsed(get(&format!("{}/swap_stats", serve.url)));
     assert_eq!(stats["init"], json!({"swap_calls": 1, "swap_count": 2}));
     assert_eq!(stats["runtime"], json!({"swap_calls": 1, "swap_count": 1}));

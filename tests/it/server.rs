@@ -108,6 +108,8 @@ async fn state_and_statistics_have_the_references_shapes() {
         assert_eq!(body["config"][key], value);
     }
     assert!(body["config"]["model"].is_string() && body["config"]["dtype"].is_string());
+    assert_eq!(body["config"]["tokenizer"], "byte-level");
+    assert!(body["config"]["ranks"].is_array() && body["config"]["max_r"].is_u64(), "{body}");
 
     let zero =
         json!({"init": {"swap_calls": 1, "swap_count": 2}, "runtime": {"swap_calls": 0, "swap_count": 0}});

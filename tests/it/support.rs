@@ -114,6 +114,9 @@ pub fn info(config: &Config) -> ServerInfo {
         policy: config.policy.to_string(),
         evict: config.evict.to_string(),
         swap_mode: config.swap_mode.to_string(),
+        tokenizer: "byte-level".into(),
+        ranks: config.adapters.iter().map(|a| a.rank).collect(),
+        max_r: 8,
         adapter_names: (0..config.adapters.len()).map(|i| format!("lora-{i}")).collect(),
     }
 }

@@ -44,8 +44,8 @@ extern "C" __global__ void draw(Key key, unsigned long long skip, bf16* __restri
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         uint32_t word = s[i] + start[i];
-        float low = ((float)(int16_t)(word & 0xffffu) + 0.5f) * scale + centre;
-        float high = ((float)(int16_t)(word >> 16) + 0.5f) * scale + centre;
+        float low = __fadd_rn(__fmul_rn((float)(int16_t)(word & 0xffffu) + 0.5f, scale), centre);
+        float high = __fadd_rn(__fmul_rn((float)(int16_t)(word >> 16) + 0.5f, scale), centre);
         long long j = at + 2 * i;
         if (j >= 0 && j < (long long)count) out[j] = __float2bfloat16_rn(low);
         if (j + 1 >= 0 && j + 1 < (long long)count) out[j + 1] = __float2bfloat16_rn(high);

@@ -2,18 +2,12 @@
 // what flows into matrix products is bf16. Widths are multiples of 8.
 #include "common.cuh"
 
-// The input is the token that was last sampled at the row's place.
-constexpr uint32_t LAST_TOKEN = 0xffffffffu;
-
-// out[row] = table[token of row]; rows with LAST_TOKEN are sequences of one row: row i is sequence i.
-extern "C" __global__ void embed(const uint32_t* __restrict__ tokens, const uint32_t* __restrict__ places,
-                                 const uint32_t* __restrict__ last, const bf16* __restrict__ table,
+// out[row] = table[token of row]
+extern "C" __global__ void embed(const uint32_t* __restrict__ tokens, const bf16* __restrict__ table,
                                  float* __restrict__ out, uint32_t width, uint32_t vocab) {
     uint32_t row = blockIdx.x;
     uint32_t token = tokens[row];
-    if (token == LAST_TOKEN) token = last[places[row]];
-    // Ids are checked on the host, and sampled ones are below the vocabulary: this keeps a broken one from
-    // reading elsewhere.
+    // Ids are checked on the host: this keeps a broken one from reading elsewhere.
     if (token >= vocab) token = 0;
     const Bf16x8* from = reinterpret_cast<const Bf16x8*>(table + size_t(token) * width);
     float4* to = reinterpret_cast<float4*>(out + size_t(row) * width);

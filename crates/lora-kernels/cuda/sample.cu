@@ -29,15 +29,11 @@ extern "C" __global__ void argmax_rows(const float* __restrict__ logits, const u
     if ((threadIdx.x & 31) == 0 && mine) atomicMax(best + blockIdx.y, mine);
 }
 
-// ids[j] = last[places[j]] = the id in best[j], which is cleared for the next step.
-extern "C" __global__ void take_tokens(unsigned long long* __restrict__ best, const uint32_t* __restrict__ places,
-                                       const uint32_t* __restrict__ count, uint32_t* __restrict__ ids,
-                                       uint32_t* __restrict__ last, uint32_t rows) {
+// ids[j] = the id in best[j], which is cleared for the next step.
+extern "C" __global__ void take_tokens(unsigned long long* __restrict__ best, uint32_t* __restrict__ ids,
+                                       uint32_t rows) {
     uint32_t j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= rows) return;
-    uint32_t token = 0xffffffffu - (uint32_t)best[j];
+    ids[j] = 0xffffffffu - (uint32_t)best[j];
     best[j] = 0;
-    if (j >= *count) return;
-    ids[j] = token;
-    last[places[j]] = token;
 }

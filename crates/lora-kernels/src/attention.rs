@@ -80,6 +80,36 @@ pub struct Attention {
     multiprocessors: usize,
 }
 
+impl AttentionShape {
+    /// 4-byte elements that [`Attention::workspace`] allocates on a device of so many multiprocessors.
+    pub fn workspace_elements(&self, multiprocessors: usize, max_seqs: usize, max_context: usize) -> usize {
+        self.partial_elements(multiprocessors, max_seqs, max_context) + self.counter_elements(max_seqs)
+    }
+
+    fn splits(&self, multiprocessors: usize, seqs: usize, max_context: usize) -> usize {
+        let items = (seqs * self.kv_heads * self.query_parts().1).max(1);
+        // Two blocks live on a multiprocessor.
+        let to_fill = 2 * multiprocessors / items;
+        let by_length = max_context.div_ceil(LONGEST_SHARE);
+        let most = max_context.div_ceil(self.least(multiprocessors, seqs)).max(1);
+        to_fill.max(by_length).clamp(1, most)
+    }
+
+    fn least(&self, multiprocessors: usize, seqs: usize) -> usize {
+        if seqs * self.kv_heads >= multiprocessors { 256 } else { 128 }
+    }
+
+    fn partial_elements(&self, multiprocessors: usize, max_seqs: usize, max_context: usize) -> usize {
+        // Fewer sequences have more shares. Shares grow with the context but for rounding.
+        let slots = (1..=max_seqs).map(|seqs| seqs * self.splits(multiprocessors, seqs, max_context)).max();
+        slots.unwrap_or(0) * self.heads * (self.head_dim + 2)
+    }
+
+    fn counter_elements(&self, max_seqs: usize) -> usize {
+        max_seqs * self.kv_heads * self.query_parts().1
+    }
+}
+
 impl Attention {
     /// Loads the kernels.
     ///
@@ -112,8 +142,7 @@ impl Attention {
             _ => "attention_prefill_128",
         };
         Ok(Self {
-            decode: Module::load(device.context(), DECODE_IMAGE)?
-                .function_with_shared(decode, DECODE_SHARED)?,
+            decode: Module::load(device.context(), DECODE_IMAGE)?.function_with_shared(decode, DECODE_SHARED)?,
             prefill: Module::load(device.context(), PREFILL_IMAGE)?
                 .function_with_shared(prefill, prefill_shared(shape.head_dim))?,
             hopper,
@@ -134,21 +163,12 @@ impl Attention {
 
     /// Into how many shares decode splits contexts of up to `max_context` tokens of `seqs` sequences.
     pub fn splits(&self, seqs: usize, max_context: usize) -> usize {
-        let items = (seqs * self.shape.kv_heads * self.shape.query_parts().1).max(1);
-        // Two blocks live on a multiprocessor.
-        let to_fill = 2 * self.multiprocessors / items;
-        let by_length = max_context.div_ceil(LONGEST_SHARE);
-        to_fill.max(by_length).clamp(1, max_context.div_ceil(self.least(seqs)).max(1))
+        self.shape.splits(self.multiprocessors, seqs, max_context)
     }
 
     /// Tokens that a share has at least.
     fn least(&self, seqs: usize) -> usize {
-        if seqs * self.shape.kv_heads >= self.multiprocessors { 256 } else { 128 }
-    }
-
-    /// 4-byte elements that [`Attention::workspace`] allocates.
-    pub fn workspace_elements(&self, max_seqs: usize, max_context: usize) -> usize {
-        self.partial_elements(max_seqs, max_context) + self.counter_elements(max_seqs)
+        self.shape.least(self.multiprocessors, seqs)
     }
 
     /// Room for decode launches of up to `max_seqs` sequences with contexts of up to `max_context` tokens.
@@ -165,13 +185,11 @@ impl Attention {
     }
 
     fn partial_elements(&self, max_seqs: usize, max_context: usize) -> usize {
-        // Fewer sequences have more shares. Shares grow with the context but for rounding.
-        let slots = (1..=max_seqs).map(|seqs| seqs * self.splits(seqs, max_context)).max().unwrap_or(0);
-        slots * self.shape.heads * (self.shape.head_dim + 2)
+        self.shape.partial_elements(self.multiprocessors, max_seqs, max_context)
     }
 
     fn counter_elements(&self, max_seqs: usize) -> usize {
-        max_seqs * self.shape.kv_heads * self.shape.query_parts().1
+        self.shape.counter_elements(max_seqs)
     }
 
     /// Attention of row `i` of `q` over the context of sequence `i`, for the first `count` of `seqs` sequences
@@ -206,8 +224,7 @@ impl Attention {
         let (partials, counters) = (&mut workspace.partials, &mut workspace.counters);
         ensure!(
             DECODE,
-            partials.len() >= seqs * splits * heads * (head_dim + 2)
-                && counters.len() >= seqs * kv_heads * parts,
+            partials.len() >= seqs * splits * heads * (head_dim + 2) && counters.len() >= seqs * kv_heads * parts,
             "a workspace too small for {seqs} sequences of up to {max_context} tokens"
         );
         let arguments = DecodeArguments {
@@ -251,12 +268,7 @@ impl Attention {
         ensure!(PREFILL, count <= 65_535, "{count} tiles are too many");
         let seqs = sequences.contexts.len();
         let paged = Paged::new(PREFILL, &self.shape, seqs, sequences, cache)?;
-        ensure!(
-            PREFILL,
-            sequences.starts.len() > seqs,
-            "{} starts of {seqs} sequences",
-            sequences.starts.len()
-        );
+        ensure!(PREFILL, sequences.starts.len() > seqs, "{} starts of {seqs} sequences", sequences.starts.len());
         self.check_rows(PREFILL, rows, &q, &out)?;
         let arguments = PrefillArguments {
             paged,

@@ -114,9 +114,8 @@ impl Device {
 
 fn describe(context: &Arc<CudaContext>) -> Result<DeviceInfo, CudaError> {
     const ASKING: &str = "asking what the device is";
-    let multiprocessors = context
-        .attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-        .doing(ASKING)?;
+    let multiprocessors =
+        context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).doing(ASKING)?;
     let mut driver = 0;
     // SAFETY: writes one integer.
     unsafe { sys::cuDriverGetVersion(&mut driver) }.result().doing(ASKING)?;

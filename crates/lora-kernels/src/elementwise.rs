@@ -21,17 +21,6 @@ pub struct Elementwise {
     gather: Function,
 }
 
-/// What [`Elementwise::embed`] reads.
-#[derive(Clone, Copy, Debug)]
-pub struct Tokens<'a> {
-    /// `[n]` ids; `u32::MAX` stands for the last token at the row's place.
-    pub ids: View<'a, u32>,
-    /// `[n]` for rows that ask for a last token: their sequences' places.
-    pub places: View<'a, u32>,
-    /// `[places]` last sampled tokens.
-    pub last: View<'a, u32>,
-}
-
 impl Elementwise {
     /// Loads the kernels.
     pub fn load(device: &Device) -> Result<Self, CudaError> {
@@ -54,18 +43,16 @@ impl Elementwise {
         stream: &Stream,
         n: usize,
         width: usize,
-        tokens: Tokens<'_>,
+        tokens: View<'_, u32>,
         table: View<'_, bf16>,
         out: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
         check_width("embed", width)?;
-        ensure!("embed", tokens.ids.len() >= n && out.len() >= n * width, "{n} rows of {width} do not fit");
+        ensure!("embed", tokens.len() >= n && out.len() >= n * width, "{n} rows of {width} do not fit");
         let (vocab, width) = ((table.len() / width) as u32, width as u32);
         // SAFETY: the parameters are the kernel's; ids are bounded by the table in the kernel.
         unsafe { stream.launch(&self.embed, rows(n, width as usize), arguments![
-            tokens.ids.address(),
-            tokens.places.address(),
-            tokens.last.address(),
+            tokens.address(),
             table.address(),
             out.address(),
             width,

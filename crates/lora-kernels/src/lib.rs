@@ -8,11 +8,13 @@
 //! [`Device::open`] says what is missing.
 
 mod attention;
+mod ceilings;
 mod device;
 mod draw;
 mod elementwise;
 mod error;
 mod gemm;
+mod lora;
 mod memory;
 mod module;
 mod paged;
@@ -23,14 +25,18 @@ mod tensor_map;
 pub mod twins;
 
 pub use attention::{Attention, DecodeWorkspace, Queries};
+pub use ceilings::{Ceilings, ceilings};
 pub use device::{Device, DeviceInfo};
 pub use draw::{Draw, Uniform};
-pub use elementwise::{Elementwise, Tokens, WIDEST_NORM};
+pub use elementwise::{Elementwise, WIDEST_NORM};
 pub use error::CudaError;
 pub use gemm::{Gemm, Product, Weight};
 pub use half::bf16;
-pub use memory::{DeviceBuffer, Element, PinnedBuffer, View, ViewMut};
+pub use lora::{
+    Lora, LoraLimits, LoraScratch, LoraStep, Out, SMALL_ROWS, Segment, TILE_ROWS, Target, Tile, large_tiles,
+};
+pub use memory::{DeviceBuffer, Element, PinnedBuffer, View, ViewMut, words};
 pub use paged::{AttentionShape, KvCache, KvCacheMut, PREFILL_ROWS, Sequences, prefill_tiles};
-pub use rope_kv::{PADDING_ROW, Rotation, RopeKv, rope_frequencies, rope_table};
-pub use sample::{Argmax, Sampled};
+pub use rope_kv::{PADDING_ROW, RopeKv, Rotation, rope_frequencies, rope_table};
+pub use sample::Argmax;
 pub use stream::{Event, Graph, Stream};

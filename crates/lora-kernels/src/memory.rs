@@ -30,6 +30,16 @@ unsafe impl Element for f32 {}
 // SAFETY: a transparent u16.
 unsafe impl Element for half::bf16 {}
 
+/// Elements as 32-bit words, for a block of mixed descriptors.
+///
+/// # Panics
+/// If an element is no whole number of words.
+pub fn words<T: Element>(elements: &[T]) -> &[u32] {
+    assert!(size_of::<T>().is_multiple_of(4) && align_of::<T>() >= 4, "elements of {} bytes", size_of::<T>());
+    // SAFETY: an `Element` has no padding, and its alignment suffices.
+    unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements) / 4) }
+}
+
 /// Device memory of `len` elements. Dropping it waits for the device, so that no work still uses it.
 #[derive(Debug)]
 pub struct DeviceBuffer<T> {
@@ -48,8 +58,11 @@ impl<T: Element> DeviceBuffer<T> {
             0
         } else {
             // SAFETY: the context is current; the memory is given back once, in `drop`.
-            let at = unsafe { result::malloc_sync(bytes) }
-                .map_err(|source| CudaError::OutOfMemory { bytes, kind: "device", source })?;
+            let at = unsafe { result::malloc_sync(bytes) }.map_err(|source| CudaError::OutOfMemory {
+                bytes,
+                kind: "device",
+                source,
+            })?;
             // SAFETY: fresh memory of that size.
             unsafe { result::memset_d8_sync(at, 0, bytes) }.doing("clearing memory")?;
             at
@@ -131,6 +144,17 @@ impl<'a, T: Element> View<'a, T> {
         }
     }
 
+    /// The same memory as elements of another type.
+    ///
+    /// # Panics
+    /// If it does not begin where one of them may, or does not hold a whole number of them.
+    pub fn cast<U: Element>(self) -> View<'a, U> {
+        let bytes = self.len * size_of::<T>();
+        assert!(self.at.is_multiple_of(align_of::<U>() as u64), "memory of another alignment");
+        assert!(bytes.is_multiple_of(size_of::<U>()), "{bytes} bytes as elements of {}", size_of::<U>());
+        View { at: self.at, len: bytes / size_of::<U>(), of: PhantomData }
+    }
+
     /// The address, for kernels and descriptors.
     pub fn address(&self) -> u64 {
         self.at
@@ -190,6 +214,18 @@ impl<'a, T: Element> ViewMut<'a, T> {
         // SAFETY: both sides hold that many elements; the wait below outlives the copy.
         unsafe { result::memcpy_htod_async(self.at, values, stream.raw()) }.doing("copying to the device")?;
         stream.synchronize()
+    }
+}
+
+impl<'a, T: Element> ViewMut<'a, T> {
+    /// Two parts of it that do not overlap.
+    ///
+    /// # Panics
+    /// If they overlap, or are not inside.
+    pub fn split(self, first: Range<usize>, second: Range<usize>) -> (ViewMut<'a, T>, ViewMut<'a, T>) {
+        assert!(first.end <= second.start || second.end <= first.start, "{first:?} overlaps {second:?}");
+        let whole = || ViewMut { at: self.at, len: self.len, of: PhantomData };
+        (whole().slice(first), whole().slice(second))
     }
 }
 

@@ -19,19 +19,6 @@ pub struct Argmax {
     best: DeviceBuffer<u64>,
 }
 
-/// Where sampled tokens go.
-#[derive(Debug)]
-pub struct Sampled<'a> {
-    /// `[rows]` the place of each row's sequence.
-    pub places: View<'a, u32>,
-    /// How many rows count, on the device.
-    pub count: View<'a, u32>,
-    /// `[rows]` the tokens.
-    pub ids: ViewMut<'a, u32>,
-    /// `[places]` last tokens, updated at the rows' places.
-    pub last: ViewMut<'a, u32>,
-}
-
 impl Argmax {
     /// Loads the kernels, for up to `rows` rows.
     pub fn load(device: &Device, rows: usize) -> Result<Self, CudaError> {
@@ -44,7 +31,7 @@ impl Argmax {
         })
     }
 
-    /// For each of `n` rows of `logits` `[n, vocab]` the likeliest id that `allowed` (a bit for each id) lets
+    /// `ids[j]` is, for each of `n` rows of `logits` `[n, vocab]`, the likeliest id that `allowed` (a bit for each id) lets
     /// through, the lowest on ties.
     pub fn run(
         &mut self,
@@ -53,11 +40,11 @@ impl Argmax {
         vocab: usize,
         logits: View<'_, f32>,
         allowed: Option<View<'_, u32>>,
-        to: Sampled<'_>,
+        ids: ViewMut<'_, u32>,
     ) -> Result<(), CudaError> {
         ensure!("argmax", n <= self.best.len(), "{n} rows, {} at most", self.best.len());
         ensure!("argmax", logits.len() >= n * vocab, "{n} rows of {vocab} logits do not fit");
-        ensure!("argmax", to.places.len() >= n && to.ids.len() >= n, "{n} tokens do not fit");
+        ensure!("argmax", ids.len() >= n, "{n} tokens do not fit");
         let words = vocab.div_ceil(32);
         ensure!("argmax", allowed.is_none_or(|a| a.len() >= words), "a mask of fewer than {words} words");
         let best = self.best.view_mut().address();
@@ -66,14 +53,7 @@ impl Argmax {
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
         unsafe { stream.launch(&self.argmax_rows, grid, arguments![logits.address(), mask, best, vocab as u32]) }?;
         let grid = Grid::new(((n as u32).div_ceil(32), 1, 1), 32);
-        // SAFETY: the parameters are the kernel's; places are below the number of last tokens.
-        unsafe { stream.launch(&self.take_tokens, grid, arguments![
-            best,
-            to.places.address(),
-            to.count.address(),
-            to.ids.address(),
-            to.last.address(),
-            n as u32
-        ]) }
+        // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
+        unsafe { stream.launch(&self.take_tokens, grid, arguments![best, ids.address(), n as u32]) }
     }
 }

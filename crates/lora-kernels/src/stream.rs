@@ -90,6 +90,18 @@ impl Stream {
         unsafe { result::memcpy_dtoh_async(to, from.address(), self.raw()) }.doing("copying to the host")
     }
 
+    /// Copies from an address on the device, as [`Stream::copy_out`].
+    ///
+    /// # Safety
+    /// As there, and the device memory at `from` must hold as many elements.
+    pub unsafe fn copy_out_from<T: Element>(&self, from: u64, to: &mut [T]) -> Result<(), CudaError> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: as the caller promises.
+        unsafe { result::memcpy_dtoh_async(to, from, self.raw()) }.doing("copying to the host")
+    }
+
     /// Copies on the device.
     pub fn copy<T: Element>(&self, from: View<'_, T>, to: ViewMut<'_, T>) -> Result<(), CudaError> {
         assert!(from.len() <= to.len(), "{} elements into {}", from.len(), to.len());
@@ -120,23 +132,52 @@ impl Stream {
         let Grid { blocks, threads, shared } = grid;
         // SAFETY: as the caller promises.
         unsafe {
-            result::launch_kernel(
-                function.raw(),
-                blocks,
-                (threads, 1, 1),
-                shared,
-                self.raw(),
-                arguments,
-            )
+            result::launch_kernel(function.raw(), blocks, (threads, 1, 1), shared, self.raw(), arguments)
         }
         .doing("launching a kernel")
     }
 
-    /// Records what `work` puts on the stream as a graph, instead of running it.
-    pub fn capture<E: From<CudaError>>(
+    /// Launches a kernel; with `overlap` it may begin while the kernel put on the stream before it still runs
+    /// (programmatic dependent launch, from sm_90 on).
+    ///
+    /// # Safety
+    /// As [`Stream::launch`]; and with `overlap` both kernels must be made for it: every block of this one
+    /// waits for the other before it touches what that writes or reads, and before it ends.
+    pub(crate) unsafe fn launch_after(
         &self,
-        work: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Graph, E> {
+        function: &Function,
+        grid: Grid,
+        arguments: &mut [*mut c_void],
+        overlap: bool,
+    ) -> Result<(), CudaError> {
+        let Grid { blocks, threads, shared } = grid;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: blocks.0,
+            gridDimY: blocks.1,
+            gridDimZ: blocks.2,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: self.raw(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(overlap),
+        };
+        // SAFETY: the attribute outlives the call; the rest is as the caller promises.
+        unsafe {
+            sys::cuLaunchKernelEx(&config, function.raw(), arguments.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result()
+        .doing("launching a kernel")
+    }
+
+    /// Records what `work` puts on the stream as a graph, instead of running it.
+    pub fn capture<E: From<CudaError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         self.stream
             .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             .doing("beginning a graph")?;
@@ -147,7 +188,8 @@ impl Stream {
             .doing("ending a graph");
         // The capture's own failure says less than the operation's that caused it.
         done?;
-        let graph = graph?.ok_or(CudaError::Shape { kernel: "graph", what: "no work was captured".into() })?;
+        let graph =
+            graph?.ok_or(CudaError::Shape { kernel: "graph", what: "no work was captured".into() })?;
         graph.upload().doing("uploading a graph")?;
         Ok(Graph { graph })
     }

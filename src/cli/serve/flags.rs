@@ -282,34 +282,6 @@ impl ServeSettings {
         if self.emulate.is_some() {
             return Err(Failure::usage("--emulate is not in this version: leave it out"));
         }
-        match self.device.as_str() {
-            "auto" | "cpu" => {}
-            "cuda" => {
-                return Err(Failure::usage(
-                    "--device cuda: this program is built without CUDA: use --device cpu",
-                ));
-            }
-            other => return Err(Failure::usage(format!("unknown device '{other}': use auto, cpu or cuda"))),
-        }
-        match self.dtype.as_str() {
-            "auto" | "float" | "float32" => {}
-            half @ ("half" | "float16" | "bfloat16") => {
-                return Err(Failure::usage(format!(
-                    "--dtype {half}: the CPU executor computes in float only: use auto or float"
-                )));
-            }
-            other => {
-                return Err(Failure::usage(format!(
-                    "unknown dtype '{other}': use auto, half, bfloat16 or float"
-                )));
-            }
-        }
-        if !["pinned", "pageable"].contains(&self.host_memory.as_str()) {
-            return Err(Failure::usage(format!(
-                "unknown host memory '{}': use pinned or pageable",
-                self.host_memory
-            )));
-        }
         if let Some(count) = self.host_loras.as_deref().filter(|&c| c != "all") {
             return Err(Failure::usage(format!(
                 "--host-loras {count} is not in this version: every adapter is kept in host memory (all)"
@@ -323,6 +295,9 @@ impl ServeSettings {
         };
         Ok(EngineSettings {
             model: self.model.clone(),
+            device: self.device.parse().map_err(Failure::usage)?,
+            dtype: self.dtype.parse().map_err(Failure::usage)?,
+            host_memory: self.host_memory.parse().map_err(Failure::usage)?,
             tokenizer: self.tokenizer.clone(),
             dummy_weights: match self.use_dummy_weights.as_deref() {
                 None | Some("auto") => DummyWeights::Auto,
@@ -344,10 +319,7 @@ impl ServeSettings {
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
             block_size: self.block_size,
-            kv_memory: match &self.kv_memory {
-                Some(text) => bytes(text)?,
-                None => EngineSettings::default().kv_memory,
-            },
+            kv_memory: self.kv_memory.as_deref().map(bytes).transpose()?,
             memory_utilization: self.gpu_memory_utilization,
             chunked_prefill: !self.no_enable_chunked_prefill,
             policy: policy.parse().map_err(Failure::usage)?,

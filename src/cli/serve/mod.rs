@@ -113,6 +113,7 @@ fn load(
         spec.layers,
         loaded.weights_said
     );
+    tracing::info!("device: {}", loaded.device_said());
     tracing::info!("tokenizer: {}", loaded.tokenizer_said);
     tracing::info!(
         "{} adapters of rank up to {}, {gpu_loras} slots; policy {}, eviction {}, swaps {}",

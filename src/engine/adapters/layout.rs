@@ -80,6 +80,17 @@ impl AdapterLayout {
         self.parts[layer * self.modules + module]
     }
 
+    /// Whether every module of every layer is adapted: a part then begins at the rank times the widths of
+    /// the modules before it.
+    pub fn is_full(&self) -> bool {
+        self.parts.iter().all(Option::is_some)
+    }
+
+    /// `[layers, modules]` the parts.
+    pub fn parts(&self) -> &[Option<Part>] {
+        &self.parts
+    }
+
     /// `A` and `Bᵀ` of a part; `memory` begins where the slab's element `base` is.
     pub fn matrices<'a>(&self, part: Part, base: usize, memory: &'a [f32]) -> (&'a [f32], &'a [f32]) {
         let a = part.offset - base;

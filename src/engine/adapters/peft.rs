@@ -1,13 +1,11 @@
 //! Reading PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::layout::AdapterLayout;
-use super::pool::HostAdapter;
 use crate::engine::model::{Family, ModelSpec, TensorFiles, WeightError};
 
 /// An adapter folder that cannot be used. Every message names the folder.
@@ -92,13 +90,12 @@ pub fn adapter_folders(folder: &Path) -> Result<Vec<PathBuf>, PeftError> {
     Ok(folders)
 }
 
-/// Reads one adapter; `max_rank` is what a slot holds.
+/// Reads one adapter: its layout and its matrices in that; `max_rank` is what a slot holds.
 pub fn read_peft(
     spec: &ModelSpec,
     max_rank: usize,
-    name: &str,
     folder: &Path,
-) -> Result<HostAdapter, PeftError> {
+) -> Result<(AdapterLayout, Vec<f32>), PeftError> {
     let config = read_config(folder)?;
     if config.r == 0 || config.r > max_rank {
         return Err(PeftError::Rank { path: folder.to_owned(), rank: config.r, max_rank });
@@ -135,7 +132,7 @@ pub fn read_peft(
             }
         }
     }
-    Ok(HostAdapter { name: name.to_owned(), layout: Arc::new(layout), slab })
+    Ok((layout, slab))
 }
 
 fn read_config(folder: &Path) -> Result<Config, PeftError> {
@@ -246,9 +243,9 @@ mod tests {
 
     const Q: &str = "base_model.model.model.layers.1.self_attn.q_proj";
 
-    fn read(config: &str, tensors: &[(&str, [usize; 2])]) -> Result<HostAdapter, String> {
+    fn read(config: &str, tensors: &[(&str, [usize; 2])]) -> Result<(AdapterLayout, Vec<f32>), String> {
         let dir = folder(config, tensors);
-        read_peft(&preset("tiny").unwrap(), 4, "x", dir.path()).map_err(|e| {
+        read_peft(&preset("tiny").unwrap(), 4, dir.path()).map_err(|e| {
             let message = e.to_string();
             assert!(message.contains(dir.path().to_str().unwrap()), "no folder in: {message}");
             message
@@ -258,10 +255,10 @@ mod tests {
     #[test]
     fn matrices_and_scale_are_read_and_b_is_transposed() {
         let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
-        let adapter = read(r#"{"r":2,"lora_alpha":8}"#, &[(&a, [2, 256]), (&b, [128, 2])]).unwrap();
-        assert_eq!((adapter.layout.scale(), adapter.slab.len()), (4.0, 2 * 384));
-        let part = adapter.layout.part(1, 0).unwrap();
-        let (a, b) = adapter.layout.matrices(part, 0, &adapter.slab);
+        let (layout, slab) = read(r#"{"r":2,"lora_alpha":8}"#, &[(&a, [2, 256]), (&b, [128, 2])]).unwrap();
+        assert_eq!((layout.scale(), slab.len()), (4.0, 2 * 384));
+        let part = layout.part(1, 0).unwrap();
+        let (a, b) = layout.matrices(part, 0, &slab);
         assert_eq!((a[1], b[0], b[1], b[128]), (1.0, 0.0, 2.0, 1.0));
         let tensors = [("decoy", [1, 1])];
         assert!(read(r#"{"r":2,"lora_alpha":8}"#, &tensors).unwrap_err().contains("decoy"));
@@ -271,7 +268,7 @@ mod tests {
     fn rank_stabilised_adapters_scale_by_the_root() {
         let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
         let config = r#"{"r":4,"lora_alpha":8,"use_rslora":true,"peft_type":"LORA","bias":"none"}"#;
-        assert_eq!(read(config, &[(&a, [4, 256]), (&b, [128, 4])]).unwrap().layout.scale(), 4.0);
+        assert_eq!(read(config, &[(&a, [4, 256]), (&b, [128, 4])]).unwrap().0.scale(), 4.0);
     }
 
     #[test]

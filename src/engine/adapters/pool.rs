@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::generate::generate;
 use super::layout::AdapterLayout;
 use super::peft::{PeftError, adapter_folders, read_peft};
+use super::slab::{HostSlabs, Slab, SlabMaker};
 use crate::engine::model::ModelSpec;
 
 /// One adapter in host memory.
@@ -19,13 +20,13 @@ pub struct HostAdapter {
     /// Where its matrices are.
     pub layout: Arc<AdapterLayout>,
     /// Its matrices.
-    pub slab: Vec<f32>,
+    pub slab: Slab,
 }
 
 impl HostAdapter {
     /// Bytes that a swap copies.
     pub fn bytes(&self) -> u64 {
-        size_of_val(self.slab.as_slice()) as u64
+        self.slab.bytes()
     }
 
     /// What the scheduler is told about it.
@@ -68,6 +69,14 @@ pub enum PoolError {
     /// A folder that cannot be used.
     #[error(transparent)]
     Peft(#[from] PeftError),
+    /// No memory for a slab.
+    #[error("adapter {name}: {message}")]
+    Slab {
+        /// The adapter.
+        name: String,
+        /// What failed.
+        message: String,
+    },
 }
 
 /// Every adapter of an engine, in host memory. Ids are never reused: a removed adapter leaves a gap.
@@ -75,18 +84,37 @@ pub enum PoolError {
 pub struct HostPool {
     spec: ModelSpec,
     max_rank: usize,
+    slabs: Arc<dyn SlabMaker>,
     adapters: RwLock<Vec<Option<Arc<HostAdapter>>>>,
 }
 
 impl HostPool {
-    /// No adapters yet. Slots are made for adapters of up to `max_rank` on every linear module.
+    /// No adapters yet. Slots are made for adapters of up to `max_rank` on every linear module; slabs are
+    /// the CPU executor's.
     pub fn empty(spec: &ModelSpec, max_rank: usize) -> Self {
-        Self { spec: spec.clone(), max_rank, adapters: RwLock::default() }
+        Self::empty_in(Arc::new(HostSlabs), spec, max_rank)
+    }
+
+    /// [`HostPool::empty`], with slabs made by `slabs`.
+    pub fn empty_in(slabs: Arc<dyn SlabMaker>, spec: &ModelSpec, max_rank: usize) -> Self {
+        Self { spec: spec.clone(), max_rank, slabs, adapters: RwLock::default() }
     }
 
     /// `total` adapters drawn from `seed`, named `lora-0` and so on; their ranks cycle through
     /// `ranks`.
     pub fn generate(
+        spec: &ModelSpec,
+        max_rank: usize,
+        total: usize,
+        ranks: &[usize],
+        seed: u64,
+    ) -> Result<Self, PoolError> {
+        Self::generate_in(Arc::new(HostSlabs), spec, max_rank, total, ranks, seed)
+    }
+
+    /// [`HostPool::generate`], with slabs made by `slabs`.
+    pub fn generate_in(
+        slabs: Arc<dyn SlabMaker>,
         spec: &ModelSpec,
         max_rank: usize,
         total: usize,
@@ -100,14 +128,28 @@ impl HostPool {
         }
         let adapters = (0..total)
             .into_par_iter()
-            .map(|i| Some(Arc::new(generate(spec, seed, i, ranks[i % ranks.len()]))))
-            .collect();
-        Ok(Self { spec: spec.clone(), max_rank, adapters: RwLock::new(adapters) })
+            .map(|i| match generate(spec, seed, i, ranks[i % ranks.len()], &*slabs) {
+                Ok(adapter) => Ok(Some(Arc::new(adapter))),
+                Err(message) => Err(PoolError::Slab { name: format!("lora-{i}"), message }),
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { adapters: RwLock::new(adapters), ..Self::empty_in(slabs, spec, max_rank) })
     }
 
     /// The first `total` PEFT folders inside `folder`, in name order, named after their folders; all
     /// of them if `total` is none.
     pub fn load(
+        spec: &ModelSpec,
+        max_rank: usize,
+        folder: &Path,
+        total: Option<usize>,
+    ) -> Result<Self, PoolError> {
+        Self::load_in(Arc::new(HostSlabs), spec, max_rank, folder, total)
+    }
+
+    /// [`HostPool::load`], with slabs made by `slabs`.
+    pub fn load_in(
+        slabs: Arc<dyn SlabMaker>,
         spec: &ModelSpec,
         max_rank: usize,
         folder: &Path,
@@ -124,7 +166,7 @@ impl HostPool {
             }
             folders.truncate(wanted);
         }
-        let pool = Self::empty(spec, max_rank);
+        let pool = Self::empty_in(slabs, spec, max_rank);
         for path in folders {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             pool.add(&name, &path)?;
@@ -139,7 +181,12 @@ impl HostPool {
             return Err(duplicate());
         }
         // Read outside the lock: swaps look adapters up meanwhile.
-        let adapter = read_peft(&self.spec, self.max_rank, name, folder)?;
+        let (layout, values) = read_peft(&self.spec, self.max_rank, folder)?;
+        let slab = self
+            .slabs
+            .hold(values)
+            .map_err(|message| PoolError::Slab { name: name.to_owned(), message })?;
+        let adapter = HostAdapter { name: name.to_owned(), layout: Arc::new(layout), slab };
         let mut adapters = self.write();
         if adapters.iter().flatten().any(|a| a.name == name) {
             return Err(duplicate());
@@ -210,9 +257,9 @@ mod tests {
         let pool = HostPool::generate(&spec, 8, 3, &[2, 8], 1).unwrap();
         let again = HostPool::generate(&spec, 8, 3, &[2, 8], 1).unwrap();
         let get = |p: &HostPool, i| p.get(AdapterId(i)).unwrap();
-        assert_eq!(get(&pool, 2).slab, get(&again, 2).slab);
-        assert_ne!(get(&pool, 0).slab, get(&pool, 2).slab);
-        assert!(get(&pool, 1).slab.iter().all(|v| *v != 0.0 && v.is_finite()));
+        assert_eq!(get(&pool, 2).slab.f32(), get(&again, 2).slab.f32());
+        assert_ne!(get(&pool, 0).slab.f32(), get(&pool, 2).slab.f32());
+        assert!(get(&pool, 1).slab.f32().iter().all(|v| *v != 0.0 && v.is_finite()));
         let ranks: Vec<_> = pool.specs().iter().map(|s| s.rank).collect();
         assert_eq!(ranks, [2, 8, 2]);
         assert_eq!(pool.specs()[1].bytes, 4 * spec.adapter_parameters(8));

@@ -11,13 +11,13 @@ use super::math;
 use super::matmul::{Mat, MatMut, multiply, multiply_transposed};
 use super::memory::{committed, parallelism};
 use super::packed::Packed;
-use super::sample::SeqSampler;
 use super::slots::Slots;
 use super::step::Step;
-use crate::engine::backend::{Backend, BackendShape, HostMatrix, LoraTarget, Norm};
+use crate::engine::backend::{Adapted, Backend, BackendShape, HostMatrix, Norm, StepBackend};
 use crate::engine::batch::Batch;
+use crate::engine::device::SeqSampler;
 use crate::engine::executor::{Sampling, TokenId};
-use crate::engine::model::{Family, ModelSpec};
+use crate::engine::model::{Family, ModelSpec, Values};
 
 /// A plan that the CPU backend cannot carry out: a bug of the driver.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +67,10 @@ pub struct CpuBackend {
     shrunk: Vec<f32>,
     /// `[rows, widest input]`: a product's left side.
     interleaved: Vec<f32>,
+    /// `[rows, hidden]`: what a part adds to the residual stream.
+    delta: Vec<f32>,
+    /// `[vocab]`: logits that a sampler may change.
+    logits: Vec<f32>,
     allowed: Option<Vec<bool>>,
     samplers: Vec<Option<SeqSampler>>,
     candidates: Vec<(f32, TokenId)>,
@@ -101,6 +105,8 @@ impl CpuBackend {
             attention: Scratch::new(&kv_shape, limits.max_model_len),
             shrunk: committed(limits.max_num_batched_tokens * max_rank),
             interleaved: committed(limits.max_num_batched_tokens * widest_input(spec)),
+            delta: committed(limits.max_num_batched_tokens * spec.hidden),
+            logits: vec![0.0; spec.vocab_size],
             samplers: (0..limits.max_num_seqs).map(|_| None).collect(),
             candidates: Vec::with_capacity(spec.vocab_size),
             last_tokens: vec![0; limits.max_num_seqs],
@@ -117,19 +123,46 @@ impl CpuBackend {
         }
     }
 
-    /// A sequence begins at a place.
-    pub(super) fn begin_sequence(&mut self, place: u32, sampling: Sampling) {
-        self.samplers[place as usize] = Some(SeqSampler::new(sampling));
-    }
-
-    /// How long the step has waited for the adapter in each slot that was loading.
-    pub(super) fn stalled(&self) -> impl Iterator<Item = (SlotId, Nanos)> {
-        self.step.loads.iter().map(|load| (load.slot, load.stalled))
+    /// Adds what the segments' adapters give to `out` `[n, width]`.
+    fn lora(&mut self, adapted: Adapted<'_>, x: &[f32], width: usize, out: &mut [f32]) {
+        let layer = adapted.layer;
+        for segment in &self.step.segments {
+            let (layout, rows) = (&segment.layout, segment.rows);
+            let memory = self.slots.layer(segment.slot, layer);
+            let base = layout.layer(layer).start;
+            for target in adapted.targets {
+                let Some(part) = layout.part(layer, target.module) else { continue };
+                let (a, b) = layout.matrices(part, base, &memory);
+                let rank = layout.rank();
+                let shrunk = &mut self.shrunk[..rows * rank];
+                multiply_transposed(
+                    MatMut::dense(shrunk, rows, rank),
+                    layout.scale(),
+                    Mat::dense(&x[segment.start * part.inputs..], rows, part.inputs),
+                    Mat::dense(a, rank, part.inputs),
+                    self.parallelism,
+                );
+                multiply(
+                    MatMut {
+                        data: &mut out[segment.start * width + target.column..],
+                        rows,
+                        cols: part.outputs,
+                        stride: width,
+                    },
+                    true,
+                    1.0,
+                    Mat::dense(shrunk, rows, rank),
+                    Mat::dense(b, rank, part.outputs),
+                    self.parallelism,
+                );
+            }
+        }
     }
 }
 
 impl Backend for CpuBackend {
     type Buffer = Vec<f32>;
+    type Wide = Vec<f32>;
     type Matrix = CpuMatrix;
     type Error = CpuError;
 
@@ -137,17 +170,18 @@ impl Backend for CpuBackend {
         Ok(committed(elements))
     }
 
-    fn upload(&mut self, values: Vec<f32>) -> Result<Vec<f32>, CpuError> {
-        Ok(values)
+    fn wide(&mut self, elements: usize) -> Result<Vec<f32>, CpuError> {
+        Ok(committed(elements))
+    }
+
+    fn upload(&mut self, values: Values) -> Result<Vec<f32>, CpuError> {
+        Ok(values.into_host())
     }
 
     fn upload_matrix(&mut self, matrix: HostMatrix) -> Result<CpuMatrix, CpuError> {
         let HostMatrix { weight, bias, outputs, inputs } = matrix;
-        Ok(CpuMatrix(Packed::new(&weight, bias.as_deref(), outputs, inputs)))
-    }
-
-    fn begin(&mut self, batch: &Batch) -> Result<(), CpuError> {
-        self.step.take(batch, &self.last_tokens, self.shape.spec.vocab_size, &self.slots)
+        let bias = (!bias.is_empty()).then(|| joined(bias));
+        Ok(CpuMatrix(Packed::new(&joined(weight), bias.as_deref(), outputs, inputs)))
     }
 
     fn embed(
@@ -177,11 +211,6 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn add(&mut self, n: usize, width: usize, y: &Vec<f32>, x: &mut Vec<f32>) -> Result<(), CpuError> {
-        math::add(&mut x[..n * width], &y[..n * width]);
-        Ok(())
-    }
-
     fn rms_norm(
         &mut self,
         n: usize,
@@ -191,23 +220,6 @@ impl Backend for CpuBackend {
     ) -> Result<(), CpuError> {
         let rows = x.chunks_exact(norm.width).zip(out.chunks_exact_mut(norm.width));
         for (x, out) in rows.take(n) {
-            math::rms_norm_row(x, &norm.weight, norm.eps, out);
-        }
-        Ok(())
-    }
-
-    fn add_rms_norm(
-        &mut self,
-        n: usize,
-        norm: &Norm<Vec<f32>>,
-        y: &Vec<f32>,
-        x: &mut Vec<f32>,
-        out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
-        let width = norm.width;
-        let rows = x.chunks_exact_mut(width).zip(y.chunks_exact(width)).zip(out.chunks_exact_mut(width));
-        for ((x, y), out) in rows.take(n) {
-            math::add(x, y);
             math::rms_norm_row(x, &norm.weight, norm.eps, out);
         }
         Ok(())
@@ -229,7 +241,42 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn await_adapters(&mut self, layer: usize) -> Result<(), CpuError> {
+        self.slots.await_layer(layer, &mut self.step.loads);
+        Ok(())
+    }
+
     fn linear(
+        &mut self,
+        n: usize,
+        matrix: &CpuMatrix,
+        adapted: Adapted<'_>,
+        x: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        matrix.0.multiply(n, x, &mut self.interleaved, out, self.threads);
+        self.lora(adapted, x, matrix.0.outputs(), out);
+        Ok(())
+    }
+
+    fn linear_add(
+        &mut self,
+        n: usize,
+        matrix: &CpuMatrix,
+        adapted: Adapted<'_>,
+        x: &Vec<f32>,
+        residual: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        let width = matrix.0.outputs();
+        let mut delta = std::mem::take(&mut self.delta);
+        matrix.0.multiply(n, x, &mut self.interleaved, &mut delta, self.threads);
+        self.lora(adapted, x, width, &mut delta);
+        math::add(&mut residual[..n * width], &delta[..n * width]);
+        self.delta = delta;
+        Ok(())
+    }
+
+    fn linear_wide(
         &mut self,
         n: usize,
         matrix: &CpuMatrix,
@@ -240,54 +287,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn await_adapters(&mut self, layer: usize) -> Result<(), CpuError> {
-        self.slots.await_layer(layer, &mut self.step.loads);
-        Ok(())
-    }
-
-    fn lora(
-        &mut self,
-        layer: usize,
-        targets: &[LoraTarget],
-        x: &Vec<f32>,
-        width: usize,
-        out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
-        for segment in &self.step.segments {
-            let (layout, rows) = (&segment.layout, segment.rows);
-            let memory = self.slots.layer(segment.slot, layer);
-            let base = layout.layer(layer).start;
-            for target in targets {
-                let Some(part) = layout.part(layer, target.module) else { continue };
-                let (a, b) = layout.matrices(part, base, &memory);
-                let rank = layout.rank();
-                let shrunk = &mut self.shrunk[..rows * rank];
-                multiply_transposed(
-                    MatMut::dense(shrunk, rows, rank),
-                    layout.scale(),
-                    Mat::dense(&x[segment.start * part.inputs..], rows, part.inputs),
-                    Mat::dense(a, rank, part.inputs),
-                    self.parallelism,
-                );
-                multiply(
-                    MatMut {
-                        data: &mut out[segment.start * width + target.column..],
-                        rows,
-                        cols: part.outputs,
-                        stride: width,
-                    },
-                    true,
-                    1.0,
-                    Mat::dense(shrunk, rows, rank),
-                    Mat::dense(b, rank, part.outputs),
-                    self.parallelism,
-                );
-            }
-        }
-        Ok(())
-    }
-
-    fn rope(&mut self, n: usize, qkv: &mut Vec<f32>) -> Result<(), CpuError> {
+    fn rope_and_write_kv(&mut self, layer: usize, n: usize, qkv: &mut Vec<f32>) -> Result<(), CpuError> {
         let spec = &self.shape.spec;
         let half = spec.head_dim / 2;
         for (position, row) in self.step.positions[..n].iter().zip(qkv.chunks_exact_mut(spec.qkv_dim())) {
@@ -297,10 +297,10 @@ impl Backend for CpuBackend {
                 math::rotate(head, cos, sin);
             }
         }
-        Ok(())
+        self.write_kv(layer, n, qkv)
     }
 
-    fn write_kv(&mut self, layer: usize, n: usize, qkv: &Vec<f32>) -> Result<(), CpuError> {
+    fn write_kv(&mut self, layer: usize, n: usize, qkv: &mut Vec<f32>) -> Result<(), CpuError> {
         let spec = &self.shape.spec;
         let (q, kv) = (spec.q_dim(), spec.kv_dim());
         for (at, row) in self.step.kv_rows[..n].iter().zip(qkv.chunks_exact(spec.qkv_dim())) {
@@ -358,33 +358,68 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn gather_samples(&mut self, width: usize, x: &Vec<f32>, out: &mut Vec<f32>) -> Result<(), CpuError> {
-        for (from, out) in self.step.sample_rows.iter().zip(out.chunks_exact_mut(width)) {
+    fn gather_samples(
+        &mut self,
+        samples: usize,
+        width: usize,
+        x: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), CpuError> {
+        for (from, out) in self.step.sample_rows[..samples].iter().zip(out.chunks_exact_mut(width)) {
             out.copy_from_slice(row(x, *from as usize, width));
         }
         Ok(())
     }
 
-    fn sample(&mut self, logits: &mut Vec<f32>) -> Result<(), CpuError> {
-        self.sampled.clear();
-        let rows = logits.chunks_exact_mut(self.shape.spec.vocab_size);
-        for (&place, logits) in self.step.sample_places.iter().zip(rows) {
+    fn sample(&mut self, samples: usize, logits: &Vec<f32>) -> Result<(), CpuError> {
+        let rows = logits.chunks_exact(self.shape.spec.vocab_size);
+        for (&place, logits) in self.step.sample_places[..samples].iter().zip(rows) {
             let sampler = self.samplers[place as usize].as_mut().ok_or(CpuError::NotBegun { place })?;
-            let token = sampler.sample(logits, self.allowed.as_deref(), &mut self.candidates);
+            self.logits.copy_from_slice(logits);
+            let token = sampler.sample(&mut self.logits, self.allowed.as_deref(), &mut self.candidates);
             self.last_tokens[place as usize] = token;
             self.sampled.push(token);
         }
         Ok(())
+    }
+}
+
+impl StepBackend for CpuBackend {
+    fn begin_sequence(&mut self, place: u32, sampling: Sampling) {
+        self.samplers[place as usize] = Some(SeqSampler::new(sampling));
+    }
+
+    fn run(
+        &mut self,
+        batch: &Batch,
+        mut work: impl FnMut(&mut Self, usize, usize) -> Result<(), CpuError>,
+    ) -> Result<(), CpuError> {
+        self.step.take(batch, &self.last_tokens, self.shape.spec.vocab_size, &self.slots)?;
+        self.sampled.clear();
+        work(self, batch.rows(), batch.sample_rows.len())
     }
 
     fn sampled(&mut self) -> Result<&[TokenId], CpuError> {
         Ok(&self.sampled)
     }
 
-    fn download(&mut self, buffer: &Vec<f32>, out: &mut [f32]) -> Result<(), CpuError> {
-        out.copy_from_slice(&buffer[..out.len()]);
+    fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), CpuError> {
+        to.extend(self.step.loads.iter().map(|load| (load.slot, load.stalled)));
         Ok(())
     }
+
+    fn download(&mut self, from: &Vec<f32>, out: &mut [f32]) -> Result<(), CpuError> {
+        out.copy_from_slice(&from[..out.len()]);
+        Ok(())
+    }
+}
+
+/// All values, one part after the other.
+fn joined(parts: Vec<Values>) -> Vec<f32> {
+    let mut parts = parts.into_iter().map(Values::into_host);
+    let mut all = parts.next().unwrap_or_default();
+    parts.for_each(|part| all.extend_from_slice(&part));
+    all
 }
 
 /// The widest input of a linear layer.

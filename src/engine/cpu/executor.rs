@@ -1,21 +1,16 @@
-//! The executor: a compute thread and a copy thread behind `submit` and `wait`.
+//! The executor of the CPU.
 
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::thread::JoinHandle;
 
-use lora_sched::{AdapterId, Nanos, SlotId, StepPlan, SwapMode, SwapPlan};
+use lora_sched::SwapMode;
 
 use super::backend::CpuBackend;
-use super::compute::{Compute, Job};
-use super::copier::{self, Copy, CopyQueue};
-use super::memory::MemoryPlan;
-use super::reports::{Reported, Reports};
+use super::copier;
 use super::slots::Slots;
 use crate::engine::adapters::HostPool;
 use crate::engine::backend::BackendShape;
-use crate::engine::batch::{Batch, BatchLimits};
-use crate::engine::executor::{Completion, Executor, ExecutorError, StepFeed, StepResult, Waker};
+use crate::engine::batch::BatchLimits;
+use crate::engine::device::{Compute, DeviceExecutor, LoadedModel, Parts};
 use crate::engine::model::{Decoder, Family, ModelSpec, WeightError, Weights};
 
 /// What a CPU executor is made with.
@@ -24,6 +19,8 @@ pub struct CpuOptions {
     pub spec: ModelSpec,
     /// Its weights.
     pub weights: Weights,
+    /// Where the loaded weights are kept for the next executor, or are from the last one.
+    pub loaded: LoadedModel<CpuBackend>,
     /// The adapters; slots are sized for the pool's largest rank.
     pub adapters: Arc<HostPool>,
     /// Slots.
@@ -37,7 +34,7 @@ pub struct CpuOptions {
     pub threads: usize,
     /// Which token ids may be sampled, `[vocab]`; none allows all.
     pub allowed_tokens: Option<Vec<bool>>,
-    /// Keep each step's logits for [`CpuExecutor::logits`]: for tests and calibration.
+    /// Keep each step's logits for [`DeviceExecutor::logits`]: for tests and calibration.
     pub keep_logits: bool,
 }
 
@@ -55,123 +52,49 @@ pub enum CpuStartError {
     Thread(#[from] std::io::Error),
 }
 
-/// Steps and swaps on the CPU.
-pub struct CpuExecutor {
-    vocab: usize,
-    adapters: Arc<HostPool>,
-    slots: Arc<Slots>,
-    reports: Arc<Reports>,
-    copies: Arc<CopyQueue>,
-    steps: Option<SyncSender<Box<Job>>>,
-    threads: Vec<JoinHandle<()>>,
-    /// Here while no step is in flight.
-    job: Option<Box<Job>>,
-    result: StepResult,
-    /// `[slots]` whether the step in flight reads the slot.
-    read_by_step: Vec<bool>,
-    swaps_in_flight: usize,
-    memory: MemoryPlan,
-}
-
-impl CpuExecutor {
-    /// Allocates everything, loads the weights and starts the threads.
-    pub fn new(options: CpuOptions) -> Result<Self, CpuStartError> {
-        check(&options)?;
-        let CpuOptions { spec, weights, adapters, gpu_loras, limits, .. } = options;
-        let memory = MemoryPlan::cpu(&spec, &limits, adapters.max_rank(), gpu_loras);
-        let vocab = spec.vocab_size;
-        let slots = Arc::new(Slots::new(&spec, adapters.max_rank(), gpu_loras));
-        let reports = Arc::new(Reports::new(gpu_loras));
-        let copies = Arc::new(CopyQueue::new(options.swap_mode, gpu_loras));
-        let threads = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get() - 1).max(1),
-            n => n,
-        };
-        let mut backend = CpuBackend::new(
-            BackendShape { spec: spec.clone(), limits },
-            Arc::clone(&slots),
-            adapters.max_rank(),
-            threads,
-            options.allowed_tokens,
-        );
-        let decoder = Decoder::load(&mut backend, &spec, &weights, &limits)?;
-        let kept = if options.keep_logits { limits.max_num_seqs * vocab } else { 0 };
-        let job = Job {
-            step: 0,
-            batch: Batch::new(limits),
-            begins: Vec::with_capacity(limits.max_num_seqs),
-            result: StepResult::default(),
-            logits: Vec::with_capacity(kept),
-            failure: None,
-        };
-
-        let (steps, inbox) = sync_channel(1);
-        let pool = product_threads(threads)?;
-        let compute = Compute { backend, decoder, vocab, keep_logits: options.keep_logits };
-        let handles = vec![
-            std::thread::Builder::new().name("compute".into()).spawn({
-                let reports = Arc::clone(&reports);
-                move || match pool {
-                    // Products use the pool that they are called in.
-                    Some(pool) => pool.install(move || compute.run(&inbox, &reports)),
-                    None => compute.run(&inbox, &reports),
-                }
-            })?,
-            std::thread::Builder::new().name("copy".into()).spawn({
-                let (copies, slots, reports) =
-                    (Arc::clone(&copies), Arc::clone(&slots), Arc::clone(&reports));
-                move || copier::run(&copies, &slots, &reports)
-            })?,
-        ];
-        Ok(Self {
-            vocab,
-            read_by_step: vec![false; slots.len()],
-            adapters,
-            slots,
-            reports,
-            copies,
-            steps: Some(steps),
-            threads: handles,
-            job: Some(Box::new(job)),
-            result: StepResult::default(),
-            swaps_in_flight: 0,
-            memory,
-        })
-    }
-
-    /// What its memory went to.
-    pub fn memory(&self) -> &MemoryPlan {
-        &self.memory
-    }
-
-    /// The logits `[vocab]` from which the last completed step sampled for sequence `index` of its
-    /// plan, before penalties and bans; none if it sampled nothing there or logits are not kept.
-    pub fn logits(&self, index: usize) -> Option<&[f32]> {
-        let job = self.job.as_ref()?;
-        let row = job.batch.sample_plan.iter().position(|i| *i as usize == index)?;
-        job.logits.get(row * self.vocab..(row + 1) * self.vocab)
-    }
-
-    fn take(&mut self, state: &mut Reported) -> Result<Option<Completion>, ExecutorError> {
-        if let Some(swap) = state.swaps.pop_front() {
-            self.swaps_in_flight -= 1;
-            return Ok(Some(swap));
-        }
-        let Some((mut job, started, ended)) = state.step.take() else { return Ok(None) };
-        let step = job.step;
-        std::mem::swap(&mut self.result, &mut job.result);
-        let failure = job.failure.take();
-        self.job = Some(job);
-        self.read_by_step.fill(false);
-        match failure {
-            Some(message) => Err(error(message)),
-            None => Ok(Some(Completion::Step { step, started, ended })),
-        }
-    }
-}
-
-fn error(message: impl Into<String>) -> ExecutorError {
-    ExecutorError { device: "cpu", message: message.into() }
+/// Allocates everything, loads the weights and starts the threads.
+///
+/// # Errors
+/// If the weights cannot be read, a size does not fit the model, or a thread cannot be started.
+pub fn cpu_executor(options: CpuOptions) -> Result<DeviceExecutor, CpuStartError> {
+    check(&options)?;
+    let CpuOptions { spec, weights, adapters, gpu_loras, limits, swap_mode, keep_logits, .. } = options;
+    let vocab = spec.vocab_size;
+    let slots = Arc::new(Slots::new(&spec, adapters.max_rank(), gpu_loras));
+    let threads = match options.threads {
+        0 => std::thread::available_parallelism().map_or(1, |n| n.get() - 1).max(1),
+        n => n,
+    };
+    let mut backend = CpuBackend::new(
+        BackendShape { spec: spec.clone(), limits },
+        Arc::clone(&slots),
+        adapters.max_rank(),
+        threads,
+        options.allowed_tokens,
+    );
+    let model = options.loaded.get(&mut backend, &spec, &weights)?;
+    let decoder = Decoder::new(&mut backend, model, &spec, &limits)
+        .map_err(|e| CpuStartError::Options(e.to_string()))?;
+    let pool = product_threads(threads)?;
+    let compute = Compute { backend, decoder, vocab, keep_logits };
+    Ok(DeviceExecutor::start(Parts {
+        device: "cpu",
+        vocab,
+        adapters,
+        limits,
+        swap_mode,
+        keep_logits,
+        compute: Box::new(move |inbox, reports| match pool {
+            // Products use the pool that they are called in.
+            Some(pool) => pool.install(move || compute.run(inbox, reports)),
+            None => compute.run(inbox, reports),
+        }),
+        copy: {
+            let slots = Arc::clone(&slots);
+            Box::new(move |queue, reports| copier::run(queue, &slots, reports))
+        },
+        slots,
+    })?)
 }
 
 /// The threads that matrix products are spread over; none where one thread does it all.
@@ -205,110 +128,5 @@ fn check(options: &CpuOptions) -> Result<(), CpuStartError> {
         }
         Some(mask) if !mask.contains(&true) => fail("no token may be sampled".into()),
         _ => Ok(()),
-    }
-}
-
-impl Executor for CpuExecutor {
-    fn submit_step(&mut self, plan: &StepPlan, feed: &StepFeed) -> Result<(), ExecutorError> {
-        let mut job = self.job.take().ok_or_else(|| error("a step is in flight already"))?;
-        job.step = plan.step;
-        if let Err(e) = job.batch.build(plan, feed) {
-            self.job = Some(job);
-            return Err(error(e.to_string()));
-        }
-        job.begins.clear();
-        job.begins.extend(feed.begins.iter().map(|(place, how)| (place.0, how.clone())));
-        job.result.tokens.clear();
-        job.result.tokens.resize(plan.seqs.len(), None);
-        job.result.stalled.clear();
-        job.logits.clear();
-        let (slots, batch) = (self.slots.len(), &job.batch);
-        let named = batch.segments.iter().map(|segment| segment.slot).chain(batch.loading.iter().copied());
-        if let Some(slot) = named.clone().find(|slot| slot.0 as usize >= slots) {
-            self.job = Some(job);
-            return Err(error(format!("slot {slot} of {slots}")));
-        }
-        for slot in named {
-            self.read_by_step[slot.0 as usize] = true;
-        }
-        let steps = self.steps.as_ref().ok_or_else(|| error("the executor is shutting down"))?;
-        steps.send(job).map_err(|_| error("the compute thread has ended"))
-    }
-
-    fn submit_swap(&mut self, swap: &SwapPlan) -> Result<(), ExecutorError> {
-        match self.read_by_step.get(swap.slot.0 as usize) {
-            None => return Err(error(format!("slot {} of {}", swap.slot, self.slots.len()))),
-            Some(true) => {
-                return Err(error(format!("swap into slot {}, which the running step reads", swap.slot)));
-            }
-            Some(false) => {}
-        }
-        let adapter = self
-            .adapters
-            .get(swap.adapter)
-            .ok_or_else(|| error(format!("adapter {} is not in host memory", swap.adapter)))?;
-        self.slots.begin(swap.slot, swap.adapter, &adapter.layout);
-        self.swaps_in_flight += 1;
-        self.copies.push(Copy::new(swap.slot, swap.adapter, adapter, swap.kind));
-        Ok(())
-    }
-
-    fn poll(&mut self) -> Result<Option<Completion>, ExecutorError> {
-        let reports = Arc::clone(&self.reports);
-        let mut state = reports.lock();
-        self.take(&mut state)
-    }
-
-    fn wait(&mut self) -> Result<Completion, ExecutorError> {
-        let reports = Arc::clone(&self.reports);
-        let mut state = reports.lock();
-        loop {
-            if let Some(completion) = self.take(&mut state)? {
-                return Ok(completion);
-            }
-            if self.job.is_some() && self.swaps_in_flight == 0 {
-                return Err(error("nothing is in flight"));
-            }
-            state = reports.sleep(state);
-        }
-    }
-
-    fn step_result(&self) -> &StepResult {
-        &self.result
-    }
-
-    fn set_waker(&mut self, waker: Waker) {
-        self.reports.lock().waker = Some(waker);
-    }
-
-    fn clock(&self) -> Nanos {
-        self.reports.now()
-    }
-
-    fn preload(&mut self, adapters: &[AdapterId]) -> Result<(), ExecutorError> {
-        if adapters.len() > self.slots.len() {
-            return Err(error(format!("{} adapters for {} slots", adapters.len(), self.slots.len())));
-        }
-        for (slot, id) in (0..).map(SlotId).zip(adapters) {
-            let adapter =
-                self.adapters.get(*id).ok_or_else(|| error(format!("adapter {id} is not in host memory")))?;
-            self.slots.begin(slot, *id, &adapter.layout);
-            for layer in 0..adapter.layout.layers() {
-                self.slots.copy_layer(slot, &adapter, layer);
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for CpuExecutor {
-    fn drop(&mut self) {
-        // Submitted work is finished first: a step may be waiting for layers of a swap.
-        self.steps = None;
-        self.copies.close();
-        for thread in self.threads.drain(..) {
-            // A panic was reported when it happened; there is nobody left to tell.
-            drop(thread.join());
-        }
     }
 }

@@ -3,11 +3,12 @@
 use gemm::Parallelism;
 
 use super::attention;
-use super::backend::{CpuBackend, widest_input};
+use super::backend::widest_input;
 use super::kv::KvShape;
 use super::slots::Slots;
 use crate::engine::batch::BatchLimits;
-use crate::engine::model::{Decoder, Dtype, ModelSpec};
+use crate::engine::memory::MemoryPlan;
+use crate::engine::model::{Dtype, ModelSpec, WorkspaceElements};
 
 /// `elements` zeros whose pages the operating system has really given: a page fault in the middle of
 /// a step would be measured as part of it.
@@ -21,57 +22,36 @@ pub(super) fn committed(elements: usize) -> Vec<f32> {
     memory
 }
 
-/// Bytes by purpose, known before anything is allocated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryPlan {
-    /// Weights, as this executor keeps them: f32, and a tied embedding table twice, once as the table
-    /// and once as the output matrix.
-    pub weights: u64,
-    /// Activations and scratch.
-    pub workspace: u64,
-    /// One slot: an adapter of the largest rank on every linear module.
-    pub slot: u64,
-    /// Slots.
-    pub slots: u64,
-    /// One block of the KV cache, all layers.
-    pub kv_block: u64,
-    /// Blocks.
-    pub kv_blocks: u64,
-}
-
-impl MemoryPlan {
-    /// The plan of a CPU executor; `max_rank` is the largest adapter's.
-    pub fn cpu(spec: &ModelSpec, limits: &BatchLimits, max_rank: usize, gpu_loras: usize) -> Self {
-        const F32: u64 = size_of::<f32>() as u64;
-        let shape = KvShape {
-            kv_heads: spec.kv_heads,
-            head_dim: spec.head_dim,
-            block_size: limits.block_size,
-            blocks: limits.kv_blocks,
-        };
-        let tied = if spec.tie_embeddings { (spec.vocab_size * spec.hidden) as u64 } else { 0 };
-        let workspace = Decoder::<CpuBackend>::workspace_elements(spec, limits)
-            + attention::Scratch::elements(&shape, limits.max_model_len)
-            + limits.max_num_batched_tokens * (max_rank + widest_input(spec))
-            + limits.max_model_len * spec.head_dim;
-        Self {
-            weights: (spec.parameters() + tied) * F32,
-            workspace: workspace as u64 * F32,
-            slot: Slots::slot_elements(spec, max_rank) as u64 * F32,
-            slots: gpu_loras as u64,
-            kv_block: spec.kv_bytes_per_token(Dtype::F32) * limits.block_size as u64,
-            kv_blocks: limits.kv_blocks as u64,
-        }
-    }
-
-    /// Bytes of everything.
-    pub fn total(&self) -> u64 {
-        self.weights + self.workspace + self.slots * self.slot + self.kv_blocks * self.kv_block
-    }
-
-    /// KV blocks that `bytes` hold.
-    pub fn kv_blocks_in(&self, bytes: u64) -> u64 {
-        bytes / self.kv_block
+/// The memory of a CPU executor; `max_rank` is the largest adapter's. Weights are kept in f32, and a tied
+/// embedding table twice, once as the table and once as the output matrix.
+pub(in crate::engine) fn plan(
+    spec: &ModelSpec,
+    limits: &BatchLimits,
+    max_rank: usize,
+    gpu_loras: usize,
+) -> MemoryPlan {
+    const F32: u64 = size_of::<f32>() as u64;
+    let shape = KvShape {
+        kv_heads: spec.kv_heads,
+        head_dim: spec.head_dim,
+        block_size: limits.block_size,
+        blocks: limits.kv_blocks,
+    };
+    let tied = if spec.tie_embeddings { (spec.vocab_size * spec.hidden) as u64 } else { 0 };
+    let buffers = WorkspaceElements::new(spec, limits);
+    let workspace = buffers.narrow()
+        + buffers.wide()
+        + limits.max_num_batched_tokens * spec.hidden
+        + attention::Scratch::elements(&shape, limits.max_model_len)
+        + limits.max_num_batched_tokens * (max_rank + widest_input(spec))
+        + limits.max_model_len * spec.head_dim;
+    MemoryPlan {
+        weights: (spec.parameters() + tied) * F32,
+        workspace: workspace as u64 * F32,
+        slot: Slots::slot_elements(spec, max_rank) as u64 * F32,
+        slots: gpu_loras as u64,
+        kv_block: spec.kv_bytes_per_token(Dtype::F32) * limits.block_size as u64,
+        kv_blocks: limits.kv_blocks as u64,
     }
 }
 
@@ -94,7 +74,7 @@ mod tests {
             block_size: 16,
             kv_blocks: 64,
         };
-        let plan = MemoryPlan::cpu(&preset("meta-llama/Llama-2-7b-hf").unwrap(), &limits, 16, 8);
+        let plan = super::plan(&preset("meta-llama/Llama-2-7b-hf").unwrap(), &limits, 16, 8);
         assert_eq!(plan.weights, 4 * 6_738_415_616);
         assert_eq!(plan.slot, 4 * 39_976_960);
         assert_eq!(plan.kv_block, 16 * 2 * 524_288);

@@ -2,7 +2,6 @@
 
 mod attention;
 mod backend;
-mod compute;
 mod copier;
 mod executor;
 mod kernel;
@@ -11,12 +10,11 @@ mod math;
 mod matmul;
 mod memory;
 mod packed;
-mod reports;
-mod sample;
 mod simd;
 mod slots;
 mod step;
 
 pub use backend::{CpuBackend, CpuError};
-pub use executor::{CpuExecutor, CpuOptions, CpuStartError};
-pub use memory::MemoryPlan;
+pub use executor::{CpuOptions, CpuStartError, cpu_executor};
+
+pub(super) use memory::plan;

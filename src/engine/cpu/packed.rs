@@ -33,6 +33,11 @@ impl Packed {
         Self { panels, bias: padded, inputs, outputs }
     }
 
+    /// Width of the output.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
     /// `out = x · weightᵀ + bias`; `x` is `[n, inputs]`, `out` `[n, outputs]`, and `scratch` has room
     /// for as much as `x`. More than one thread is used inside a pool of as many.
     pub fn multiply(&self, n: usize, x: &[f32], scratch: &mut [f32], out: &mut [f32], threads: usize) {

@@ -12,6 +12,7 @@ use std::time::Instant;
 use lora_sched::{AdapterId, Nanos, SlotId};
 
 use crate::engine::adapters::{AdapterLayout, HostAdapter};
+use crate::engine::device::SlotMemory;
 use crate::engine::model::ModelSpec;
 
 /// All slots of an engine.
@@ -65,24 +66,13 @@ impl Slots {
         Self { slots: (0..count).map(|_| slot()).collect(), landed: Mutex::new(()), signal: Condvar::new() }
     }
 
-    pub fn len(&self) -> usize {
-        self.slots.len()
-    }
-
-    /// Says what is about to be copied; until its layers land the slot holds nothing to read.
-    pub fn begin(&self, slot: SlotId, adapter: AdapterId, layout: &Arc<AdapterLayout>) {
-        let slot = &self.slots[slot.0 as usize];
-        slot.ready.store(0, Ordering::Release);
-        *relock(&slot.held) = Some((adapter, Arc::clone(layout)));
-    }
-
     /// Copies one layer and makes it readable.
     pub fn copy_layer(&self, slot: SlotId, adapter: &HostAdapter, layer: usize) {
         let slot = &self.slots[slot.0 as usize];
         let range = adapter.layout.layer(layer);
         {
             let mut memory = slot.layers[layer].write().unwrap_or_else(PoisonError::into_inner);
-            memory[..range.len()].copy_from_slice(&adapter.slab[range]);
+            memory[..range.len()].copy_from_slice(&adapter.slab.f32()[range]);
         }
         slot.ready.store(layer + 1, Ordering::Release);
         // Taken and released between the store and the signal: a waiter that has checked and not
@@ -131,6 +121,23 @@ impl Slots {
     }
 }
 
+impl SlotMemory for Slots {
+    fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    fn begin(&self, slot: SlotId, adapter: AdapterId, layout: &Arc<AdapterLayout>) {
+        let slot = &self.slots[slot.0 as usize];
+        slot.ready.store(0, Ordering::Release);
+        *relock(&slot.held) = Some((adapter, Arc::clone(layout)));
+    }
+
+    fn copy_whole(&self, slot: SlotId, adapter: &HostAdapter) -> Result<(), String> {
+        (0..adapter.layout.layers()).for_each(|layer| self.copy_layer(slot, adapter, layer));
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,7 +166,7 @@ mod tests {
         });
         assert_eq!(loads[0].stalled, 0);
         assert!(loads[1].stalled > 0);
-        assert_eq!(slots.layer(late, 0)[..100], adapter.slab[..100]);
+        assert_eq!(slots.layer(late, 0)[..100], adapter.slab.f32()[..100]);
         slots.begin(late, AdapterId(0), &adapter.layout);
         assert!(!slots.has(late, 0), "a new load hides what the slot held");
     }

@@ -1,31 +1,45 @@
 //! What the families share: the workspace, loading, and the entry to a step.
 
+use std::sync::Arc;
+
 use super::llama::Llama;
 use super::opt::Opt;
 use super::spec::{Family, ModelSpec};
 use super::weights::{WeightError, Weights};
-use crate::engine::backend::{Backend, HostMatrix, LoraTarget, Norm};
-use crate::engine::batch::{Batch, BatchLimits};
+use crate::engine::backend::{Adapted, Backend, HostMatrix, LoraTarget, Norm};
+use crate::engine::batch::BatchLimits;
 
 /// A model on a device, with the buffers of its step.
 pub struct Decoder<B: Backend> {
-    model: Layers<B>,
+    model: Arc<DeviceModel<B>>,
     work: Workspace<B>,
 }
+
+/// A model's weights on a device: shared by the executors that follow one another on it.
+pub struct DeviceModel<B: Backend>(Layers<B>);
 
 enum Layers<B: Backend> {
     Llama(Llama<B>),
     Opt(Opt<B>),
 }
 
+/// Where a linear layer's product goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// A buffer: [`Backend::linear`].
+    Buffer,
+    /// The residual stream: [`Backend::linear_add`].
+    Residual,
+    /// Wide memory: [`Backend::linear_wide`].
+    Wide,
+}
+
 /// Buffers of one step. `rows` is the largest number of rows, `seqs` that of sampling sequences.
 pub(super) struct Workspace<B: Backend> {
     /// `[rows, hidden]`: the residual stream.
-    pub residual: B::Buffer,
+    pub residual: B::Wide,
     /// `[rows, hidden]`: a norm's output.
     pub normed: B::Buffer,
-    /// `[rows, hidden]`: what a part adds to the residual stream.
-    pub delta: B::Buffer,
     /// `[rows, q + k + v]`.
     pub qkv: B::Buffer,
     /// `[rows, q]`.
@@ -35,92 +49,125 @@ pub(super) struct Workspace<B: Backend> {
     /// `[rows, intermediate]`; empty for ReLU, which works in place.
     pub act: B::Buffer,
     /// `[seqs, hidden]`: rows that sample.
-    pub last: B::Buffer,
+    pub last: B::Wide,
     /// `[seqs, hidden]`: their norm.
     pub last_normed: B::Buffer,
     /// `[seqs, vocab]`.
-    pub logits: B::Buffer,
+    pub logits: B::Wide,
 }
 
-/// Elements of each buffer of [`Workspace`], in its order.
-fn workspace_elements(spec: &ModelSpec, limits: &BatchLimits) -> [usize; 10] {
-    let (rows, seqs) = (limits.max_num_batched_tokens, limits.max_num_seqs);
-    let (up, act) = match spec.family {
-        Family::Llama => (2 * spec.intermediate, spec.intermediate),
-        Family::Opt => (spec.intermediate, 0),
-    };
-    [
-        rows * spec.hidden,
-        rows * spec.hidden,
-        rows * spec.hidden,
-        rows * spec.qkv_dim(),
-        rows * spec.q_dim(),
-        rows * up,
-        rows * act,
-        seqs * spec.hidden,
-        seqs * spec.hidden,
-        seqs * spec.vocab_size,
-    ]
+/// Elements of the buffers of [`Workspace`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkspaceElements {
+    residual: usize,
+    normed: usize,
+    qkv: usize,
+    attended: usize,
+    up: usize,
+    act: usize,
+    last: usize,
+    logits: usize,
+}
+
+impl WorkspaceElements {
+    /// What a step of up to `limits` takes.
+    pub fn new(spec: &ModelSpec, limits: &BatchLimits) -> Self {
+        let (rows, seqs) = (limits.max_num_batched_tokens, limits.max_num_seqs);
+        let (up, act) = match spec.family {
+            Family::Llama => (2 * spec.intermediate, spec.intermediate),
+            Family::Opt => (spec.intermediate, 0),
+        };
+        Self {
+            residual: rows * spec.hidden,
+            normed: rows * spec.hidden,
+            qkv: rows * spec.qkv_dim(),
+            attended: rows * spec.q_dim(),
+            up: rows * up,
+            act: rows * act,
+            last: seqs * spec.hidden,
+            logits: seqs * spec.vocab_size,
+        }
+    }
+
+    /// Elements in the device's number format.
+    pub fn narrow(&self) -> usize {
+        self.normed + self.qkv + self.attended + self.up + self.act + self.last
+    }
+
+    /// Elements in f32.
+    pub fn wide(&self) -> usize {
+        self.residual + self.last + self.logits
+    }
 }
 
 impl<B: Backend> Workspace<B> {
     fn new(b: &mut B, spec: &ModelSpec, limits: &BatchLimits) -> Result<Self, B::Error> {
-        let [residual, normed, delta, qkv, attended, up, act, last, last_normed, logits] =
-            workspace_elements(spec, limits);
+        let sizes = WorkspaceElements::new(spec, limits);
         Ok(Self {
-            residual: b.buffer(residual)?,
-            normed: b.buffer(normed)?,
-            delta: b.buffer(delta)?,
-            qkv: b.buffer(qkv)?,
-            attended: b.buffer(attended)?,
-            up: b.buffer(up)?,
-            act: b.buffer(act)?,
-            last: b.buffer(last)?,
-            last_normed: b.buffer(last_normed)?,
-            logits: b.buffer(logits)?,
+            residual: b.wide(sizes.residual)?,
+            normed: b.buffer(sizes.normed)?,
+            qkv: b.buffer(sizes.qkv)?,
+            attended: b.buffer(sizes.attended)?,
+            up: b.buffer(sizes.up)?,
+            act: b.buffer(sizes.act)?,
+            last: b.wide(sizes.last)?,
+            last_normed: b.buffer(sizes.last)?,
+            logits: b.wide(sizes.logits)?,
         })
     }
 }
 
-impl<B: Backend> Decoder<B> {
-    /// Puts the weights on the device and makes the workspace.
-    pub fn load(
-        b: &mut B,
-        spec: &ModelSpec,
-        weights: &Weights,
-        limits: &BatchLimits,
-    ) -> Result<Self, WeightError> {
+impl<B: Backend> DeviceModel<B> {
+    /// Puts the weights on the device.
+    pub fn load(b: &mut B, spec: &ModelSpec, weights: &Weights) -> Result<Self, WeightError> {
         let mut loader = Loader { b, spec, weights };
-        let model = match spec.family {
+        Ok(Self(match spec.family {
             Family::Llama => Layers::Llama(Llama::load(&mut loader)?),
             Family::Opt => Layers::Opt(Opt::load(&mut loader)?),
-        };
-        let work = Workspace::new(b, spec, limits).map_err(|e| WeightError::Device(e.to_string()))?;
-        Ok(Self { model, work })
+        }))
     }
 
-    /// Elements of the workspace, before it is made.
-    pub fn workspace_elements(spec: &ModelSpec, limits: &BatchLimits) -> usize {
-        workspace_elements(spec, limits).iter().sum()
+    /// The linear layers: those of one shape and use together, one for each decoder layer.
+    pub fn products(&self) -> Vec<(Destination, Vec<&B::Matrix>)> {
+        match &self.0 {
+            Layers::Llama(model) => model.products(),
+            Layers::Opt(model) => model.products(),
+        }
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// A model with the workspace of steps of up to `limits`.
+    pub fn new(
+        b: &mut B,
+        model: Arc<DeviceModel<B>>,
+        spec: &ModelSpec,
+        limits: &BatchLimits,
+    ) -> Result<Self, B::Error> {
+        Ok(Self { model, work: Workspace::new(b, spec, limits)? })
     }
 
-    /// Runs one step up to the logits: keys and values go to the cache.
-    pub fn forward(&mut self, b: &mut B, batch: &Batch) -> Result<(), B::Error> {
-        b.begin(batch)?;
-        let (n, samples) = (batch.rows(), batch.sample_rows.len());
-        match &self.model {
+    /// Runs one step of `n` rows up to the logits of `samples` of them: keys and values go to the cache.
+    pub fn forward(&mut self, b: &mut B, n: usize, samples: usize) -> Result<(), B::Error> {
+        match &self.model.0 {
             Layers::Llama(model) => model.forward(b, &mut self.work, n, samples),
             Layers::Opt(model) => model.forward(b, &mut self.work, n, samples),
         }
     }
 
-    /// Samples from the logits, which it may change; tokens are had from [`Backend::sampled`].
-    pub fn sample(&mut self, b: &mut B) -> Result<(), B::Error> {
-        b.sample(&mut self.work.logits)
+    /// Samples from the logits; tokens are had from
+    /// [`StepBackend::sampled`](crate::engine::backend::StepBackend::sampled).
+    pub fn sample(&mut self, b: &mut B, samples: usize) -> Result<(), B::Error> {
+        b.sample(samples, &self.work.logits)
+    }
+
+    /// The weights.
+    pub fn model(&self) -> &Arc<DeviceModel<B>> {
+        &self.model
     }
 
     /// The logits of the last [`Decoder::forward`], `[sampling seqs, vocab]`, in batch order.
-    pub fn logits(&self) -> &B::Buffer {
+    pub fn logits(&self) -> &B::Wide {
         &self.work.logits
     }
 }
@@ -161,8 +208,8 @@ impl<B: Backend> Loader<'_, B> {
     pub fn head(&mut self, name: &str, tied: &str) -> Result<B::Matrix, WeightError> {
         let name = if self.spec.tie_embeddings { tied } else { name };
         let (outputs, inputs) = (self.spec.vocab_size, self.spec.hidden);
-        let weight = self.weights.matrix(name, outputs, inputs)?;
-        Self::device(self.b.upload_matrix(HostMatrix { weight, bias: None, outputs, inputs }))
+        let weight = vec![self.weights.matrix(name, outputs, inputs)?];
+        Self::device(self.b.upload_matrix(HostMatrix { weight, bias: Vec::new(), outputs, inputs }))
     }
 
     /// Linear layers of one input, fused by stacking their rows: `parts` are the indices of modules
@@ -171,26 +218,21 @@ impl<B: Backend> Loader<'_, B> {
         let modules = self.spec.modules();
         let inputs = modules[parts[0]].inputs;
         let mut targets = Vec::with_capacity(parts.len());
-        let mut weight = Vec::new();
-        let mut bias = biased.then(Vec::new);
+        let mut weight = Vec::with_capacity(parts.len());
+        let mut bias = Vec::new();
         let mut outputs = 0;
         for &part in parts {
             let module = modules[part];
             let name = format!("{prefix}.{}", module.path);
-            let rows = self.weights.matrix(&format!("{name}.weight"), module.outputs, inputs)?;
-            if weight.is_empty() {
-                weight = rows;
-            } else {
-                weight.extend_from_slice(&rows);
-            }
-            if let Some(bias) = &mut bias {
-                bias.extend(self.weights.bias(&format!("{name}.bias"), module.outputs)?);
+            weight.push(self.weights.matrix(&format!("{name}.weight"), module.outputs, inputs)?);
+            if biased {
+                bias.push(self.weights.bias(&format!("{name}.bias"), module.outputs)?);
             }
             targets.push(LoraTarget { module: part, column: outputs });
             outputs += module.outputs;
         }
         let matrix = Self::device(self.b.upload_matrix(HostMatrix { weight, bias, outputs, inputs }))?;
-        Ok(Linear { matrix, targets, outputs })
+        Ok(Linear { matrix, targets })
     }
 }
 
@@ -198,10 +240,14 @@ impl<B: Backend> Loader<'_, B> {
 pub(super) struct Linear<B: Backend> {
     matrix: B::Matrix,
     targets: Vec<LoraTarget>,
-    outputs: usize,
 }
 
 impl<B: Backend> Linear<B> {
+    /// Its weight.
+    pub fn matrix(&self) -> &B::Matrix {
+        &self.matrix
+    }
+
     /// `out = x · weightᵀ + bias + adapters`; `x` is `[n, inputs]`, `out` `[n, outputs]`.
     pub fn forward(
         &self,
@@ -211,7 +257,18 @@ impl<B: Backend> Linear<B> {
         x: &B::Buffer,
         out: &mut B::Buffer,
     ) -> Result<(), B::Error> {
-        b.linear(n, &self.matrix, x, out)?;
-        b.lora(layer, &self.targets, x, self.outputs, out)
+        b.linear(n, &self.matrix, Adapted { layer, targets: &self.targets }, x, out)
+    }
+
+    /// `residual += x · weightᵀ + bias + adapters`; `x` is `[n, inputs]`, `residual` `[n, outputs]`.
+    pub fn forward_add(
+        &self,
+        b: &mut B,
+        layer: usize,
+        n: usize,
+        x: &B::Buffer,
+        residual: &mut B::Wide,
+    ) -> Result<(), B::Error> {
+        b.linear_add(n, &self.matrix, Adapted { layer, targets: &self.targets }, x, residual)
     }
 }

@@ -1,6 +1,6 @@
 //! The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-use super::decoder::{Linear, Loader, Workspace};
+use super::decoder::{Destination, Linear, Loader, Workspace};
 use super::weights::WeightError;
 use crate::engine::backend::{Backend, Norm};
 
@@ -49,32 +49,38 @@ impl<B: Backend> Llama<B> {
         })
     }
 
+    /// The linear layers by shape and use.
+    pub fn products(&self) -> Vec<(Destination, Vec<&B::Matrix>)> {
+        let each = |of: fn(&Layer<B>) -> &Linear<B>| self.layers.iter().map(|l| of(l).matrix()).collect();
+        vec![
+            (Destination::Buffer, each(|l| &l.qkv)),
+            (Destination::Residual, each(|l| &l.out)),
+            (Destination::Buffer, each(|l| &l.gate_up)),
+            (Destination::Residual, each(|l| &l.down)),
+            (Destination::Wide, vec![&self.head]),
+        ]
+    }
+
     /// One step over `n` rows, `samples` of which get logits.
     pub fn forward(&self, b: &mut B, w: &mut Workspace<B>, n: usize, samples: usize) -> Result<(), B::Error> {
         let h = self.hidden;
         b.embed(n, h, &self.embed, &mut w.residual)?;
         for (i, layer) in self.layers.iter().enumerate() {
             b.await_adapters(i)?;
-            if i == 0 {
-                b.rms_norm(n, &layer.input_norm, &w.residual, &mut w.normed)?;
-            } else {
-                b.add_rms_norm(n, &layer.input_norm, &w.delta, &mut w.residual, &mut w.normed)?;
-            }
+            b.rms_norm(n, &layer.input_norm, &w.residual, &mut w.normed)?;
             layer.qkv.forward(b, i, n, &w.normed, &mut w.qkv)?;
-            b.rope(n, &mut w.qkv)?;
-            b.write_kv(i, n, &w.qkv)?;
+            b.rope_and_write_kv(i, n, &mut w.qkv)?;
             b.attention(i, n, &w.qkv, &mut w.attended)?;
-            layer.out.forward(b, i, n, &w.attended, &mut w.delta)?;
-            b.add_rms_norm(n, &layer.post_norm, &w.delta, &mut w.residual, &mut w.normed)?;
+            layer.out.forward_add(b, i, n, &w.attended, &mut w.residual)?;
+            b.rms_norm(n, &layer.post_norm, &w.residual, &mut w.normed)?;
             layer.gate_up.forward(b, i, n, &w.normed, &mut w.up)?;
             b.silu_mul(n, self.intermediate, &w.up, &mut w.act)?;
-            layer.down.forward(b, i, n, &w.act, &mut w.delta)?;
+            layer.down.forward_add(b, i, n, &w.act, &mut w.residual)?;
         }
         if samples > 0 {
-            b.add(n, h, &w.delta, &mut w.residual)?;
-            b.gather_samples(h, &w.residual, &mut w.last)?;
+            b.gather_samples(samples, h, &w.residual, &mut w.last)?;
             b.rms_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
-            b.linear(samples, &self.head, &w.last_normed, &mut w.logits)?;
+            b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)?;
         }
         Ok(())
     }

@@ -10,7 +10,8 @@ mod spec;
 mod weights;
 
 pub use config::{ConfigError, parse};
-pub use decoder::Decoder;
+pub use decoder::{Decoder, Destination, DeviceModel, WorkspaceElements};
+pub use random::{Uniform, Values};
 pub use source::{DummyWeights, Model, ModelError, preset, preset_names, resolve};
 pub use spec::{Dtype, Family, ModelSpec, Module, OPT_POSITION_OFFSET};
 pub use weights::{TensorFiles, WeightError, Weights};

@@ -1,6 +1,6 @@
 //! The OPT family: learned positions, LayerNorm before each part, ReLU, biases.
 
-use super::decoder::{Linear, Loader, Workspace};
+use super::decoder::{Destination, Linear, Loader, Workspace};
 use super::spec::OPT_POSITION_OFFSET;
 use super::weights::WeightError;
 use crate::engine::backend::{Backend, Norm};
@@ -57,6 +57,18 @@ impl<B: Backend> Opt<B> {
         })
     }
 
+    /// The linear layers by shape and use.
+    pub fn products(&self) -> Vec<(Destination, Vec<&B::Matrix>)> {
+        let each = |of: fn(&Layer<B>) -> &Linear<B>| self.layers.iter().map(|l| of(l).matrix()).collect();
+        vec![
+            (Destination::Buffer, each(|l| &l.qkv)),
+            (Destination::Residual, each(|l| &l.out)),
+            (Destination::Buffer, each(|l| &l.up)),
+            (Destination::Residual, each(|l| &l.down)),
+            (Destination::Wide, vec![&self.head]),
+        ]
+    }
+
     /// One step over `n` rows, `samples` of which get logits.
     pub fn forward(&self, b: &mut B, w: &mut Workspace<B>, n: usize, samples: usize) -> Result<(), B::Error> {
         let h = self.hidden;
@@ -66,20 +78,18 @@ impl<B: Backend> Opt<B> {
             b.await_adapters(i)?;
             b.layer_norm(n, &layer.attention_norm, &w.residual, &mut w.normed)?;
             layer.qkv.forward(b, i, n, &w.normed, &mut w.qkv)?;
-            b.write_kv(i, n, &w.qkv)?;
+            b.write_kv(i, n, &mut w.qkv)?;
             b.attention(i, n, &w.qkv, &mut w.attended)?;
-            layer.out.forward(b, i, n, &w.attended, &mut w.delta)?;
-            b.add(n, h, &w.delta, &mut w.residual)?;
+            layer.out.forward_add(b, i, n, &w.attended, &mut w.residual)?;
             b.layer_norm(n, &layer.final_norm, &w.residual, &mut w.normed)?;
             layer.up.forward(b, i, n, &w.normed, &mut w.up)?;
             b.relu(n, self.intermediate, &mut w.up)?;
-            layer.down.forward(b, i, n, &w.up, &mut w.delta)?;
-            b.add(n, h, &w.delta, &mut w.residual)?;
+            layer.down.forward_add(b, i, n, &w.up, &mut w.residual)?;
         }
         if samples > 0 {
-            b.gather_samples(h, &w.residual, &mut w.last)?;
+            b.gather_samples(samples, h, &w.residual, &mut w.last)?;
             b.layer_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
-            b.linear(samples, &self.head, &w.last_normed, &mut w.logits)?;
+            b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)?;
         }
         Ok(())
     }

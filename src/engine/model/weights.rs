@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device};
 
-use super::random::{fill_uniform, substream};
+use super::random::{Uniform, Values};
 
 /// Weights that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -155,31 +155,27 @@ impl Weights {
 
     /// A matrix `[rows, cols]`. Dummy values have variance `1 / cols`, which keeps what flows
     /// through a linear layer at the size that it came with.
-    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Vec<f32>, WeightError> {
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Values, WeightError> {
         self.draw(name, &[rows, cols], (3.0 / cols as f32).sqrt(), 0.0)
     }
 
     /// A bias or a norm's bias `[len]`. Dummy values are small.
-    pub fn bias(&self, name: &str, len: usize) -> Result<Vec<f32>, WeightError> {
+    pub fn bias(&self, name: &str, len: usize) -> Result<Values, WeightError> {
         self.draw(name, &[len], 0.02, 0.0)
     }
 
     /// A norm's weight `[len]`. Dummy values are near 1.
-    pub fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, WeightError> {
+    pub fn norm(&self, name: &str, len: usize) -> Result<Values, WeightError> {
         self.draw(name, &[len], 0.1, 1.0)
     }
 
-    fn draw(&self, name: &str, shape: &[usize], bound: f32, centre: f32) -> Result<Vec<f32>, WeightError> {
+    fn draw(&self, name: &str, shape: &[usize], bound: f32, centre: f32) -> Result<Values, WeightError> {
         match self {
-            Self::Files(files) => files.read(name, shape),
-            Self::Dummy { seed } => {
-                let mut values = vec![0.0; shape.iter().product()];
-                fill_uniform(&mut substream(*seed, &format!("weights/{name}")), bound, &mut values);
-                if centre != 0.0 {
-                    values.iter_mut().for_each(|v| *v += centre);
-                }
-                Ok(values)
-            }
+            Self::Files(files) => Ok(Values::Read(files.read(name, shape)?)),
+            Self::Dummy { seed } => Ok(Values::Drawn {
+                from: Uniform::new(*seed, &format!("weights/{name}"), bound, centre),
+                len: shape.iter().product(),
+            }),
         }
     }
 }

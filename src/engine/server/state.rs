@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::error::ApiError;
 use crate::engine::Engine;
 use crate::engine::setup::Loaded;
+use crate::workload::tokenizer::TokenizerSource;
 
 /// What `/health` and `/v1/models` say about the engine.
 #[derive(Clone, Debug, Serialize)]
@@ -34,6 +35,13 @@ pub struct ServerInfo {
     pub evict: String,
     /// Swap mode.
     pub swap_mode: String,
+    /// The tokenizer, by the name that a client on any machine can find it by: what it was asked for
+    /// as, or `byte-level`.
+    pub tokenizer: String,
+    /// Ranks that the adapters cycle through, in order of their numbers.
+    pub ranks: Vec<u32>,
+    /// The largest rank that a slot holds.
+    pub max_r: usize,
     /// Names of the adapters, in order of their numbers.
     #[serde(skip)]
     pub adapter_names: Vec<String>,
@@ -55,9 +63,25 @@ impl ServerInfo {
             policy: settings.policy.to_string(),
             evict: settings.evict.to_string(),
             swap_mode: settings.swap_mode.to_string(),
+            tokenizer: match loaded.tokenizer().source() {
+                TokenizerSource::ByteLevel => TokenizerSource::ByteLevel.to_string(),
+                // Not where the file lies here: elsewhere it lies elsewhere.
+                TokenizerSource::File(_) => settings.tokenizer.as_ref().unwrap_or(&settings.model).clone(),
+            },
+            ranks: cycle(config.adapters.iter().map(|a| a.rank).collect()),
+            max_r: settings.max_r,
             adapter_names: loaded.adapter_names(),
         }
     }
+}
+
+/// The shortest beginning of `ranks` that gives all of them when it is gone through again and again.
+fn cycle(mut ranks: Vec<u32>) -> Vec<u32> {
+    let repeats = |length: &usize| ranks.iter().zip(&ranks[*length..]).all(|(a, b)| a == b);
+    if let Some(length) = (1..ranks.len()).find(repeats) {
+        ranks.truncate(length);
+    }
+    ranks
 }
 
 /// Where a server is in its life.
@@ -168,6 +192,15 @@ impl Drop for InFlight {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranks_are_told_once_a_cycle() {
+        assert_eq!(cycle(vec![8; 5]), [8]);
+        assert_eq!(cycle(vec![8, 4, 2, 8, 4]), [8, 4, 2]);
+        assert_eq!(cycle(vec![8, 4, 8, 8]), [8, 4, 8]);
+        assert_eq!(cycle(vec![8, 8, 4]), [8, 8, 4]);
+        assert!(cycle(Vec::new()).is_empty());
+    }
 
     #[test]
     fn only_the_key_lets_in() {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Tokenizer, TokenizerError};
+use super::{Tokenizer, TokenizerError, TokenizerSource};
 use crate::workload::data_folder::{LLAMA2_TOKENIZER_NAMES, llama2_tokenizer_file};
 
 /// What models call the end of a sequence, where no configuration says.
@@ -12,18 +12,18 @@ impl Tokenizer {
     /// The tokenizer that a user named: a `tokenizer.json`, a folder that holds one, or a name that
     /// `fetch-data` provides for. No name is the embedded byte-level one.
     pub fn resolve(name: Option<&str>) -> Result<Self, TokenizerError> {
-        let Some(name) = name else { return Ok(Self::byte_level()) };
-        if let Some(path) = existing(name)? {
-            return Self::from_file(&path);
+        match name {
+            None => Ok(Self::byte_level()),
+            Some(name) => Self::from_file(&file(name)?),
         }
-        if !LLAMA2_TOKENIZER_NAMES.contains(&name) {
-            return Err(TokenizerError::Unknown { name: name.to_owned() });
+    }
+
+    /// Where a tokenizer of this name, as a server tells it, is on this machine; none where it is not.
+    pub fn source_of(name: &str) -> Option<TokenizerSource> {
+        if name == TokenizerSource::ByteLevel.to_string() {
+            return Some(TokenizerSource::ByteLevel);
         }
-        let path = llama2_tokenizer_file();
-        if !path.is_file() {
-            return Err(TokenizerError::NotFetched { name: name.to_owned(), path });
-        }
-        Self::from_file(&path)
+        file(name).ok().map(TokenizerSource::File)
     }
 
     /// As [`Self::resolve`], except that a hub name or a model folder without a tokenizer here gives
@@ -52,6 +52,21 @@ impl Tokenizer {
         };
         Ok((Self::byte_level(), format!("byte-level (embedded), since {why}")))
     }
+}
+
+/// The `tokenizer.json` that `name` means.
+fn file(name: &str) -> Result<PathBuf, TokenizerError> {
+    if let Some(path) = existing(name)? {
+        return Ok(path);
+    }
+    if !LLAMA2_TOKENIZER_NAMES.contains(&name) {
+        return Err(TokenizerError::Unknown { name: name.to_owned() });
+    }
+    let path = llama2_tokenizer_file();
+    if !path.is_file() {
+        return Err(TokenizerError::NotFetched { name: name.to_owned(), path });
+    }
+    Ok(path)
 }
 
 /// The `tokenizer.json` that `name` means as a path, if there is anything at that path.
@@ -84,7 +99,18 @@ pub fn eos_beside(tokenizer: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::workload::tokenizer::TokenizerSource;
+
+    #[test]
+    fn the_same_tokenizer_by_another_name_is_the_same_source() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tokenizer.json");
+        std::fs::write(&file, "{}").unwrap();
+        let by_folder = Tokenizer::source_of(folder.path().to_str().unwrap());
+        assert_eq!(by_folder, Some(TokenizerSource::File(file.clone())));
+        assert_eq!(by_folder, Tokenizer::source_of(file.to_str().unwrap()));
+        assert_eq!(Tokenizer::source_of("byte-level"), Some(TokenizerSource::ByteLevel));
+        assert_eq!(Tokenizer::source_of("nobody/nothing"), None);
+    }
 
     #[test]
     fn no_name_is_byte_level() {

@@ -1,4 +1,5 @@
 //! The kernels' twins: plain functions on the host that say what each kernel computes.
 
 pub mod attention;
+pub mod lora;
 pub mod rope_kv;

@@ -9,7 +9,8 @@ use crate::engine::executor::{Sampling, TokenId};
 const GREEDY: f32 = 1e-5;
 
 /// What a running sequence's sampling needs from token to token.
-pub(super) struct SeqSampler {
+#[derive(Debug)]
+pub(in crate::engine) struct SeqSampler {
     how: Sampling,
     rng: ChaCha8Rng,
     /// Tokens in the output.
@@ -30,11 +31,18 @@ impl SeqSampler {
         sampler
     }
 
+    /// Whether its next token is simply the likeliest allowed one.
+    #[cfg(feature = "cuda")]
+    pub fn is_plain(&self) -> bool {
+        self.how.temperature < GREEDY && !self.penalised() && self.generated >= self.how.min_tokens
+    }
+
     fn penalised(&self) -> bool {
         self.how.presence_penalty != 0.0 || self.how.frequency_penalty != 0.0
     }
 
-    fn note(&mut self, token: TokenId) {
+    /// The output has one more token.
+    pub fn note(&mut self, token: TokenId) {
         self.generated += 1;
         if self.penalised() {
             match self.counts.iter_mut().find(|(t, _)| *t == token) {

@@ -3,15 +3,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Receiver;
 
-use super::backend::CpuBackend;
 use super::reports::Reports;
-use crate::engine::backend::Backend;
+use crate::engine::backend::StepBackend;
 use crate::engine::batch::Batch;
 use crate::engine::executor::{Sampling, StepResult};
 use crate::engine::model::Decoder;
 
 /// A step on its way to the compute thread and back.
-pub(super) struct Job {
+pub(in crate::engine) struct Job {
     pub step: u64,
     pub batch: Batch,
     pub begins: Vec<(u32, Sampling)>,
@@ -22,16 +21,16 @@ pub(super) struct Job {
 }
 
 /// What the compute thread owns.
-pub(super) struct Compute {
-    pub backend: CpuBackend,
-    pub decoder: Decoder<CpuBackend>,
+pub(in crate::engine) struct Compute<B: StepBackend> {
+    pub backend: B,
+    pub decoder: Decoder<B>,
     pub vocab: usize,
     pub keep_logits: bool,
 }
 
-impl Compute {
+impl<B: StepBackend> Compute<B> {
     /// The thread's life.
-    pub fn run(mut self, inbox: &Receiver<Box<Job>>, reports: &Reports) {
+    pub fn run(mut self, inbox: Receiver<Box<Job>>, reports: &Reports) {
         while let Ok(mut job) = inbox.recv() {
             let started = reports.now();
             let outcome = catch_unwind(AssertUnwindSafe(|| self.step(&mut job)));
@@ -45,24 +44,24 @@ impl Compute {
         }
     }
 
-    fn step(&mut self, job: &mut Job) -> Result<(), super::CpuError> {
+    fn step(&mut self, job: &mut Job) -> Result<(), B::Error> {
+        let Self { backend, decoder, .. } = self;
         for (place, sampling) in job.begins.drain(..) {
-            self.backend.begin_sequence(place, sampling);
+            backend.begin_sequence(place, sampling);
         }
-        self.decoder.forward(&mut self.backend, &job.batch)?;
-        let samples = job.batch.sample_rows.len();
+        backend.run(&job.batch, |backend, n, samples| {
+            decoder.forward(backend, n, samples)?;
+            if samples > 0 { decoder.sample(backend, samples) } else { Ok(()) }
+        })?;
+        let tokens = backend.sampled()?;
+        for (index, token) in job.batch.sample_plan.iter().zip(tokens) {
+            job.result.tokens[*index as usize] = Some(*token);
+        }
+        backend.stalled(&mut job.result.stalled)?;
         if self.keep_logits {
-            job.logits.resize(samples * self.vocab, 0.0);
-            self.backend.download(self.decoder.logits(), &mut job.logits)?;
+            job.logits.resize(job.batch.sample_rows.len() * self.vocab, 0.0);
+            backend.download(decoder.logits(), &mut job.logits)?;
         }
-        if samples > 0 {
-            self.decoder.sample(&mut self.backend)?;
-            let tokens = self.backend.sampled()?;
-            for (index, token) in job.batch.sample_plan.iter().zip(tokens) {
-                job.result.tokens[*index as usize] = Some(*token);
-            }
-        }
-        job.result.stalled.extend(self.backend.stalled());
         Ok(())
     }
 }

@@ -10,21 +10,23 @@ use super::compute::Job;
 use crate::engine::executor::{Completion, Waker};
 
 /// The meeting point of the executor and its threads.
-pub(super) struct Reports {
+pub(in crate::engine) struct Reports {
     epoch: Instant,
     state: Mutex<Reported>,
     signal: Condvar,
 }
 
-pub(super) struct Reported {
+pub(in crate::engine) struct Reported {
     pub swaps: VecDeque<Completion>,
     pub step: Option<(Box<Job>, Nanos, Nanos)>,
+    /// Why the copy thread has stopped.
+    pub failure: Option<String>,
     pub waker: Option<Waker>,
 }
 
 impl Reports {
     pub fn new(slots: usize) -> Self {
-        let state = Reported { swaps: VecDeque::with_capacity(slots), step: None, waker: None };
+        let state = Reported { swaps: VecDeque::with_capacity(slots), step: None, failure: None, waker: None };
         Self { epoch: Instant::now(), state: Mutex::new(state), signal: Condvar::new() }
     }
 
@@ -44,6 +46,14 @@ impl Reports {
     pub fn step(&self, job: Box<Job>, started: Nanos, ended: Nanos) {
         let mut state = self.lock();
         state.step = Some((job, started, ended));
+        self.tell(state);
+    }
+
+    /// Swaps go on no more.
+    #[cfg(feature = "cuda")]
+    pub fn fail(&self, message: String) {
+        let mut state = self.lock();
+        state.failure = Some(message);
         self.tell(state);
     }
 

@@ -1,0 +1,305 @@
+// LoRA on segments of more than 16 rows: what a prefill has. Blocks work on tiles of 64 rows, which the host
+// lists, so that the cost follows the rows and not the number of adapters or slots.
+//
+// The shrink is bound by reading x, the expand by reading and writing the output; both multiply on tensor
+// cores, with ranks padded to a multiple of 16 inside a tile only.
+#include "lora.cuh"
+
+namespace {
+
+constexpr int ROWS = 64;
+// A warp for each 16 rows.
+constexpr int THREADS = 128;
+// Ranks of a product: what `units` count.
+constexpr int UNIT = 16;
+
+// Units of a shrinking block; inputs of a stage; stages in flight.
+constexpr int UNITS = 4;
+constexpr int INPUTS = 64;
+constexpr int STAGES = 4;
+constexpr uint32_t X_STAGE = ROWS * INPUTS;
+constexpr uint32_t UNIT_STAGE = UNIT * INPUTS;
+// Vectors of four sums that a thread keeps.
+constexpr int SUMS = UNITS * 2;
+
+// A row of a stage is 8 pieces of 16 bytes; neighbouring rows keep them in a different order, so that a column
+// of pieces lies in different banks.
+__device__ __forceinline__ uint32_t stage_at(uint32_t row, uint32_t piece) {
+    return row * INPUTS + (piece ^ row % 8) * 8;
+}
+
+}  // namespace
+
+// h[target][row][rank] = scale * x[row] . A[rank], rounded to bf16.
+//
+// Grid: tiles; groups of 4 units, a unit being 16 ranks of one target; parts of the inputs. Where the inputs
+// are split, `partial [tile][group][split]` takes the parts' sums in the registers' own order, and the last of
+// a tile's blocks adds them up in a fixed order; `arrived [tile][group]` is zero before and after.
+extern "C" __global__ void __launch_bounds__(THREADS)
+lora_shrink_large(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
+                  uint32_t target_count, const bf16* x, uint32_t inputs, uint32_t split_stages, uint32_t group_units,
+                  uint32_t pitch, size_t plane, float* partial, uint32_t* arrived, bf16* h) {
+    // `[STAGES]` of x's tile, then A's units.
+    extern __shared__ uint4 shared[];
+    __shared__ uint32_t is_last;
+    let_next_begin();
+    const Tile tile = tiles[blockIdx.x];
+    const Segment segment = segments[tile.segment];
+    const uint32_t rows = min(static_cast<uint32_t>(ROWS), segment.rows - tile.row);
+    const uint32_t rank_units = (segment.rank + UNIT - 1) / UNIT;
+    const uint32_t unit_0 = blockIdx.y * UNITS;
+    if (unit_0 >= target_count * rank_units) return;
+    const uint32_t units = min(static_cast<uint32_t>(UNITS), target_count * rank_units - unit_0);
+
+    const uint32_t thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    // A thread copies one piece of every 16th row.
+    const uint32_t copy_row = thread / 8, piece = thread % 8;
+    const size_t row_0 = segment.start + tile.row;
+    const bf16* x_from = x + (row_0 + copy_row) * inputs + piece * 8;
+    const bf16* a_from[UNITS];
+    bool adapted = false;
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+        a_from[u] = nullptr;
+        if (u >= units) continue;
+        const bf16* a = lora_part(segment, targets.of[(unit_0 + u) / rank_units]);
+        adapted |= a != nullptr;
+        const uint32_t rank = (unit_0 + u) % rank_units * UNIT + copy_row;
+        if (a != nullptr && rank < segment.rank) a_from[u] = a + static_cast<size_t>(rank) * inputs + piece * 8;
+    }
+    if (!adapted) return;
+
+    bf16* const stages = reinterpret_cast<bf16*>(shared);
+    const uint32_t stage_size = X_STAGE + group_units * UNIT_STAGE;
+    const uint32_t begin = blockIdx.z * split_stages;
+    const uint32_t end = min(begin + split_stages, (inputs + INPUTS - 1) / INPUTS);
+    auto load = [&](uint32_t at) {
+        if (at < end) {
+            bf16* to = stages + at % STAGES * stage_size + stage_at(copy_row, piece);
+            const uint32_t k = at * INPUTS;
+            const bool inside = k + piece * 8 < inputs;
+#pragma unroll
+            for (int i = 0; i < ROWS / 16; i++) {
+                const bool valid = inside && copy_row + i * 16 < rows;
+                copy_async_16(to + i * 16 * INPUTS, valid ? x_from + static_cast<size_t>(i * 16) * inputs + k : x,
+                              valid);
+            }
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                const bool valid = inside && a_from[u] != nullptr;
+                if (u < units) copy_async_16(to + X_STAGE + u * UNIT_STAGE, valid ? a_from[u] + k : x, valid);
+            }
+        }
+        // Empty groups keep the count that is waited for.
+        copy_async_commit();
+    };
+
+    float sums[SUMS][4] = {};
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) load(begin + i);
+    for (uint32_t at = begin; at < end; at++) {
+        copy_async_wait<STAGES - 2>();
+        // This stage is there for all, and all have left the one before it, which is loaded anew.
+        __syncthreads();
+        load(at + STAGES - 1);
+        const bf16* stage = stages + at % STAGES * stage_size;
+#pragma unroll
+        for (int step = 0; step < INPUTS / 16; step++) {
+            uint32_t a[4];
+            load_matrix_x4(a, stage + stage_at(warp * 16 + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                if (u >= units) continue;
+                uint32_t b[4];
+                load_matrix_x4(b, stage + X_STAGE + u * UNIT_STAGE +
+                                      stage_at(lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+                const uint32_t b_first[2] = {b[0], b[1]}, b_second[2] = {b[2], b[3]};
+                mma_16816(sums[u * 2], a, b_first);
+                mma_16816(sums[u * 2 + 1], a, b_second);
+            }
+        }
+    }
+
+    if (gridDim.z > 1) {
+        const size_t group = static_cast<size_t>(blockIdx.x) * gridDim.y + blockIdx.y;
+        float4* of_group = reinterpret_cast<float4*>(partial) + group * gridDim.z * (SUMS * THREADS) + thread;
+        float4* mine = of_group + blockIdx.z * (SUMS * THREADS);
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) {
+            if (i < units * 2) mine[i * THREADS] = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+        }
+        __threadfence();
+        __syncthreads();
+        if (thread == 0) is_last = atomicAdd(arrived + group, 1) == gridDim.z - 1;
+        __syncthreads();
+        if (!is_last) return;
+        __threadfence();
+        if (thread == 0) arrived[group] = 0;
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) {
+            sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.f;
+        }
+#pragma unroll 2
+        for (uint32_t split = 0; split < gridDim.z; split++) {
+            float4 v[SUMS];
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) {
+                if (i < units * 2) v[i] = load_fresh(of_group + split * (SUMS * THREADS) + i * THREADS);
+            }
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) {
+                if (i < units * 2) sums[i][0] += v[i].x, sums[i][1] += v[i].y, sums[i][2] += v[i].z, sums[i][3] += v[i].w;
+            }
+        }
+    }
+
+    const uint32_t row = warp * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) {
+        if (i >= units * 2) continue;
+        const uint32_t unit = unit_0 + i / 2;
+        bf16* to = h + unit / rank_units * plane + (row_0 + row) * pitch + unit % rank_units * UNIT + i % 2 * 8 +
+                   lane % 4 * 2;
+        const float scale = segment.scale;
+        if (row < rows) store_pair(to, make_float2(sums[i][0] * scale, sums[i][1] * scale));
+        if (row + 8 < rows) {
+            store_pair(to + static_cast<size_t>(8) * pitch, make_float2(sums[i][2] * scale, sums[i][3] * scale));
+        }
+    }
+}
+
+namespace {
+
+// An output's tile in shared memory: rows of 256 bytes, 16 pieces. Pieces are reordered so that the products'
+// pairs, 4 bytes of 8 rows or 8 bytes of 4 rows at once, lie in different banks.
+template <typename T>
+struct OutTile {
+    static constexpr uint32_t COLUMNS = 256 / sizeof(T);
+    static constexpr uint32_t PIECE = 16 / sizeof(T);
+    // Pieces of 8 columns in a row of Bt's tile.
+    static constexpr uint32_t BT_PIECES = COLUMNS / 8;
+    static __device__ __forceinline__ uint32_t piece(uint32_t row, uint32_t piece) {
+        return row * 16 + (piece ^ row % 8 * (sizeof(T) / 2));
+    }
+    static __device__ __forceinline__ uint32_t element(uint32_t row, uint32_t column) {
+        return piece(row, column / PIECE) * PIECE + column % PIECE;
+    }
+    static __device__ __forceinline__ uint32_t bt(uint32_t rank, uint32_t piece) {
+        return rank * COLUMNS + (piece ^ rank % 8) * 8;
+    }
+};
+
+// out[row, column] += h[row] . Bt[:, column]; grid: column tiles of the widest target; tiles; targets.
+//
+// The output's tile goes through shared memory: in by asynchronous copies, which keep a block's 16 KiB in
+// flight without registers, and out by 16 bytes a thread; the products start from it and end in it.
+template <typename T>
+__device__ __forceinline__ void expand_large(const Segment* segments, const Tile* tiles, const Targets& targets,
+                                             uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, T* out,
+                                             uint32_t width) {
+    using Shape = OutTile<T>;
+    // The output's tile, then Bt's `[pitch][COLUMNS]`, then h's `[ROWS][h_pitch]`.
+    extern __shared__ uint4 shared[];
+    // Blocks without work wait too: what follows this kernel relies on the shrink's being over.
+    const Target& target = targets.of[blockIdx.z];
+    const uint32_t column_0 = blockIdx.x * Shape::COLUMNS;
+    if (column_0 >= target.outputs) return wait_for_previous();
+    const Tile tile = tiles[blockIdx.y];
+    const Segment segment = segments[tile.segment];
+    const bf16* part = lora_part(segment, target);
+    if (part == nullptr) return wait_for_previous();
+
+    const uint32_t rows = min(static_cast<uint32_t>(ROWS), segment.rows - tile.row);
+    const uint32_t columns = min(Shape::COLUMNS, target.outputs - column_0);
+    const uint32_t ranks = (segment.rank + UNIT - 1) / UNIT * UNIT;
+    // An odd number of pieces to a row: neighbouring rows lie in different banks.
+    const uint32_t h_pitch = ranks + 8;
+    const size_t row_0 = segment.start + tile.row;
+    const uint32_t thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    out += row_0 * width + target.column + column_0;
+    T* out_tile = reinterpret_cast<T*>(shared);
+    bf16* bt_tile = reinterpret_cast<bf16*>(shared + ROWS * 16);
+    bf16* h_tile = bt_tile + pitch * Shape::COLUMNS;
+
+    // Each warp copies the rows that it works on; everything that does not depend on the shrink is asked for
+    // before its results are waited for.
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const uint32_t row = warp * 16 + i * 2 + lane / 16, piece = lane % 16;
+        const bool valid = row < rows && piece * Shape::PIECE < columns;
+        if (valid) copy_async_16(shared + Shape::piece(row, piece), out + row * static_cast<size_t>(width) + piece * Shape::PIECE);
+    }
+    const bf16* bt = part + static_cast<size_t>(segment.rank) * inputs + column_0;
+    for (uint32_t i = thread; i < ranks * Shape::BT_PIECES; i += THREADS) {
+        const uint32_t rank = i / Shape::BT_PIECES, piece = i % Shape::BT_PIECES;
+        const bool valid = rank < segment.rank && piece * 8 < columns;
+        copy_async_16(bt_tile + Shape::bt(rank, piece),
+                      valid ? bt + static_cast<size_t>(rank) * target.outputs + piece * 8 : part, valid);
+    }
+    wait_for_previous();
+    h += blockIdx.z * plane + row_0 * pitch;
+    const uint32_t h_pieces = ranks / 8;
+    for (uint32_t i = thread; i < ROWS * h_pieces; i += THREADS) {
+        const uint32_t row = i / h_pieces, piece = i % h_pieces;
+        const bool valid = row < rows;
+        copy_async_16(h_tile + row * h_pitch + piece * 8, h + (valid ? row * static_cast<size_t>(pitch) : 0) + piece * 8,
+                      valid);
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+
+    const uint32_t group = lane / 4, quad = lane % 4;
+    const uint32_t product_row = warp * 16 + group;
+    for (uint32_t column = 0; column < columns; column += 32) {
+        float c[4][4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const float2 top = load_pair(out_tile + Shape::element(product_row, column + n * 8 + quad * 2));
+            const float2 low = load_pair(out_tile + Shape::element(product_row + 8, column + n * 8 + quad * 2));
+            c[n][0] = top.x, c[n][1] = top.y, c[n][2] = low.x, c[n][3] = low.y;
+        }
+        for (uint32_t rank = 0; rank < ranks; rank += UNIT) {
+            uint32_t a[4];
+            load_matrix_x4(a, h_tile + (warp * 16 + lane % 16) * h_pitch + rank + lane / 16 * 8);
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) {
+                uint32_t b[4];
+                load_matrix_x4_trans(b, bt_tile + Shape::bt(rank + lane % 16, column / 8 + pair * 2 + lane / 16));
+                const uint32_t b_first[2] = {b[0], b[1]}, b_second[2] = {b[2], b[3]};
+                mma_16816(c[pair * 2], a, b_first);
+                mma_16816(c[pair * 2 + 1], a, b_second);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            T* to = out_tile + Shape::element(product_row, column + n * 8 + quad * 2);
+            store_pair(to, make_float2(c[n][0], c[n][1]));
+            store_pair(out_tile + Shape::element(product_row + 8, column + n * 8 + quad * 2),
+                       make_float2(c[n][2], c[n][3]));
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const uint32_t row = warp * 16 + i * 2 + lane / 16, piece = lane % 16;
+        if (row < rows && piece * Shape::PIECE < columns) {
+            *reinterpret_cast<uint4*>(out + row * static_cast<size_t>(width) + piece * Shape::PIECE) =
+                shared[Shape::piece(row, piece)];
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+lora_expand_large_bf16(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
+                       uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, bf16* out, uint32_t width) {
+    expand_large(segments, tiles, targets, inputs, pitch, plane, h, out, width);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+lora_expand_large_f32(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
+                      uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, float* out, uint32_t width) {
+    expand_large(segments, tiles, targets, inputs, pitch, plane, h, out, width);
+}

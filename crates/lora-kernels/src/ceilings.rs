@@ -1,0 +1,99 @@
+//! What a device can do at best, measured: what floors are computed from.
+
+use crate::module::{Grid, Module, arguments};
+use crate::{CudaError, Device, Draw, Gemm, Product, Stream, Uniform, Weight, bf16};
+
+/// Bytes that are read, or copied, at a time.
+const READ_BYTES: usize = 4 << 30;
+const COPY_BYTES: usize = 80 << 20;
+const RUNS: usize = 10;
+/// Sides of the square product.
+const SQUARE: usize = 8192;
+
+/// Rates of one device, the best of several runs each.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ceilings {
+    /// bf16 products of 8192 × 8192 matrices, operations a second.
+    pub gemm_flops: f64,
+    /// Device memory read, bytes a second.
+    pub read_bytes_s: f64,
+    /// Page-locked host memory to the device, bytes a second.
+    pub pinned_bytes_s: f64,
+    /// Ordinary host memory to the device, bytes a second.
+    pub pageable_bytes_s: f64,
+}
+
+/// Measures them. Takes up to 4 GiB of free device memory for a few seconds.
+///
+/// # Errors
+/// If memory is short or the device fails.
+pub fn ceilings(device: &Device) -> Result<Ceilings, CudaError> {
+    let stream = device.stream()?;
+    Ok(Ceilings {
+        gemm_flops: gemm(device, &stream)?,
+        read_bytes_s: read(device, &stream)?,
+        pinned_bytes_s: copy(device, &stream, &device.pinned::<u32>(COPY_BYTES / 4)?)?,
+        pageable_bytes_s: copy(device, &stream, &vec![1u32; COPY_BYTES / 4])?,
+    })
+}
+
+/// The shortest of several runs of `work`, in seconds.
+fn shortest(
+    device: &Device,
+    stream: &Stream,
+    mut work: impl FnMut() -> Result<(), CudaError>,
+) -> Result<f64, CudaError> {
+    let (begin, end) = (device.event(true)?, device.event(true)?);
+    work()?;
+    let mut best = f32::INFINITY;
+    for _ in 0..RUNS {
+        stream.record(&begin)?;
+        work()?;
+        stream.record(&end)?;
+        end.synchronize()?;
+        best = best.min(begin.milliseconds_to(&end)?);
+    }
+    Ok(f64::from(best) * 1e-3)
+}
+
+fn gemm(device: &Device, stream: &Stream) -> Result<f64, CudaError> {
+    let draw = Draw::load(device)?;
+    let from = |byte| Uniform { key: [byte; 32], skip: 0, bound: 1.0, centre: 0.0 };
+    let mut values = device.buffer::<bf16>(SQUARE * SQUARE)?;
+    draw.fill(stream, &from(1), values.view_mut())?;
+    let mut x = device.buffer::<bf16>(SQUARE * SQUARE)?;
+    draw.fill(stream, &from(2), x.view_mut())?;
+    let mut out = device.buffer::<bf16>(SQUARE * SQUARE)?;
+    let weight = Weight { values, bias: None, outputs: SQUARE, inputs: SQUARE };
+    let mut gemm = Gemm::new(device)?;
+    gemm.choose(device, stream, SQUARE, &[&weight], x.view(), &mut Product::Store(out.view_mut()))?;
+    let seconds = shortest(device, stream, || {
+        gemm.run(stream, SQUARE, &weight, x.view(), &mut Product::Store(out.view_mut()))
+    })?;
+    Ok(2.0 * (SQUARE as f64).powi(3) / seconds)
+}
+
+fn read(device: &Device, stream: &Stream) -> Result<f64, CudaError> {
+    const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ceilings.fatbin"));
+    let function = Module::load(device.context(), IMAGE)?.function("read_all")?;
+    let (free, _) = device.memory()?;
+    let bytes = READ_BYTES.min(free as usize / 2) / 16 * 16;
+    let memory = device.buffer::<u8>(bytes)?;
+    let blocks = device.info().multiprocessors * 8;
+    let mut sink = device.buffer::<u32>(blocks as usize)?;
+    let (from, count, to) = (memory.view().address(), (bytes / 16) as u64, sink.view_mut().address());
+    let seconds = shortest(device, stream, || {
+        // SAFETY: the kernel's parameters; it reads `count` words and writes one a block.
+        unsafe { stream.launch(&function, Grid::new((blocks, 1, 1), 512), arguments![from, count, to]) }
+    })?;
+    Ok(bytes as f64 / seconds)
+}
+
+fn copy(device: &Device, stream: &Stream, from: &[u32]) -> Result<f64, CudaError> {
+    let mut to = device.buffer::<u32>(from.len())?;
+    let seconds = shortest(device, stream, || {
+        // SAFETY: `shortest` waits for every copy while `from` is borrowed.
+        unsafe { stream.copy_in(from, to.view_mut()) }
+    })?;
+    Ok(size_of_val(from) as f64 / seconds)
+}

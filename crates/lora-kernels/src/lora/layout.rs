@@ -1,0 +1,119 @@
+//! What the kernels read of a step: segments, targets and tiles, laid out as in `cuda/`.
+
+use crate::memory::Element;
+
+/// Rows of a small segment at most.
+pub const SMALL_ROWS: usize = 16;
+/// Rows of a tile of a large segment.
+pub const TILE_ROWS: usize = 64;
+/// Targets of a call at most.
+pub(super) const TARGETS: usize = 3;
+
+/// Consecutive rows that use one adapter.
+///
+/// The adapter's matrices lie in its slot in `[layer][module]` order, each adapted module `A [rank, inputs]`
+/// and then `Bᵀ [rank, outputs]`, bf16, row-major, packed at the adapter's own rank.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Segment {
+    /// The matrices' address, a multiple of 16.
+    pub matrices: u64,
+    /// The address of `i32 [layers * modules]`, where each module's part begins in units of 8 elements, or -1
+    /// where the adapter leaves it alone; 0 where it adapts all.
+    pub offsets: u64,
+    /// Its first row in the batch.
+    pub start: u32,
+    /// Rows.
+    pub rows: u32,
+    /// The adapter's rank.
+    pub rank: u32,
+    /// What the product is multiplied by.
+    pub scale: f32,
+}
+
+// SAFETY: plain numbers, 32 bytes without padding.
+unsafe impl Element for Segment {}
+const _: () = assert!(size_of::<Segment>() == 32);
+
+/// Rows of a large segment that a block works on, [`TILE_ROWS`] at most.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// The segment's index among the large ones.
+    pub segment: u32,
+    /// The tile's first row in its segment.
+    pub row: u32,
+}
+
+// SAFETY: plain numbers, 8 bytes without padding.
+unsafe impl Element for Tile {}
+const _: () = assert!(size_of::<Tile>() == 8);
+
+/// A projection that gets an adapter's product added.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Its place in an adapter's table of offsets: `layer * modules + module`.
+    pub index: usize,
+    /// `inputs + outputs` summed over all modules before it, of all layers: where its part begins, in elements
+    /// per rank, in an adapter that adapts every module.
+    pub elements_before: usize,
+    /// Its first column in the output.
+    pub column: usize,
+    /// Its width.
+    pub outputs: usize,
+}
+
+/// Lists the tiles of large segments into `tiles`, which is emptied first.
+pub fn large_tiles(segments: &[Segment], tiles: &mut Vec<Tile>) {
+    tiles.clear();
+    for (index, segment) in segments.iter().enumerate() {
+        let rows = (0..segment.rows).step_by(TILE_ROWS);
+        tiles.extend(rows.map(|row| Tile { segment: index as u32, row }));
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct RawTarget {
+    before: u64,
+    index: u32,
+    column: u32,
+    outputs: u32,
+    unused: u32,
+}
+
+/// A call's targets, as a kernel's parameter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RawTargets([RawTarget; TARGETS]);
+
+impl RawTargets {
+    /// The first three targets.
+    pub fn new(targets: &[Target]) -> Self {
+        let mut raw = [RawTarget::default(); TARGETS];
+        for (to, from) in raw.iter_mut().zip(targets) {
+            *to = RawTarget {
+                before: from.elements_before as u64,
+                index: from.index as u32,
+                column: from.column as u32,
+                outputs: from.outputs as u32,
+                unused: 0,
+            };
+        }
+        Self(raw)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_cover_every_row_once() {
+        let of = |rows| Segment { matrices: 0, offsets: 0, start: 0, rows, rank: 8, scale: 1.0 };
+        let mut tiles = vec![Tile { segment: 9, row: 9 }];
+        large_tiles(&[of(17), of(64), of(129)], &mut tiles);
+        let expected = [(0, 0), (1, 0), (2, 0), (2, 64), (2, 128)];
+        assert_eq!(tiles, expected.map(|(segment, row)| Tile { segment, row }));
+    }
+}

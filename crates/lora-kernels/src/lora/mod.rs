@@ -1,0 +1,406 @@
+//! LoRA: adds the products of many adapters, each at its own rank, to the projections of one batch.
+//!
+//! `out[row, column..column + outputs] += scale · (x[row] · Aᵀ) · Bᵀᵀ` for the rows of every segment. Cost
+//! follows the rows and adapters of the batch, never the number of slots nor the largest rank. Small segments
+//! (decode) read each adapter once; large ones (prefill) run on tensor cores in tiles of 64 rows. Sums are
+//! made in an order that depends on the shapes alone, so that a repeated step gives the same bits.
+
+mod layout;
+mod scratch;
+
+pub use layout::{SMALL_ROWS, Segment, TILE_ROWS, Target, Tile, large_tiles};
+pub use scratch::{LoraLimits, LoraScratch};
+
+use half::bf16;
+
+use crate::error::ensure;
+use crate::memory::{View, ViewMut};
+use crate::module::{Function, Grid, Module, arguments};
+use crate::stream::Stream;
+use crate::{CudaError, Device};
+use layout::RawTargets;
+use scratch::{LARGE_PARTS, PARTIAL_BLOCK, rank_pitch, small_splits};
+
+const NAME: &str = "lora";
+/// Ranks of a tensor-core product.
+const UNIT: usize = 16;
+/// Units of a block of the large shrink, inputs of its stage, and its stages.
+const GROUP_UNITS: usize = 4;
+const STAGE_INPUTS: usize = 64;
+const STAGES: usize = 4;
+/// Splits of the large shrink beyond which adding them up costs more than it saves.
+const MAX_LARGE_SPLITS: usize = 8;
+/// Columns and ranks of the small expand's tile.
+const SMALL_COLUMNS: usize = 256;
+const SMALL_TILE_RANKS: usize = 64;
+/// Bytes of a row of the large expand's tile.
+const LARGE_ROW_BYTES: usize = 256;
+/// The largest rank.
+const MAX_RANK: usize = 128;
+
+/// The adapters of a step's rows. A row is in one segment at most; rows in none get nothing added.
+///
+/// What lies in device memory is not checked: segments must lie inside the batch and name adapters that are
+/// there, each of rank 1 to `max_rank`.
+#[derive(Clone, Copy, Debug)]
+pub struct LoraStep<'a> {
+    /// Segments of 1 to [`SMALL_ROWS`] rows; the first `small_count` of them count. Its length, the upper
+    /// bound, is what a captured graph is made for.
+    pub small: View<'a, Segment>,
+    /// One number: how many small segments there are. Read where `small` is not empty.
+    pub small_count: View<'a, u32>,
+    /// Segments of any number of rows, all worked on by `tiles`.
+    pub large: View<'a, Segment>,
+    /// Tiles of the large segments, from [`large_tiles`].
+    pub tiles: View<'a, Tile>,
+    /// The largest rank of the step, or of all adapters.
+    pub max_rank: usize,
+}
+
+/// Where products are added: `[rows, width]`.
+#[derive(Debug)]
+pub enum Out<'a> {
+    /// An activation.
+    Bf16(ViewMut<'a, bf16>),
+    /// The residual stream.
+    F32(ViewMut<'a, f32>),
+}
+
+impl Out<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Bf16(out) => out.len(),
+            Self::F32(out) => out.len(),
+        }
+    }
+
+    fn address(&self) -> u64 {
+        match self {
+            Self::Bf16(out) => out.address(),
+            Self::F32(out) => out.address(),
+        }
+    }
+
+    fn element(&self) -> usize {
+        match self {
+            Self::Bf16(_) => size_of::<bf16>(),
+            Self::F32(_) => size_of::<f32>(),
+        }
+    }
+}
+
+/// Kernels that come in two forms, by the output's type.
+#[derive(Clone, Debug)]
+struct ByOut {
+    bf16: Function,
+    f32: Function,
+}
+
+impl ByOut {
+    fn get(&self, out: &Out<'_>) -> &Function {
+        match out {
+            Out::Bf16(_) => &self.bf16,
+            Out::F32(_) => &self.f32,
+        }
+    }
+}
+
+/// The LoRA kernels.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    shrink_small: Function,
+    expand_small: ByOut,
+    shrink_large: Function,
+    expand_large: ByOut,
+    can_overlap: bool,
+    overlap: bool,
+}
+
+impl Lora {
+    /// Loads them.
+    pub fn load(device: &Device) -> Result<Self, CudaError> {
+        const SMALL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lora_small.fatbin"));
+        const LARGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lora_large.fatbin"));
+        let small = Module::load(device.context(), SMALL)?;
+        let large = Module::load(device.context(), LARGE)?;
+        let expand =
+            |name, element| large.function_with_shared(name, expand_large_shared(MAX_RANK, element) as u32);
+        Ok(Self {
+            shrink_small: small.function("lora_shrink_small")?,
+            expand_small: ByOut {
+                bf16: small.function("lora_expand_small_bf16")?,
+                f32: small.function("lora_expand_small_f32")?,
+            },
+            shrink_large: large
+                .function_with_shared("lora_shrink_large", shrink_large_shared(GROUP_UNITS) as u32)?,
+            expand_large: ByOut {
+                bf16: expand("lora_expand_large_bf16", size_of::<bf16>())?,
+                f32: expand("lora_expand_large_f32", size_of::<f32>())?,
+            },
+            can_overlap: device.info().capability.0 >= 9,
+            overlap: false,
+        })
+    }
+
+    /// Whether an expand may begin, and load what does not depend on the shrink, while the shrink still runs
+    /// (programmatic dependent launch; on devices from sm_90). Results are the same. Off at first.
+    #[must_use]
+    pub fn with_overlap(mut self, overlap: bool) -> Self {
+        self.overlap = overlap && self.can_overlap;
+        self
+    }
+
+    /// Adds the adapters' products for up to three `targets` that share the input `x` `[rows, inputs]` to
+    /// `out` `[rows, width]`.
+    ///
+    /// Launches two kernels for the small segments and two for the large ones, where there are any. The
+    /// scratch memory may be used by one stream at a time.
+    ///
+    /// # Errors
+    /// If a width is not a multiple of 8, a view is too small or not aligned to 16 bytes, targets overlap or
+    /// leave the output, or the scratch memory was made for less.
+    #[allow(clippy::too_many_arguments)]
+    pub fn apply(
+        &self,
+        stream: &Stream,
+        scratch: &mut LoraScratch,
+        step: &LoraStep<'_>,
+        targets: &[Target],
+        inputs: usize,
+        x: View<'_, bf16>,
+        width: usize,
+        out: Out<'_>,
+    ) -> Result<(), CudaError> {
+        check(scratch.limits(), step, targets, inputs, x, width, &out)?;
+        let call = Call {
+            raw: RawTargets::new(targets),
+            targets: targets.len(),
+            widest: targets.iter().map(|t| t.outputs).max().unwrap_or(0),
+            inputs,
+            rows: x.len() / inputs,
+            x: x.address(),
+            width,
+            pitch: rank_pitch(step.max_rank),
+        };
+        if !step.small.is_empty() {
+            self.small(stream, scratch, step, &call, &out)?;
+        }
+        if !step.tiles.is_empty() {
+            self.large(stream, scratch, step, &call, &out)?;
+        }
+        Ok(())
+    }
+
+    fn small(
+        &self,
+        stream: &Stream,
+        scratch: &mut LoraScratch,
+        step: &LoraStep<'_>,
+        call: &Call,
+        out: &Out<'_>,
+    ) -> Result<(), CudaError> {
+        let bound = step.small.len();
+        let (split_steps, splits) = small_splits(call.inputs, call.targets, bound);
+        let rank_tiles = call.pitch / UNIT;
+        let (segments, count) = (step.small.address(), step.small_count.address());
+        let (inputs, width, pitch) = (call.inputs as u32, call.width as u32, call.pitch as u32);
+        let partial = scratch.partial();
+        let grid = Grid::new((splits as u32, (call.targets * rank_tiles) as u32, bound as u32), 256);
+        // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
+        // that the scratch memory holds `[bound, targets, splits, 16, pitch]` sums.
+        unsafe {
+            stream.launch(
+                &self.shrink_small,
+                grid,
+                arguments![
+                    segments,
+                    count,
+                    call.raw,
+                    call.x,
+                    inputs,
+                    split_steps as u32,
+                    rank_tiles as u32,
+                    pitch,
+                    partial
+                ],
+            )?;
+        }
+        let shared = call.pitch.min(SMALL_TILE_RANKS) * SMALL_COLUMNS * size_of::<bf16>()
+            + call.pitch * SMALL_ROWS * size_of::<f32>();
+        let blocks = (call.widest.div_ceil(SMALL_COLUMNS) as u32, call.targets as u32, bound as u32);
+        let grid = Grid { blocks, threads: 128, shared: shared as u32 };
+        // SAFETY: as above; the output holds every target's columns in every row.
+        unsafe {
+            stream.launch_after(
+                self.expand_small.get(out),
+                grid,
+                arguments![
+                    segments,
+                    count,
+                    call.raw,
+                    inputs,
+                    splits as u32,
+                    pitch,
+                    partial,
+                    out.address(),
+                    width
+                ],
+                self.overlap,
+            )
+        }
+    }
+
+    fn large(
+        &self,
+        stream: &Stream,
+        scratch: &mut LoraScratch,
+        step: &LoraStep<'_>,
+        call: &Call,
+        out: &Out<'_>,
+    ) -> Result<(), CudaError> {
+        let tiles_count = step.tiles.len();
+        let units = call.targets * (call.pitch / UNIT);
+        let groups = units.div_ceil(GROUP_UNITS);
+        let group_units = units.min(GROUP_UNITS);
+        // As many parts of the inputs as fill the chip, in whole stages.
+        let stages = call.inputs.div_ceil(STAGE_INPUTS);
+        let wanted = (LARGE_PARTS / (tiles_count * groups)).clamp(1, MAX_LARGE_SPLITS.min(stages));
+        let split_stages = stages.div_ceil(wanted);
+        let splits = stages.div_ceil(split_stages);
+
+        let (segments, tiles) = (step.large.address(), step.tiles.address());
+        let (inputs, width, pitch) = (call.inputs as u32, call.width as u32, call.pitch as u32);
+        let plane = call.rows * call.pitch;
+        let (partial, arrived, h) = (scratch.partial(), scratch.arrived(), scratch.h());
+        let grid = Grid {
+            blocks: (tiles_count as u32, groups as u32, splits as u32),
+            threads: 128,
+            shared: shrink_large_shared(group_units) as u32,
+        };
+        // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
+        // that the scratch memory holds `[targets, rows, pitch]` of h; split blocks are at most LARGE_PARTS.
+        unsafe {
+            stream.launch(
+                &self.shrink_large,
+                grid,
+                arguments![
+                    segments,
+                    tiles,
+                    call.raw,
+                    call.targets as u32,
+                    call.x,
+                    inputs,
+                    split_stages as u32,
+                    group_units as u32,
+                    pitch,
+                    plane,
+                    partial,
+                    arrived,
+                    h
+                ],
+            )?;
+        }
+        let columns = LARGE_ROW_BYTES / out.element();
+        let grid = Grid {
+            blocks: (call.widest.div_ceil(columns) as u32, tiles_count as u32, call.targets as u32),
+            threads: 128,
+            shared: expand_large_shared(call.pitch, out.element()) as u32,
+        };
+        // SAFETY: as above; the output holds every target's columns in every row.
+        unsafe {
+            stream.launch_after(
+                self.expand_large.get(out),
+                grid,
+                arguments![segments, tiles, call.raw, inputs, pitch, plane, h, out.address(), width],
+                self.overlap,
+            )
+        }
+    }
+}
+
+/// What both regimes need of a call.
+struct Call {
+    raw: RawTargets,
+    targets: usize,
+    widest: usize,
+    inputs: usize,
+    rows: usize,
+    x: u64,
+    width: usize,
+    pitch: usize,
+}
+
+/// Shared memory of the large shrink: stages of x's tile and `units` of A.
+fn shrink_large_shared(units: usize) -> usize {
+    STAGES * (TILE_ROWS + units * UNIT) * STAGE_INPUTS * size_of::<bf16>()
+}
+
+/// Shared memory of the large expand: the output's tile, Bᵀ's, and h's with 8 elements of padding a row.
+fn expand_large_shared(pitch: usize, element: usize) -> usize {
+    let columns = LARGE_ROW_BYTES / element;
+    TILE_ROWS * LARGE_ROW_BYTES + (pitch * columns + TILE_ROWS * (pitch + 8)) * size_of::<bf16>()
+}
+
+fn check(
+    limits: &LoraLimits,
+    step: &LoraStep<'_>,
+    targets: &[Target],
+    inputs: usize,
+    x: View<'_, bf16>,
+    width: usize,
+    out: &Out<'_>,
+) -> Result<(), CudaError> {
+    ensure!(NAME, (1..=layout::TARGETS).contains(&targets.len()), "{} targets: 1 to 3", targets.len());
+    ensure!(NAME, inputs > 0 && inputs.is_multiple_of(8), "{inputs} inputs: a multiple of 8 is needed");
+    ensure!(NAME, width.is_multiple_of(8), "an output {width} wide: a multiple of 8 is needed");
+    for (at, target) in targets.iter().enumerate() {
+        let Target { column, outputs, .. } = *target;
+        ensure!(
+            NAME,
+            column.is_multiple_of(8) && outputs.is_multiple_of(8) && column + outputs <= width,
+            "columns {column}..{} of {width}: multiples of 8 inside the output are needed",
+            column + outputs
+        );
+        let overlapping =
+            targets[..at].iter().find(|o| o.column < column + outputs && column < o.column + o.outputs);
+        ensure!(NAME, overlapping.is_none(), "two targets share columns from {column}");
+    }
+    let rows = x.len() / inputs;
+    ensure!(NAME, rows * inputs == x.len(), "x of {} elements: not whole rows of {inputs}", x.len());
+    ensure!(
+        NAME,
+        out.len() >= rows * width,
+        "an output of {} elements for {rows} rows of {width}",
+        out.len()
+    );
+    ensure!(NAME, x.address().is_multiple_of(16), "x is not aligned to 16 bytes");
+    ensure!(NAME, out.address().is_multiple_of(16), "the output is not aligned to 16 bytes");
+    ensure!(
+        NAME,
+        (1..=limits.max_rank).contains(&step.max_rank),
+        "rank {}: scratch memory was made for 1 to {}",
+        step.max_rank,
+        limits.max_rank
+    );
+    let small = step.small.len();
+    ensure!(
+        NAME,
+        small <= limits.max_small,
+        "{small} small segments: scratch memory has {}",
+        limits.max_small
+    );
+    ensure!(NAME, small == 0 || !step.small_count.is_empty(), "small segments without their number");
+    let tiles = step.tiles.len();
+    ensure!(NAME, tiles == 0 || !step.large.is_empty(), "{tiles} tiles without segments");
+    ensure!(NAME, tiles <= u16::MAX as usize, "{tiles} tiles: at most 65535");
+    ensure!(
+        NAME,
+        tiles == 0 || rows <= limits.max_rows,
+        "{rows} rows: scratch memory was made for {}",
+        limits.max_rows
+    );
+    Ok(())
+}
+
+// The large shrink's blocks keep this many sums, which the scratch memory is sized by.
+const _: () = assert!(PARTIAL_BLOCK == TILE_ROWS * GROUP_UNITS * UNIT);

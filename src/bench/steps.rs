@@ -1,0 +1,123 @@
+//! Prompts and decodes.
+
+use lora_sched::Config;
+use serde::{Deserialize, Serialize};
+
+use super::{BenchError, Floors, Times};
+use crate::calibrate::StepBench;
+
+/// What is measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepGrid {
+    /// Prompt lengths.
+    pub prompts: Vec<u32>,
+    /// Batch sizes of decodes.
+    pub batches: Vec<u32>,
+    /// Contexts of decodes.
+    pub contexts: Vec<u32>,
+    /// Distinct adapters in a batch.
+    pub adapters: Vec<u32>,
+    /// Runs of each.
+    pub runs: usize,
+}
+
+/// One prompt, or several in one step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrefillRow {
+    /// Tokens of all prompts.
+    pub tokens: u32,
+    /// Prompts.
+    pub prompts: u32,
+    /// Distinct adapters.
+    pub adapters: u32,
+    /// From submission to result.
+    pub times: Times,
+    /// What the arithmetic alone would take.
+    pub floor_ms: Option<f64>,
+}
+
+/// One token more of each sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecodeRow {
+    /// Sequences.
+    pub batch: u32,
+    /// Tokens in each one's context.
+    pub context: u32,
+    /// Distinct adapters.
+    pub adapters: u32,
+    /// From submission to result.
+    pub times: Times,
+    /// What the reading alone would take.
+    pub floor_ms: Option<f64>,
+}
+
+/// Slots of `count` sequences that share `adapters` of them; none without adapters.
+fn slots(count: u32, adapters: u32) -> Vec<Option<u32>> {
+    (0..count).map(|i| (adapters > 0).then(|| i % adapters)).collect()
+}
+
+pub(super) fn prefill(
+    bench: &mut StepBench<'_>,
+    grid: &StepGrid,
+    floors: &Floors,
+    progress: &mut impl FnMut(&str),
+) -> Result<Vec<PrefillRow>, BenchError> {
+    let mut rows = Vec::new();
+    for &tokens in &grid.prompts {
+        for &adapters in &grid.adapters {
+            // Several adapters need as many prompts.
+            let prompts = adapters.max(1);
+            if tokens % prompts != 0 {
+                continue;
+            }
+            progress(&format!("prefill: {tokens} tokens, {adapters} adapters"));
+            let mut ns = Vec::with_capacity(grid.runs);
+            for run in 0..grid.runs + 2 {
+                let Some(sample) = bench.prefills(tokens / prompts, &slots(prompts, adapters))? else { break };
+                if run >= 2 {
+                    ns.push(sample.ns);
+                }
+            }
+            let Some(times) = Times::of(&ns) else { continue };
+            // Attention of shorter prompts is less work: the floor is that of one prompt alone.
+            let floor_ms = (prompts == 1).then(|| floors.prefill_ms(tokens)).flatten();
+            rows.push(PrefillRow { tokens, prompts, adapters, times, floor_ms });
+        }
+    }
+    Ok(rows)
+}
+
+pub(super) fn decode(
+    bench: &mut StepBench<'_>,
+    grid: &StepGrid,
+    floors: &Floors,
+    config: &Config,
+    progress: &mut impl FnMut(&str),
+) -> Result<Vec<DecodeRow>, BenchError> {
+    let mut rows = Vec::new();
+    for &context in &grid.contexts {
+        for &batch in &grid.batches {
+            for &adapters in grid.adapters.iter().filter(|a| **a <= batch) {
+                progress(&format!("decode: {batch} at {context}, {adapters} adapters"));
+                let mut fits = true;
+                for (place, slot) in (0..).zip(slots(batch, adapters)) {
+                    // The steps that are timed end at `context`, all in the same blocks.
+                    let begin = context.saturating_sub(grid.runs as u32 + 2).max(1);
+                    fits = fits && bench.bring_to(place, begin, slot)?;
+                }
+                let mut ns = Vec::with_capacity(grid.runs);
+                for run in 0..if fits { grid.runs + 2 } else { 0 } {
+                    let Some(sample) = bench.decode(batch, |_, _| Ok(()))? else { break };
+                    if run >= 2 {
+                        ns.push(sample.ns);
+                    }
+                }
+                let Some(times) = Times::of(&ns) else { continue };
+                let bytes = config.adapters[..adapters as usize].iter().map(|a| a.bytes).sum();
+                let floor_ms = floors.decode_ms(batch, context, bytes);
+                rows.push(DecodeRow { batch, context, adapters, times, floor_ms });
+            }
+        }
+    }
+    Ok(rows)
+}

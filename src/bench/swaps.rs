@@ -1,0 +1,128 @@
+//! Copies of adapters into slots, alone and beside steps, and what they cost the steps.
+
+use lora_sched::{AdapterId, SlotId, SwapKind, SwapPlan};
+use serde::{Deserialize, Serialize};
+
+use super::{BenchError, Floors, Times};
+use crate::calibrate::StepBench;
+use crate::engine::executor::{Completion, Executor, ExecutorError};
+use crate::engine::setup::Loaded;
+
+const RUNS: usize = 20;
+/// Tokens of the prompt, and sequences and their context of the decode, beside which copies run.
+const PROMPT: u32 = 512;
+const BATCH: u32 = 16;
+
+/// Copies under one circumstance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SwapRow {
+    /// alone, beside prefill, beside decode.
+    pub beside: String,
+    /// Bytes of one adapter.
+    pub bytes: u64,
+    /// From submission to completion.
+    pub times: Times,
+    /// What the bus alone would take.
+    pub floor_ms: Option<f64>,
+    /// The step without copies beside it, and with.
+    pub step: Option<(Times, Times)>,
+}
+
+/// Copies adapters in turn into the last slot, which no step reads.
+struct Copies {
+    slot: SlotId,
+    adapters: Vec<(AdapterId, u64)>,
+    next: usize,
+    begun: u64,
+    ns: Vec<u64>,
+}
+
+impl Copies {
+    fn start(&mut self, executor: &mut dyn Executor) -> Result<(), ExecutorError> {
+        let (adapter, bytes) = self.adapters[self.next % self.adapters.len()];
+        self.next += 1;
+        self.begun = executor.clock();
+        let kind = SwapKind::Demand;
+        executor.submit_swap(&SwapPlan { adapter, slot: self.slot, evicted: None, bytes, kind })
+    }
+
+    fn ended(&mut self, now: u64) {
+        self.ns.push(now - self.begun);
+    }
+}
+
+pub(super) fn swaps(
+    bench: &mut StepBench<'_>,
+    loaded: &Loaded,
+    gpu_loras: usize,
+    floors: &Floors,
+) -> Result<Vec<SwapRow>, BenchError> {
+    let specs = loaded.pool().specs();
+    let Some(largest) = specs.iter().map(|s| s.bytes).max() else { return Ok(Vec::new()) };
+    if gpu_loras < 2 {
+        return Ok(Vec::new());
+    }
+    let adapters = (0..).map(AdapterId).zip(specs.iter().map(|s| s.bytes)).filter(|a| a.1 == largest);
+    let mut copies = Copies {
+        slot: SlotId(gpu_loras as u32 - 1),
+        adapters: adapters.collect(),
+        next: 0,
+        begun: 0,
+        ns: Vec::new(),
+    };
+    for _ in 0..RUNS + 2 {
+        let executor = bench.executor();
+        copies.start(executor)?;
+        executor.wait()?;
+        copies.ended(executor.clock());
+    }
+    let mut rows = Vec::new();
+    let mut row = |beside: &str, ns: &[u64], step| {
+        let floor_ms = floors.swap_ms(largest);
+        let times = Times::of(ns);
+        rows.extend(times.map(|times| SwapRow {
+            beside: beside.to_owned(),
+            bytes: largest,
+            times,
+            floor_ms,
+            step,
+        }));
+    };
+    row("alone", &copies.ns[2..], None);
+
+    for decode in [false, true] {
+        copies.ns.clear();
+        let (mut alone, mut beside) = (Vec::new(), Vec::new());
+        if decode {
+            for place in 0..BATCH.min(loaded.settings().max_num_seqs as u32) {
+                bench.bring_to(place, PROMPT, Some(0))?;
+            }
+        }
+        for _ in 0..RUNS {
+            alone.extend(step(bench, loaded, decode, |_, _| Ok(()))?);
+            copies.start(bench.executor())?;
+            beside.extend(step(bench, loaded, decode, |executor, _| {
+                copies.ended(executor.clock());
+                copies.start(executor)
+            })?);
+            while !matches!(bench.executor().wait()?, Completion::Swap { .. }) {}
+        }
+        let step = Times::of(&alone).zip(Times::of(&beside));
+        row(if decode { "beside decode" } else { "beside prefill" }, &copies.ns, step);
+    }
+    Ok(rows)
+}
+
+fn step(
+    bench: &mut StepBench<'_>,
+    loaded: &Loaded,
+    decode: bool,
+    beside: impl FnMut(&mut dyn Executor, Completion) -> Result<(), ExecutorError>,
+) -> Result<Option<u64>, ExecutorError> {
+    let sample = if decode {
+        bench.decode(BATCH.min(loaded.settings().max_num_seqs as u32), beside)?
+    } else {
+        bench.prefill(PROMPT, Some(0), beside)?
+    };
+    Ok(sample.map(|s| s.ns))
+}

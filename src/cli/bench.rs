@@ -1,0 +1,305 @@
+//! `lora-hbm bench`: the engine's own speed.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use serde::{Deserialize, Serialize};
+
+use super::engine_args::{EngineArgs, EngineFlags};
+use super::failure::Failure;
+use super::settings::{Context, OutputFormat};
+use super::ui;
+use crate::bench::{BenchError, EngineReport, StepGrid, Times, TraceRow, run_engine, run_trace};
+use crate::engine::setup::Loaded;
+use crate::report::files::{check_writable, write_atomic};
+use crate::report::manifest::{Manifest, path_beside};
+use crate::workload::trace::Trace;
+
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// Steps and swaps against what the device can do at best
+    Engine(EngineBenchArgs),
+    /// Traces in-process, without HTTP and tokenising
+    Trace(TraceBenchArgs),
+}
+
+#[derive(Args, Debug, Serialize)]
+struct Common {
+    /// Base model, as in serve [default: facebook/opt-125m]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    /// Adapters in host memory [default: 128]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_loras: Option<u32>,
+    /// Results as JSON; a manifest goes beside it [default: bench.json]
+    #[arg(short, long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+struct EngineBenchArgs {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    grid: GridArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+#[derive(Args, Debug, Serialize)]
+struct GridArgs {
+    /// Slots [default: 32]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_loras: Option<u32>,
+    /// Prompt lengths [default: 256,512,1024,2048,4096]
+    #[arg(long, value_name = "TOKENS,…", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompts: Option<Vec<u32>>,
+    /// Batch sizes of decodes [default: 1,4,16]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batches: Option<Vec<u32>>,
+    /// Contexts of decodes [default: 128,512,2048,4096]
+    #[arg(long, value_name = "TOKENS,…", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    contexts: Option<Vec<u32>>,
+    /// Distinct adapters in a batch [default: 0,1,16]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapters: Option<Vec<u32>>,
+    /// Runs of each [default: 20]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    runs: Option<usize>,
+}
+
+#[derive(Args, Debug)]
+struct TraceBenchArgs {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    budgets: BudgetArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Traces, as `trace make` writes them
+    #[arg(required = true, value_name = "FILE")]
+    traces: Vec<PathBuf>,
+}
+
+#[derive(Args, Debug, Serialize)]
+struct BudgetArgs {
+    /// Slots to try [default: 2,8,32,128]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budgets: Option<Vec<u32>>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(default)]
+struct BenchSettings {
+    model: String,
+    total_loras: u32,
+    out: PathBuf,
+    gpu_loras: u32,
+    prompts: Vec<u32>,
+    batches: Vec<u32>,
+    contexts: Vec<u32>,
+    adapters: Vec<u32>,
+    runs: usize,
+    budgets: Vec<u32>,
+}
+
+impl Default for BenchSettings {
+    fn default() -> Self {
+        Self {
+            model: "facebook/opt-125m".to_owned(),
+            total_loras: 128,
+            out: "bench.json".into(),
+            gpu_loras: 32,
+            prompts: vec![256, 512, 1024, 2048, 4096],
+            batches: vec![1, 4, 16],
+            contexts: vec![128, 512, 2048, 4096],
+            adapters: vec![0, 1, 16],
+            runs: 20,
+            budgets: vec![2, 8, 32, 128],
+        }
+    }
+}
+
+pub fn run(args: &BenchArgs, ctx: &Context) -> Result<(), Failure> {
+    match &args.what {
+        What::Engine(args) => engine(args, ctx),
+        What::Trace(args) => traces(args, ctx),
+    }
+}
+
+fn failed(e: BenchError) -> Failure {
+    match e {
+        BenchError::Setup(e) if e.is_usage() => Failure::usage(e),
+        e => Failure::Failed(e.into()),
+    }
+}
+
+fn load(flags: &EngineFlags, s: &BenchSettings, gpu_loras: u32) -> Result<Loaded, Failure> {
+    let settings = flags.settings(&s.model, s.total_loras, gpu_loras)?;
+    let settings = settings.for_engine().map_err(Failure::usage)?;
+    Loaded::load(settings).map_err(|e| failed(e.into()))
+}
+
+fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
+    let common: BenchSettings = ctx.resolve("bench", &args.common)?;
+    let grid: BenchSettings = ctx.resolve("bench", &args.grid)?;
+    let s = BenchSettings { model: common.model, total_loras: common.total_loras, out: common.out, ..grid };
+    let flags: EngineFlags = ctx.resolve("bench", &args.engine)?;
+    check_writable(&s.out).map_err(Failure::failed)?;
+    let mut manifest = Manifest::begin("bench engine", &(&s, &flags), &[]).map_err(Failure::failed)?;
+    let loaded = load(&flags, &s, s.gpu_loras)?;
+    let steps = StepGrid {
+        prompts: s.prompts.clone(),
+        batches: s.batches.clone(),
+        contexts: s.contexts.clone(),
+        adapters: s.adapters.iter().copied().filter(|a| *a <= s.gpu_loras).collect(),
+        runs: s.runs,
+    };
+    let bar = ui::spinner("bench");
+    let report = run_engine(&loaded, s.gpu_loras as usize, &steps, |what| bar.set_message(what.to_owned()));
+    bar.finish_and_clear();
+    let report = report.map_err(failed)?;
+    write(&s.out, &report, &mut manifest)?;
+    match ctx.format {
+        OutputFormat::Json => println!("{}", serde_json::to_string(&report).map_err(Failure::failed)?),
+        OutputFormat::Table => print_engine(&report, &s.out),
+    }
+    Ok(())
+}
+
+fn traces(args: &TraceBenchArgs, ctx: &Context) -> Result<(), Failure> {
+    let common: BenchSettings = ctx.resolve("bench", &args.common)?;
+    let budgets: BenchSettings = ctx.resolve("bench", &args.budgets)?;
+    let s = BenchSettings { model: common.model, total_loras: common.total_loras, out: common.out, ..budgets };
+    let flags: EngineFlags = ctx.resolve("bench", &args.engine)?;
+    check_writable(&s.out).map_err(Failure::failed)?;
+    let mut manifest = Manifest::begin("bench trace", &(&s, &flags), &[]).map_err(Failure::failed)?;
+    let largest = s.budgets.iter().copied().max().unwrap_or(1).max(1);
+    let loaded = load(&flags, &s, largest)?;
+    let mut rows = Vec::new();
+    let bar = ui::bar((args.traces.len() * s.budgets.len()) as u64, "traces");
+    for path in &args.traces {
+        let trace = Trace::read(path).map_err(Failure::failed)?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        for &budget in &s.budgets {
+            rows.push(run_trace(&loaded, budget as usize, &name, &trace).map_err(failed)?);
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    write(&s.out, &rows, &mut manifest)?;
+    match ctx.format {
+        OutputFormat::Json => println!("{}", serde_json::to_string(&rows).map_err(Failure::failed)?),
+        OutputFormat::Table => print_traces(&rows, &s.out),
+    }
+    Ok(())
+}
+
+fn write(out: &Path, report: &impl Serialize, manifest: &mut Manifest) -> Result<(), Failure> {
+    let mut text = serde_json::to_vec_pretty(report).map_err(Failure::failed)?;
+    text.push(b'\n');
+    write_atomic(out, &text).map_err(Failure::failed)?;
+    manifest.end(true);
+    manifest.write(path_beside(out)).map_err(Failure::failed)
+}
+
+fn cells(times: &Times, floor_ms: Option<f64>) -> [String; 4] {
+    [
+        format!("{:.3}", times.median_ms),
+        format!("{:.3}–{:.3}", times.p25_ms, times.p75_ms),
+        floor_ms.map_or("–".into(), |f| format!("{f:.3}")),
+        floor_ms.map_or("–".into(), |f| format!("{:.2}", times.median_ms / f)),
+    ]
+}
+
+fn print_engine(report: &EngineReport, out: &Path) {
+    println!("{} on {}", report.model, report.device);
+    if let Some(c) = report.ceilings {
+        println!(
+            "ceilings: {:.0} TFLOP/s in large bf16 products, {:.2} TB/s read, {:.1} GB/s from pinned memory, {:.1} GB/s from pageable",
+            c.gemm_flops * 1e-12,
+            c.read_bytes_s * 1e-12,
+            c.pinned_bytes_s * 1e-9,
+            c.pageable_bytes_s * 1e-9
+        );
+    }
+    let mut table = ui::table(&["prefill: tokens", "prompts", "adapters", "ms", "quartiles", "floor", "× floor"]);
+    for r in &report.prefill {
+        let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
+        table.add_row([
+            r.tokens.to_string(),
+            r.prompts.to_string(),
+            r.adapters.to_string(),
+            ms,
+            quartiles,
+            floor,
+            ratio,
+        ]);
+    }
+    println!("{table}");
+    let mut table = ui::table(&["decode: batch", "context", "adapters", "ms", "quartiles", "floor", "× floor"]);
+    for r in &report.decode {
+        let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
+        table.add_row([
+            r.batch.to_string(),
+            r.context.to_string(),
+            r.adapters.to_string(),
+            ms,
+            quartiles,
+            floor,
+            ratio,
+        ]);
+    }
+    println!("{table}");
+    let mut table =
+        ui::table(&["swap", "MB", "ms", "quartiles", "floor", "× floor", "step alone, ms", "beside, ms"]);
+    for r in &report.swaps {
+        let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
+        let (alone, beside) = match &r.step {
+            Some((alone, beside)) => {
+                (format!("{:.3}", alone.median_ms), format!("{:.3}", beside.median_ms))
+            }
+            None => ("–".into(), "–".into()),
+        };
+        let megabytes = format!("{:.1}", r.bytes as f64 * 1e-6);
+        table.add_row([r.beside.clone(), megabytes, ms, quartiles, floor, ratio, alone, beside]);
+    }
+    println!("{table}");
+    println!("results: {}", out.display());
+}
+
+fn print_traces(rows: &[TraceRow], out: &Path) {
+    let mut table =
+        ui::table(&["trace", "gpu_loras", "requests", "rps", "TTFT p50, ms", "mean", "p99", "all done, s", "swaps"]);
+    for r in rows {
+        table.add_row([
+            r.trace.clone(),
+            r.gpu_loras.to_string(),
+            r.requests.to_string(),
+            r.rate.map_or("–".into(), |rate| format!("{rate:.1}")),
+            format!("{:.1}", r.ttft_p50_ms),
+            format!("{:.1}", r.ttft_mean_ms),
+            format!("{:.1}", r.ttft_p99_ms),
+            format!("{:.2}", r.makespan_s),
+            r.swaps.to_string(),
+        ]);
+    }
+    println!("{table}");
+    println!("results: {}", out.display());
+}

@@ -1,0 +1,16 @@
+//! NVIDIA GPUs: a backend of our own kernels and cuBLASLt, slots in device memory, swaps from host memory
+//! on a stream of their own, decode steps replayed as graphs.
+
+mod backend;
+mod copier;
+mod executor;
+mod graphs;
+mod memory;
+mod meta;
+mod slabs;
+mod slots;
+
+pub use backend::{CudaBackend, CudaStepError};
+pub use executor::{CudaDevice, CudaOptions, CudaStartError};
+
+pub(super) use memory::plan;

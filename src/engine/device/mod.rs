@@ -1,0 +1,22 @@
+//! What executors of real devices share: a compute thread and a copy thread behind `submit` and `wait`,
+//! the order of copies, sampling on the host.
+
+mod ceilings;
+mod compute;
+mod copies;
+mod executor;
+mod loaded;
+mod reports;
+mod sample;
+
+pub use ceilings::Ceilings;
+pub use executor::DeviceExecutor;
+pub use loaded::LoadedModel;
+
+pub(in crate::engine) use compute::Compute;
+#[cfg(feature = "cuda")]
+pub(in crate::engine) use copies::Copy;
+pub(in crate::engine) use copies::CopyQueue;
+pub(in crate::engine) use executor::{Parts, SlotMemory};
+pub(in crate::engine) use reports::Reports;
+pub(in crate::engine) use sample::SeqSampler;
