@@ -5,6 +5,8 @@
 // A block takes 128 rows of one sequence for one head. Warpgroup 0 brings tiles of 128 tokens; the other two take
 // 64 rows each. While a warpgroup turns the scores of one tile into weights, its product of the last tile's weights
 // with the values is under way, and so are the other warpgroup's products.
+#include <type_traits>
+
 #include "attention.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -64,6 +66,17 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
+}
+
+// Registers that a product under way reads or writes: nothing that uses them may move above the wait before this, and
+// nothing else may lie in them until then.
+__device__ __forceinline__ void settle(float (&d)[64]) {
+#pragma unroll
+    for (int j = 0; j < 64; j++) asm volatile("" : "+f"(d[j])::"memory");
+}
+__device__ __forceinline__ void settle(uint32_t (&a)[32]) {
+#pragma unroll
+    for (int j = 0; j < 32; j++) asm volatile("" : "+r"(a[j])::"memory");
 }
 
 // A matrix in shared memory, swizzled in groups of 8 rows of 128 bytes: bytes between the groups (`stride`), and,
@@ -263,12 +276,14 @@ __device__ __forceinline__ void attend(const PrefillArguments& a, uint32_t head,
     wgmma_fence();
     score(0);
     wgmma_wait<0>();
+    settle(s);
     release(barriers.free_keys(0));
     if (KEYS > part_position + 1) hide(s, lane_key, own);
     weigh(s, maximum, sum, factor, a.scale);
     round();
 
-    for (uint32_t tile = 1; tile < tiles; tile++) {
+    // Tiles that need no hiding first: a branch around it would have the compiler wait for the values before it.
+    auto next = [&](uint32_t tile, auto hidden) {
         const uint32_t slot = tile % STAGES, parity = tile / STAGES & 1;
         const uint32_t last = tile - 1;
         barrier_wait(barriers.full_keys(slot), parity);
@@ -278,23 +293,33 @@ __device__ __forceinline__ void attend(const PrefillArguments& a, uint32_t head,
         wgmma_fence();
         gather(last % STAGES);
         wgmma_wait<1>();
+        settle(s);
         release(barriers.free_keys(slot));
-        if ((tile + 1) * KEYS > part_position + 1) hide(s, tile * KEYS + lane_key, own);
+        if (hidden) hide(s, tile * KEYS + lane_key, own);
         // While the values are gathered.
         bool grew = weigh(s, maximum, sum, factor, a.scale);
+        settle(s);
         wgmma_wait<0>();
+        settle(o);
+        settle(p);
         release(barriers.free_values(last % STAGES));
         if (grew) {
 #pragma unroll
             for (int j = 0; j < 64; j++) o[j] *= factor[j / 2 % 2];
         }
         round();
-    }
+    };
+    // The first tile that reaches behind the first row's position.
+    const uint32_t hidden = min((part_position + 1) / KEYS, tiles);
+    uint32_t tile = 1;
+    for (; tile < hidden; tile++) next(tile, std::false_type());
+    for (; tile < tiles; tile++) next(tile, std::true_type());
     const uint32_t last = tiles - 1;
     barrier_wait(barriers.full_values(last % STAGES), last / STAGES & 1);
     wgmma_fence();
     gather(last % STAGES);
     wgmma_wait<0>();
+    settle(o);
 
     // Through the warpgroup's own rows of the queries, which all its warps have left, so that what leaves does so
     // 16 bytes a thread. Pieces are permuted so that rows lie in different banks.

@@ -333,4 +333,7 @@ fn prefill_of_a_long_prompt_is_the_twin() {
     check_prefill(shape(4, 2, 128, 16), &[(2048, 2048)], 101, 30);
     check_prefill(shape(2, 2, 128, 16), &[(1, 9), (1000, 3000), (511, 4111)], 101, 31);
     check_prefill(shape(2, 2, 64, 16), &[(1500, 1500)], 101, 32);
+    // Fewer rows than a tile has, of the whole batch.
+    check_prefill(shape(2, 1, 128, 16), &[(2, 2)], 1, 33);
+    check_prefill(shape(2, 1, 128, 16), &[(37, 300)], 1, 34);
 }
