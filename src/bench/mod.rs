@@ -17,10 +17,11 @@ pub use trace::{TraceRow, run_trace};
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::{StepBench, StepLimits};
+use crate::engine::device::DeviceExecutor;
 use crate::engine::executor::{Executor, ExecutorError};
 use crate::engine::setup::{Loaded, SetupError};
 use crate::report::stats::{percentile, sorted};
-use lora_sched::AdapterId;
+use lora_sched::{AdapterId, Config};
 
 /// Times of one thing, milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -100,24 +101,13 @@ pub fn run_engine(
     let floors = Floors::new(loaded, ceilings);
     progress("executor");
     let mut executor = loaded.executor(gpu_loras, false)?;
-    let resident: Vec<AdapterId> = (0..gpu_loras as u32).map(AdapterId).collect();
-    executor.preload(&resident)?;
     let config = loaded.scheduler_config(gpu_loras);
-    let limits = StepLimits {
-        max_num_seqs: config.max_num_seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        max_model_len: config.max_model_len,
-        block_size: config.block_size,
-        kv_blocks: config.kv_blocks,
-        vocab_size: loaded.spec().vocab_size,
-        ranks: config.adapters[..gpu_loras].iter().map(|a| a.rank).collect(),
-    };
-    let stream = crate::workload::streams::stream(loaded.settings().seed, "bench");
-    let mut bench = StepBench::new(&mut executor, limits, stream);
+    let mut bench = step_bench(loaded, &mut executor, &config)?;
     let prefill = steps::prefill(&mut bench, grid, &floors, &mut progress)?;
     let decode = steps::decode(&mut bench, grid, &floors, &config, &mut progress)?;
     progress("swaps");
-    let swaps = swaps::swaps(&mut bench, loaded, gpu_loras, &floors)?;
+    let longest = grid.longest();
+    let swaps = swaps::swaps(&mut bench, loaded, gpu_loras, grid.runs, longest, &floors)?;
     let settings = loaded.settings();
     Ok(EngineReport {
         device: loaded.device_said(),
@@ -129,4 +119,42 @@ pub fn run_engine(
         decode,
         swaps,
     })
+}
+
+/// Copies alone, and beside steps, on an executor of what is loaded: for another mode or host memory.
+///
+/// # Errors
+/// As [`run_engine`].
+pub fn run_swaps(
+    loaded: &Loaded,
+    gpu_loras: usize,
+    grid: &StepGrid,
+    ceilings: Option<Ceilings>,
+) -> Result<Vec<SwapRow>, BenchError> {
+    let mut executor = loaded.executor(gpu_loras, false)?;
+    let config = loaded.scheduler_config(gpu_loras);
+    let mut bench = step_bench(loaded, &mut executor, &config)?;
+    let floors = Floors::new(loaded, ceilings);
+    swaps::swaps(&mut bench, loaded, gpu_loras, grid.runs, grid.longest(), &floors)
+}
+
+/// A bench over an executor whose slots are filled with the first adapters.
+fn step_bench<'a>(
+    loaded: &Loaded,
+    executor: &'a mut DeviceExecutor,
+    config: &Config,
+) -> Result<StepBench<'a>, BenchError> {
+    let resident: Vec<AdapterId> = (0..config.gpu_loras as u32).map(AdapterId).collect();
+    executor.preload(&resident)?;
+    let limits = StepLimits {
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: config.max_num_batched_tokens,
+        max_model_len: config.max_model_len,
+        block_size: config.block_size,
+        kv_blocks: config.kv_blocks,
+        vocab_size: loaded.spec().vocab_size,
+        ranks: config.adapters[..config.gpu_loras].iter().map(|a| a.rank).collect(),
+    };
+    let stream = crate::workload::streams::stream(loaded.settings().seed, "bench");
+    Ok(StepBench::new(executor, limits, stream))
 }

@@ -21,6 +21,13 @@ pub struct StepGrid {
     pub runs: usize,
 }
 
+impl StepGrid {
+    /// The longest prompt; 1 if there is none.
+    pub fn longest(&self) -> u32 {
+        self.prompts.iter().copied().max().unwrap_or(1).max(1)
+    }
+}
+
 /// One prompt, or several in one step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PrefillRow {
@@ -73,7 +80,9 @@ pub(super) fn prefill(
             progress(&format!("prefill: {tokens} tokens, {adapters} adapters"));
             let mut ns = Vec::with_capacity(grid.runs);
             for run in 0..grid.runs + 2 {
-                let Some(sample) = bench.prefills(tokens / prompts, &slots(prompts, adapters))? else { break };
+                let Some(sample) = bench.prefills(tokens / prompts, &slots(prompts, adapters))? else {
+                    break;
+                };
                 if run >= 2 {
                     ns.push(sample.ns);
                 }

@@ -8,15 +8,25 @@ use crate::calibrate::StepBench;
 use crate::engine::executor::{Completion, Executor, ExecutorError};
 use crate::engine::setup::Loaded;
 
-const RUNS: usize = 20;
 /// Tokens of the prompt, and sequences and their context of the decode, beside which copies run.
 const PROMPT: u32 = 512;
 const BATCH: u32 = 16;
 
+/// What copies run beside.
+struct Beside {
+    prompt: u32,
+    batch: u32,
+    decode: bool,
+}
+
 /// Copies under one circumstance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SwapRow {
-    /// alone, beside prefill, beside decode.
+    /// The order of copies and steps.
+    pub mode: String,
+    /// Where the host copies lie.
+    pub host_memory: String,
+    /// alone; one, or one after another, while a prefill or a decode runs.
     pub beside: String,
     /// Bytes of one adapter.
     pub bytes: u64,
@@ -55,6 +65,8 @@ pub(super) fn swaps(
     bench: &mut StepBench<'_>,
     loaded: &Loaded,
     gpu_loras: usize,
+    runs: usize,
+    longest: u32,
     floors: &Floors,
 ) -> Result<Vec<SwapRow>, BenchError> {
     let specs = loaded.pool().specs();
@@ -70,7 +82,7 @@ pub(super) fn swaps(
         begun: 0,
         ns: Vec::new(),
     };
-    for _ in 0..RUNS + 2 {
+    for _ in 0..runs + 2 {
         let executor = bench.executor();
         copies.start(executor)?;
         executor.wait()?;
@@ -81,6 +93,8 @@ pub(super) fn swaps(
         let floor_ms = floors.swap_ms(largest);
         let times = Times::of(ns);
         rows.extend(times.map(|times| SwapRow {
+            mode: loaded.settings().swap_mode.to_string(),
+            host_memory: loaded.settings().host_memory.to_string(),
             beside: beside.to_owned(),
             bytes: largest,
             times,
@@ -90,39 +104,54 @@ pub(super) fn swaps(
     };
     row("alone", &copies.ns[2..], None);
 
-    for decode in [false, true] {
+    for (decode, again) in [(false, false), (false, true), (true, false), (true, true)] {
         copies.ns.clear();
         let (mut alone, mut beside) = (Vec::new(), Vec::new());
+        let step = Beside {
+            prompt: PROMPT.min(longest),
+            batch: BATCH.min(loaded.settings().max_num_seqs as u32),
+            decode,
+        };
         if decode {
-            for place in 0..BATCH.min(loaded.settings().max_num_seqs as u32) {
-                bench.bring_to(place, PROMPT, Some(0))?;
+            for place in 0..step.batch {
+                bench.bring_to(place, step.prompt, Some(0))?;
             }
         }
-        for _ in 0..RUNS {
-            alone.extend(step(bench, loaded, decode, |_, _| Ok(()))?);
+        for _ in 0..runs {
+            alone.extend(step.run(bench, |_, _| Ok(()))?);
             copies.start(bench.executor())?;
-            beside.extend(step(bench, loaded, decode, |executor, _| {
+            beside.extend(step.run(bench, |executor, _| {
                 copies.ended(executor.clock());
-                copies.start(executor)
+                if again { copies.start(executor) } else { Ok(()) }
             })?);
-            while !matches!(bench.executor().wait()?, Completion::Swap { .. }) {}
+            if again || copies.ns.len() < beside.len() {
+                while !matches!(bench.executor().wait()?, Completion::Swap { .. }) {}
+                copies.ended(bench.executor().clock());
+            }
         }
-        let step = Times::of(&alone).zip(Times::of(&beside));
-        row(if decode { "beside decode" } else { "beside prefill" }, &copies.ns, step);
+        let steps = Times::of(&alone).zip(Times::of(&beside));
+        let what = match (decode, again) {
+            (false, false) => "one, beside prefill",
+            (false, true) => "all along a prefill",
+            (true, false) => "one, beside decode",
+            (true, true) => "all along a decode",
+        };
+        row(what, &copies.ns, steps);
     }
     Ok(rows)
 }
 
-fn step(
-    bench: &mut StepBench<'_>,
-    loaded: &Loaded,
-    decode: bool,
-    beside: impl FnMut(&mut dyn Executor, Completion) -> Result<(), ExecutorError>,
-) -> Result<Option<u64>, ExecutorError> {
-    let sample = if decode {
-        bench.decode(BATCH.min(loaded.settings().max_num_seqs as u32), beside)?
-    } else {
-        bench.prefill(PROMPT, Some(0), beside)?
-    };
-    Ok(sample.map(|s| s.ns))
+impl Beside {
+    fn run(
+        &self,
+        bench: &mut StepBench<'_>,
+        beside: impl FnMut(&mut dyn Executor, Completion) -> Result<(), ExecutorError>,
+    ) -> Result<Option<u64>, ExecutorError> {
+        let sample = if self.decode {
+            bench.decode(self.batch, beside)?
+        } else {
+            bench.prefill(self.prompt, Some(0), beside)?
+        };
+        Ok(sample.map(|s| s.ns))
+    }
 }

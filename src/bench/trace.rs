@@ -69,9 +69,7 @@ pub fn run_trace(
         };
         let adapter = request.adapter.map(AdapterId);
         handles.push(
-            engine
-                .submit(GenerateRequest { prompt, adapter, params, received: None })
-                .map_err(refused)?,
+            engine.submit(GenerateRequest { prompt, adapter, params, received: None }).map_err(refused)?,
         );
     }
     let mut ttft = Vec::with_capacity(handles.len());

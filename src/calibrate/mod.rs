@@ -148,7 +148,9 @@ pub fn calibrate(
     let (seen, unseen): (Vec<_>, Vec<_>) = steps.iter().enumerate().partition(|(i, _)| !held_out(*i));
     let seen: Vec<StepSample> = seen.into_iter().map(|s| *s.1).collect();
     let unseen: Vec<StepSample> = unseen.into_iter().map(|s| *s.1).collect();
-    let step = fit_steps(&seen);
+    let on_gpu = loaded.shared_memory().is_some();
+    let features = if on_gpu { gpu_features() } else { cpu_features() };
+    let step = fit_steps(&seen, &features);
 
     let s = loaded.settings();
     let mut ranks: Vec<(u32, u64)> = specs.iter().map(|a| (a.rank, a.bytes)).collect();
@@ -166,8 +168,8 @@ pub fn calibrate(
             bytes: ranks.iter().map(|r| r.1).collect(),
         },
         engine: EngineFacts {
-            device: "cpu".to_owned(),
-            dtype: "float32".to_owned(),
+            device: loaded.device_said(),
+            dtype: loaded.dtype().to_string(),
             threads: s.threads as u32,
             layers: loaded.spec().layers as u32,
             block_size: s.block_size as u32,
@@ -211,9 +213,9 @@ fn tool() -> String {
     format!("{} {} ({})", tool.name, tool.version, tool.commit)
 }
 
-/// The terms of a step's cost. Ranges are narrow where matrix products change their tiling and where
-/// keys and values outgrow a cache.
-fn features() -> Vec<Feature> {
+/// The terms of a step's cost on the CPU. Ranges are narrow where matrix products change their tiling
+/// and where keys and values outgrow a cache.
+fn cpu_features() -> Vec<Feature> {
     let tokens = ranges(&[0, 2, 4, 16, 64, 256, 1024]).map(|(from, to)| Feature::Tokens { from, to });
     let context = ranges(&[0, 1024, 2048, 4096]).map(|(from, to)| Feature::DecodeContext { from, to });
     let others = [
@@ -227,14 +229,35 @@ fn features() -> Vec<Feature> {
     [Feature::Step].into_iter().chain(tokens).chain(context).chain(others).collect()
 }
 
+/// The terms on a GPU: decodes are bound by what they read and run as graphs, steps with prefills are
+/// bound by arithmetic over rows that are rounded up.
+fn gpu_features() -> Vec<Feature> {
+    let tokens = ranges(&[0, 64, 128, 256, 512, 1024, 2048, 3072])
+        .map(|(from, to)| Feature::PaddedTokens { from, to });
+    let context = ranges(&[0, 512, 2048, 8192, 32_768]).map(|(from, to)| Feature::DecodeContext { from, to });
+    let others = [
+        Feature::Mixed,
+        Feature::Lora,
+        Feature::MixedLora,
+        Feature::Prefills,
+        Feature::PrefillSpan,
+        Feature::PrefillPairs,
+        Feature::Decodes,
+        Feature::Samples,
+        Feature::Adapters,
+        Feature::LoraTokens,
+        Feature::LoraTokenRanks,
+    ];
+    [Feature::Step].into_iter().chain(tokens).chain(context).chain(others).collect()
+}
+
 /// Adjoining ranges; the last one has no end.
 fn ranges(knots: &[u64]) -> impl Iterator<Item = (u64, Option<u64>)> + '_ {
     knots.iter().enumerate().map(|(i, &from)| (from, knots.get(i + 1).copied()))
 }
 
 /// Least relative squares: an error of 5 % is as bad at 1 ms as at 100 ms.
-fn fit_steps(samples: &[StepSample]) -> StepCosts {
-    let features = features();
+fn fit_steps(samples: &[StepSample], features: &[Feature]) -> StepCosts {
     let weight = |row: usize| 1.0 / samples[row].ns.max(1) as f64;
     let value = |row: usize, column: usize| features[column].of(&samples[row].shape) as f64 * weight(row);
     let a = DMatrix::from_fn(samples.len(), features.len(), value);

@@ -3,14 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use lora_sched::SwapMode;
 use serde::{Deserialize, Serialize};
 
 use super::engine_args::{EngineArgs, EngineFlags};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
-use crate::bench::{BenchError, EngineReport, StepGrid, Times, TraceRow, run_engine, run_trace};
-use crate::engine::setup::Loaded;
+use crate::bench::{BenchError, EngineReport, StepGrid, Times, TraceRow, run_engine, run_swaps, run_trace};
+use crate::engine::setup::{self, HostMemory, Loaded};
 use crate::report::files::{check_writable, write_atomic};
 use crate::report::manifest::{Manifest, path_beside};
 use crate::workload::trace::Trace;
@@ -77,6 +78,18 @@ struct GridArgs {
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
     adapters: Option<Vec<u32>>,
+    /// Ranks to run the whole grid at, one after the other [default: that of --max-r]
+    #[arg(long, value_name = "RANK,…", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    each_rank: Option<Vec<u32>>,
+    /// Time copies in every swap mode, from pinned and pageable memory, at the middle one of the ranks
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    all_modes: bool,
+    /// What scripts/bench_peft.py has measured on the same device, to be compared with
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peft: Option<PathBuf>,
     /// Runs of each [default: 20]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -115,6 +128,9 @@ struct BenchSettings {
     batches: Vec<u32>,
     contexts: Vec<u32>,
     adapters: Vec<u32>,
+    each_rank: Vec<u32>,
+    all_modes: bool,
+    peft: Option<PathBuf>,
     runs: usize,
     budgets: Vec<u32>,
 }
@@ -130,6 +146,9 @@ impl Default for BenchSettings {
             batches: vec![1, 4, 16],
             contexts: vec![128, 512, 2048, 4096],
             adapters: vec![0, 1, 16],
+            each_rank: Vec::new(),
+            all_modes: false,
+            peft: None,
             runs: 20,
             budgets: vec![2, 8, 32, 128],
         }
@@ -150,9 +169,15 @@ fn failed(e: BenchError) -> Failure {
     }
 }
 
-fn load(flags: &EngineFlags, s: &BenchSettings, gpu_loras: u32) -> Result<Loaded, Failure> {
-    let settings = flags.settings(&s.model, s.total_loras, gpu_loras)?;
-    let settings = settings.for_engine().map_err(Failure::usage)?;
+fn settings_of(
+    flags: &EngineFlags,
+    s: &BenchSettings,
+    gpu_loras: u32,
+) -> Result<setup::EngineSettings, Failure> {
+    flags.settings(&s.model, s.total_loras, gpu_loras)?.for_engine().map_err(Failure::usage)
+}
+
+fn load(settings: setup::EngineSettings) -> Result<Loaded, Failure> {
     Loaded::load(settings).map_err(|e| failed(e.into()))
 }
 
@@ -162,8 +187,11 @@ fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
     let s = BenchSettings { model: common.model, total_loras: common.total_loras, out: common.out, ..grid };
     let flags: EngineFlags = ctx.resolve("bench", &args.engine)?;
     check_writable(&s.out).map_err(Failure::failed)?;
+    let peft = s.peft.as_deref().map(read_json).transpose()?;
     let mut manifest = Manifest::begin("bench engine", &(&s, &flags), &[]).map_err(Failure::failed)?;
-    let loaded = load(&flags, &s, s.gpu_loras)?;
+    let base = settings_of(&flags, &s, s.gpu_loras)?;
+    let ranks: Vec<usize> = s.each_rank.iter().map(|r| *r as usize).collect();
+    let ranks = if ranks.is_empty() { vec![base.max_r] } else { ranks };
     let steps = StepGrid {
         prompts: s.prompts.clone(),
         batches: s.batches.clone(),
@@ -172,26 +200,65 @@ fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
         runs: s.runs,
     };
     let bar = ui::spinner("bench");
-    let report = run_engine(&loaded, s.gpu_loras as usize, &steps, |what| bar.set_message(what.to_owned()));
+    let (mut reports, mut document) = (Vec::new(), serde_json::Value::Null);
+    for &max_r in &ranks {
+        let of_rank = if s.each_rank.is_empty() { base.ranks.clone() } else { Vec::new() };
+        let settings = setup::EngineSettings { max_r, ranks: of_rank, ..base.clone() };
+        let loaded = load(settings.clone())?;
+        let slots = s.gpu_loras as usize;
+        let mut report = run_engine(&loaded, slots, &steps, |what| {
+            bar.set_message(format!("rank {max_r}: {what}"));
+        })
+        .map_err(failed)?;
+        // On the CPU all host memory is one.
+        let memories = match loaded.shared_memory() {
+            Some(_) => &[HostMemory::Pinned, HostMemory::Pageable][..],
+            None => &[HostMemory::Pinned],
+        };
+        drop(loaded);
+        let others = [SwapMode::Blocking, SwapMode::Overlap, SwapMode::Layered]
+            .into_iter()
+            .flat_map(|mode| memories.iter().map(move |memory| (mode, *memory)))
+            .filter(|other| *other != (settings.swap_mode, settings.host_memory))
+            // How a mode copies does not depend on the rank: once is enough.
+            .filter(|_| s.all_modes && max_r == ranks[ranks.len() / 2]);
+        for (swap_mode, host_memory) in others {
+            bar.set_message(format!("rank {max_r}: swaps, {swap_mode}, {host_memory}"));
+            let loaded = load(setup::EngineSettings { swap_mode, host_memory, ..settings.clone() })?;
+            report.swaps.extend(run_swaps(&loaded, slots, &steps, report.ceilings).map_err(failed)?);
+        }
+        reports.push(report);
+        // Each rank takes a minute: what is done is kept.
+        document = serde_json::json!({ "engine": &reports, "peft": &peft });
+        write(&s.out, &document, &mut manifest, reports.len() == ranks.len())?;
+    }
     bar.finish_and_clear();
-    let report = report.map_err(failed)?;
-    write(&s.out, &report, &mut manifest)?;
     match ctx.format {
-        OutputFormat::Json => println!("{}", serde_json::to_string(&report).map_err(Failure::failed)?),
-        OutputFormat::Table => print_engine(&report, &s.out),
+        OutputFormat::Json => println!("{}", serde_json::to_string(&document).map_err(Failure::failed)?),
+        OutputFormat::Table => {
+            reports.iter().for_each(print_engine);
+            println!("results: {}", s.out.display());
+        }
     }
     Ok(())
+}
+
+fn read_json(path: &Path) -> Result<serde_json::Value, Failure> {
+    let failed = |e: &dyn std::fmt::Display| Failure::failed(format!("{}: {e}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|e| failed(&e))?;
+    serde_json::from_str(&text).map_err(|e| failed(&e))
 }
 
 fn traces(args: &TraceBenchArgs, ctx: &Context) -> Result<(), Failure> {
     let common: BenchSettings = ctx.resolve("bench", &args.common)?;
     let budgets: BenchSettings = ctx.resolve("bench", &args.budgets)?;
-    let s = BenchSettings { model: common.model, total_loras: common.total_loras, out: common.out, ..budgets };
+    let s =
+        BenchSettings { model: common.model, total_loras: common.total_loras, out: common.out, ..budgets };
     let flags: EngineFlags = ctx.resolve("bench", &args.engine)?;
     check_writable(&s.out).map_err(Failure::failed)?;
     let mut manifest = Manifest::begin("bench trace", &(&s, &flags), &[]).map_err(Failure::failed)?;
     let largest = s.budgets.iter().copied().max().unwrap_or(1).max(1);
-    let loaded = load(&flags, &s, largest)?;
+    let loaded = load(settings_of(&flags, &s, largest)?)?;
     let mut rows = Vec::new();
     let bar = ui::bar((args.traces.len() * s.budgets.len()) as u64, "traces");
     for path in &args.traces {
@@ -203,7 +270,7 @@ fn traces(args: &TraceBenchArgs, ctx: &Context) -> Result<(), Failure> {
         }
     }
     bar.finish_and_clear();
-    write(&s.out, &rows, &mut manifest)?;
+    write(&s.out, &rows, &mut manifest, true)?;
     match ctx.format {
         OutputFormat::Json => println!("{}", serde_json::to_string(&rows).map_err(Failure::failed)?),
         OutputFormat::Table => print_traces(&rows, &s.out),
@@ -211,11 +278,16 @@ fn traces(args: &TraceBenchArgs, ctx: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-fn write(out: &Path, report: &impl Serialize, manifest: &mut Manifest) -> Result<(), Failure> {
+fn write(
+    out: &Path,
+    report: &impl Serialize,
+    manifest: &mut Manifest,
+    complete: bool,
+) -> Result<(), Failure> {
     let mut text = serde_json::to_vec_pretty(report).map_err(Failure::failed)?;
     text.push(b'\n');
     write_atomic(out, &text).map_err(Failure::failed)?;
-    manifest.end(true);
+    manifest.end(complete);
     manifest.write(path_beside(out)).map_err(Failure::failed)
 }
 
@@ -228,8 +300,8 @@ fn cells(times: &Times, floor_ms: Option<f64>) -> [String; 4] {
     ]
 }
 
-fn print_engine(report: &EngineReport, out: &Path) {
-    println!("{} on {}", report.model, report.device);
+fn print_engine(report: &EngineReport) {
+    println!("{}, adapters of rank {:?}, on {}", report.model, report.ranks, report.device);
     if let Some(c) = report.ceilings {
         println!(
             "ceilings: {:.0} TFLOP/s in large bf16 products, {:.2} TB/s read, {:.1} GB/s from pinned memory, {:.1} GB/s from pageable",
@@ -239,7 +311,8 @@ fn print_engine(report: &EngineReport, out: &Path) {
             c.pageable_bytes_s * 1e-9
         );
     }
-    let mut table = ui::table(&["prefill: tokens", "prompts", "adapters", "ms", "quartiles", "floor", "× floor"]);
+    let mut table =
+        ui::table(&["prefill: tokens", "prompts", "adapters", "ms", "quartiles", "floor", "× floor"]);
     for r in &report.prefill {
         let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
         table.add_row([
@@ -253,7 +326,8 @@ fn print_engine(report: &EngineReport, out: &Path) {
         ]);
     }
     println!("{table}");
-    let mut table = ui::table(&["decode: batch", "context", "adapters", "ms", "quartiles", "floor", "× floor"]);
+    let mut table =
+        ui::table(&["decode: batch", "context", "adapters", "ms", "quartiles", "floor", "× floor"]);
     for r in &report.decode {
         let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
         table.add_row([
@@ -267,26 +341,44 @@ fn print_engine(report: &EngineReport, out: &Path) {
         ]);
     }
     println!("{table}");
-    let mut table =
-        ui::table(&["swap", "MB", "ms", "quartiles", "floor", "× floor", "step alone, ms", "beside, ms"]);
+    let mut table = ui::table(&[
+        "swap",
+        "host memory",
+        "beside",
+        "MB",
+        "ms",
+        "quartiles",
+        "floor",
+        "× floor",
+        "step alone, ms",
+        "beside, ms",
+    ]);
     for r in &report.swaps {
         let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
         let (alone, beside) = match &r.step {
-            Some((alone, beside)) => {
-                (format!("{:.3}", alone.median_ms), format!("{:.3}", beside.median_ms))
-            }
+            Some((alone, beside)) => (format!("{:.3}", alone.median_ms), format!("{:.3}", beside.median_ms)),
             None => ("–".into(), "–".into()),
         };
         let megabytes = format!("{:.1}", r.bytes as f64 * 1e-6);
-        table.add_row([r.beside.clone(), megabytes, ms, quartiles, floor, ratio, alone, beside]);
+        let names = [r.mode.clone(), r.host_memory.clone(), r.beside.clone()];
+        let [mode, memory, beside_what] = names;
+        table.add_row([mode, memory, beside_what, megabytes, ms, quartiles, floor, ratio, alone, beside]);
     }
     println!("{table}");
-    println!("results: {}", out.display());
 }
 
 fn print_traces(rows: &[TraceRow], out: &Path) {
-    let mut table =
-        ui::table(&["trace", "gpu_loras", "requests", "rps", "TTFT p50, ms", "mean", "p99", "all done, s", "swaps"]);
+    let mut table = ui::table(&[
+        "trace",
+        "gpu_loras",
+        "requests",
+        "rps",
+        "TTFT p50, ms",
+        "mean",
+        "p99",
+        "all done, s",
+        "swaps",
+    ]);
     for r in rows {
         table.add_row([
             r.trace.clone(),

@@ -164,8 +164,12 @@ pub trait Backend {
     /// Turns the query and key columns of `qkv` `[n, q + k + v]` by the rows' positions (halves layout:
     /// dimension `i` pairs with `i + head_dim / 2`), the queries in place, and writes keys and values into
     /// the cache of `layer`, each row where the batch says. What becomes of `qkv`'s other columns is open.
-    fn rope_and_write_kv(&mut self, layer: usize, n: usize, qkv: &mut Self::Buffer)
-    -> Result<(), Self::Error>;
+    fn rope_and_write_kv(
+        &mut self,
+        layer: usize,
+        n: usize,
+        qkv: &mut Self::Buffer,
+    ) -> Result<(), Self::Error>;
 
     /// Writes the key and value columns of `qkv` `[n, q + k + v]` into the cache of `layer`, each
     /// row where the batch says.

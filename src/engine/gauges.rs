@@ -45,6 +45,14 @@ pub struct EngineStats {
     pub kv_used: u64,
     /// KV blocks.
     pub kv_total: u64,
+    /// Sequence places in use.
+    pub places_used: u64,
+    /// Holds on slots: one a running request with an adapter, and one a request that asked for a load.
+    pub pins: u64,
+    /// Copies that the executor has.
+    pub swaps_open: u64,
+    /// Requests whose tokens and stop conditions the step loop keeps.
+    pub tracked: u64,
     /// Steps ended.
     pub steps: u64,
     /// Requests taken.
@@ -108,6 +116,10 @@ counters!(
     running,
     kv_used,
     kv_total,
+    places_used,
+    pins,
+    swaps_open,
+    tracked,
     steps,
     accepted,
     refused,

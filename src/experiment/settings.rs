@@ -50,12 +50,18 @@ pub struct EngineSettings {
     /// Number type.
     pub dtype: String,
     /// Where it runs: auto, cpu or cuda.
+    #[serde(skip_serializing_if = "is_auto")]
     pub device: String,
     /// Seed of dummy weights and generated adapters.
     pub seed: u64,
     /// Compute threads; none is all cores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
+}
+
+/// The default: left out, so that runs keep the keys that they had before there was a choice.
+fn is_auto(device: &str) -> bool {
+    device == "auto"
 }
 
 impl Default for EngineSettings {

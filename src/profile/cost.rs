@@ -21,6 +21,22 @@ pub enum Feature {
         /// Upper end; none is unbounded.
         to: Option<u64>,
     },
+    /// The tokens of a step with prefills, rounded up to [`PADDED_TO`] rows, likewise in a range: what a
+    /// device computes that runs such steps in a finite set of shapes.
+    PaddedTokens {
+        /// Lower end.
+        from: u64,
+        /// Upper end; none is unbounded.
+        to: Option<u64>,
+    },
+    /// One a step with prefills: it is launched kernel by kernel where decodes are replayed as one graph.
+    Mixed,
+    /// One a step in which some sequence has an adapter.
+    Lora,
+    /// One a step with prefills in which some sequence has an adapter.
+    MixedLora,
+    /// [`StepShape::prefill_span`].
+    PrefillSpan,
     /// [`StepShape::prefills`].
     Prefills,
     /// [`StepShape::prefill_pairs`].
@@ -58,6 +74,14 @@ impl Feature {
             Self::Tokens { from, to } => {
                 to.map_or(shape.tokens, |to| shape.tokens.min(to)).saturating_sub(from)
             }
+            Self::PaddedTokens { from, to } if shape.prefills > 0 => {
+                within(shape.tokens.next_multiple_of(PADDED_TO), from, to)
+            }
+            Self::PaddedTokens { .. } => 0,
+            Self::Mixed => u64::from(shape.prefills > 0),
+            Self::Lora => u64::from(shape.adapters > 0),
+            Self::MixedLora => u64::from(shape.prefills > 0 && shape.adapters > 0),
+            Self::PrefillSpan => shape.prefill_span,
             Self::Prefills => shape.prefills,
             Self::PrefillPairs => shape.prefill_pairs,
             Self::Decodes => shape.decodes,
@@ -70,13 +94,20 @@ impl Feature {
     }
 }
 
+/// Rows that [`Feature::PaddedTokens`] rounds up to a multiple of.
+pub const PADDED_TO: u64 = 64;
+
 /// How far `count` reaches into a range.
 fn within(count: u64, from: u64, to: Option<u64>) -> u64 {
     to.map_or(count, |to| count.min(to)).saturating_sub(from)
 }
 
-const NAMES: [(Feature, &str); 8] = [
+const NAMES: [(Feature, &str); 12] = [
     (Feature::Step, "step"),
+    (Feature::Mixed, "mixed"),
+    (Feature::Lora, "lora"),
+    (Feature::MixedLora, "mixed_lora"),
+    (Feature::PrefillSpan, "prefill_span"),
     (Feature::Prefills, "prefills"),
     (Feature::PrefillPairs, "prefill_pairs"),
     (Feature::Decodes, "decodes"),
@@ -90,6 +121,7 @@ impl fmt::Display for Feature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let range = match self {
             Self::Tokens { from, to } => Some(("tokens", from, to)),
+            Self::PaddedTokens { from, to } => Some(("padded_tokens", from, to)),
             Self::DecodeContext { from, to } => Some(("decode_context", from, to)),
             _ => None,
         };
@@ -112,6 +144,7 @@ impl FromStr for Feature {
             let to = if to.is_empty() { None } else { Some(to.parse().map_err(|_| unknown())?) };
             return match name {
                 "tokens" => Ok(Self::Tokens { from, to }),
+                "padded_tokens" => Ok(Self::PaddedTokens { from, to }),
                 "decode_context" => Ok(Self::DecodeContext { from, to }),
                 _ => Err(unknown()),
             };
@@ -203,6 +236,7 @@ mod tests {
             .map(|n| n.0)
             .into_iter()
             .chain([Feature::Tokens { from: 0, to: Some(64) }, Feature::DecodeContext { from: 64, to: None }])
+            .chain([Feature::PaddedTokens { from: 64, to: Some(128) }])
         {
             assert_eq!(feature.to_string().parse(), Ok(feature));
         }
@@ -217,6 +251,14 @@ mod tests {
         assert_eq!(at(10), [10, 0]);
         assert_eq!(at(64), [64, 0]);
         assert_eq!(at(100), [64, 36]);
+    }
+
+    #[test]
+    fn steps_with_prefills_are_padded() {
+        let feature = Feature::PaddedTokens { from: 64, to: Some(512) };
+        let at = |tokens, prefills| feature.of(&StepShape { tokens, prefills, ..StepShape::default() });
+        assert_eq!([at(64, 1), at(65, 1), at(500, 2), at(900, 1)], [0, 64, 448, 448]);
+        assert_eq!(at(500, 0), 0);
     }
 
     #[test]

@@ -12,6 +12,10 @@ pub struct StepShape {
     pub prefills: u64,
     /// Σ over prefill tokens of the positions that each attends to.
     pub prefill_pairs: u64,
+    /// The most positions that a prefill attends to: few long prompts are bound by the longest, not by
+    /// the sum.
+    #[serde(default)]
+    pub prefill_span: u64,
     /// Sequences whose input is their last sampled token.
     pub decodes: u64,
     /// Σ over decodes of the positions that each attends to.
@@ -41,6 +45,7 @@ impl StepShape {
             } else {
                 shape.prefills += 1;
                 shape.prefill_pairs += len * start + len * (len + 1) / 2;
+                shape.prefill_span = shape.prefill_span.max(start + len);
             }
             if let Some((adapter, slot)) = seq.adapter {
                 let slot = slot.0 as usize;

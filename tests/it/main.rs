@@ -1,5 +1,9 @@
 //! Integration tests: one binary, a file per behaviour.
 
+#[cfg(feature = "server")]
+mod bench;
+#[cfg(feature = "server")]
+mod device_choice;
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
@@ -25,8 +29,12 @@ mod serve_command;
 mod server;
 mod simulate;
 #[cfg(feature = "server")]
+mod soak;
+#[cfg(feature = "server")]
 mod step_loop;
 #[cfg(feature = "server")]
 mod support;
+#[cfg(feature = "server")]
+mod traffic;
 #[cfg(feature = "engine")]
 mod workload;

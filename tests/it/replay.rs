@@ -15,7 +15,8 @@ fn record(config: &Config) -> Recorded {
     let (engine, _) = engine(config.clone(), 2, 3, Some(log));
     let mut kept = Vec::new();
     for i in 0..60u32 {
-        let adapter = (i % 5 > 0).then_some(i * i * 7 % 12);
+        // Each of the twelve comes up, so that however requests bunch together many are swapped in.
+        let adapter = (i % 5 > 0).then_some(i * 7 % 12);
         let handle = engine.submit(request(20 + (i as usize * 37) % 200, adapter, 1 + i % 9)).unwrap();
         // Dropping a handle cancels its request, whatever its phase.
         if i % 11 != 7 {

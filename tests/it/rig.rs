@@ -19,27 +19,57 @@ pub const ADAPTERS: [&str; 4] = ["a-r4", "b-r8", "c-r16", "d-r3"];
 /// The base model and every adapter.
 pub const EVERYONE: [Option<usize>; 5] = [None, Some(0), Some(1), Some(2), Some(3)];
 
-const BLOCK: usize = 8;
-
 const LIMITS: BatchLimits = BatchLimits {
     max_num_seqs: 6,
     max_num_batched_tokens: 256,
     max_model_len: 96,
-    block_size: BLOCK,
+    block_size: 8,
     kv_blocks: 80,
 };
 
-/// A fixture's reference values.
+/// What transformers and peft gave: a fixture's, or of a folder that `scripts/reference.py` made.
 pub struct Reference {
     family: String,
+    /// Names of the adapters, by id.
+    adapters: Vec<String>,
     tensors: HashMap<String, Tensor>,
 }
 
 impl Reference {
     pub fn open(family: &str) -> Self {
-        let path = fixture(family).join("reference.safetensors");
-        let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
-        Self { family: family.to_owned(), tensors }
+        Self::read(family, &fixture(family), ADAPTERS.map(str::to_owned).into())
+    }
+
+    /// The reference in `folder`.
+    #[cfg(feature = "cuda")]
+    pub fn open_in(folder: &Path) -> Self {
+        let name = |f: &PathBuf| f.file_name().unwrap().to_str().unwrap().to_owned();
+        let names = adapter_folders(folder).iter().map(name).collect();
+        Self::read(&folder.display().to_string(), folder, names)
+    }
+
+    fn read(family: &str, folder: &Path, adapters: Vec<String>) -> Self {
+        let path = folder.join("reference.safetensors");
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
+            .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        Self { family: family.to_owned(), adapters, tensors }
+    }
+
+    /// The base model and every adapter.
+    #[cfg(feature = "cuda")]
+    pub fn everyone(&self) -> Vec<Option<usize>> {
+        std::iter::once(None).chain((0..self.adapters.len()).map(Some)).collect()
+    }
+
+    pub fn name(&self, who: Option<usize>) -> &str {
+        who.map_or("base", |a| &self.adapters[a])
+    }
+
+    /// Rows of `what`, `[rows][vocab]`; none if it was left out.
+    #[cfg(feature = "cuda")]
+    pub fn rows(&self, what: &str, who: Option<usize>) -> Option<Vec<Vec<f32>>> {
+        let tensor = self.tensors.get(&format!("{what}.{}", self.name(who)))?;
+        Some(tensor.to_dtype(DType::F32).unwrap().to_vec2().unwrap())
     }
 
     pub fn family(&self) -> &str {
@@ -47,8 +77,7 @@ impl Reference {
     }
 
     fn tensor(&self, what: &str, who: Option<usize>) -> &Tensor {
-        let who = who.map_or("base", |a| ADAPTERS[a]);
-        &self.tensors[&format!("{what}.{who}")]
+        &self.tensors[&format!("{what}.{}", self.name(who))]
     }
 
     pub fn ids(&self, what: &str, who: Option<usize>) -> Vec<u32> {
@@ -71,6 +100,26 @@ fn fixture(family: &str) -> PathBuf {
     PathBuf::from(root).join("tests/fixtures").join(family)
 }
 
+/// The adapters' folders of a reference, in the pool's order.
+#[cfg(feature = "cuda")]
+fn adapter_folders(folder: &Path) -> Vec<PathBuf> {
+    let adapters = folder.join("adapters");
+    let listed = std::fs::read_dir(&adapters).unwrap_or_else(|e| panic!("{}: {e}", adapters.display()));
+    let mut folders: Vec<_> = listed.map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    folders
+}
+
+/// The largest rank among the adapters of a reference.
+#[cfg(feature = "cuda")]
+fn largest_rank(folder: &Path) -> usize {
+    let rank = |adapter: &PathBuf| {
+        let text = std::fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["r"].as_u64().unwrap() as usize
+    };
+    adapter_folders(folder).iter().map(rank).max().unwrap()
+}
+
 /// One sequence's share of a step.
 pub struct Share<'a> {
     pub place: u32,
@@ -84,6 +133,7 @@ pub struct Share<'a> {
 /// An executor with block tables and slots kept by hand.
 pub struct Rig {
     pub executor: DeviceExecutor,
+    block_size: usize,
     free: Vec<u32>,
     held: HashMap<u32, Vec<u32>>,
     /// Slot of each adapter.
@@ -109,19 +159,29 @@ impl Rig {
             allowed_tokens: None,
             keep_logits: true,
         });
-        Self::over(executor.unwrap(), gpu_loras)
+        Self::over(executor.unwrap(), gpu_loras, &LIMITS)
     }
 
     /// The same on the first GPU.
     #[cfg(feature = "cuda")]
     pub fn on_gpu(family: &str, gpu_loras: usize) -> Self {
-        let folder = fixture(family);
-        let model = Self::model(&folder);
+        Self::on_gpu_in(&fixture(family), gpu_loras, 16, LIMITS)
+    }
+
+    /// A reference of a real size on the first GPU, every adapter in a slot; see [`Reference::open_in`].
+    #[cfg(feature = "cuda")]
+    pub fn large_on_gpu(folder: &Path, limits: BatchLimits) -> Self {
+        Self::on_gpu_in(folder, adapter_folders(folder).len(), largest_rank(folder), limits)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_gpu_in(folder: &Path, gpu_loras: usize, max_rank: usize, limits: BatchLimits) -> Self {
+        let model = Self::model(folder);
         let device = lora_hbm::engine::cuda::CudaDevice::open().unwrap();
         let slabs = device.slabs(lora_hbm::engine::setup::HostMemory::Pinned).unwrap();
-        let pool = HostPool::load_in(slabs, &model.spec, 16, &folder.join("adapters"), None).unwrap();
+        let pool = HostPool::load_in(slabs, &model.spec, max_rank, &folder.join("adapters"), None).unwrap();
         let executor = device.executor(lora_hbm::engine::cuda::CudaOptions {
-            limits: LIMITS,
+            limits,
             spec: model.spec,
             weights: model.weights,
             adapters: Arc::new(pool),
@@ -130,7 +190,7 @@ impl Rig {
             allowed_tokens: None,
             keep_logits: true,
         });
-        Self::over(executor.unwrap(), gpu_loras)
+        Self::over(executor.unwrap(), gpu_loras, &limits)
     }
 
     fn model(folder: &Path) -> Model {
@@ -138,15 +198,15 @@ impl Rig {
         resolve(name.to_str().unwrap(), DummyWeights::Never, 0).unwrap()
     }
 
-    fn over(mut executor: DeviceExecutor, gpu_loras: usize) -> Self {
-        let kv_blocks = LIMITS.kv_blocks;
+    fn over(mut executor: DeviceExecutor, gpu_loras: usize, limits: &BatchLimits) -> Self {
+        let BatchLimits { kv_blocks, block_size, .. } = *limits;
         let preloaded = gpu_loras.min(ADAPTERS.len());
         let ids: Vec<_> = (0..preloaded as u32).map(AdapterId).collect();
         executor.preload(&ids).unwrap();
         // A stride that is prime to the number of blocks shuffles them.
         let free = (0..kv_blocks as u32).map(|i| (i * 37 + 11) % kv_blocks as u32).collect();
         let slots = (0..preloaded).map(|i| (i, i as u32)).collect();
-        Self { executor, free, held: HashMap::new(), slots, step: 0 }
+        Self { executor, block_size, free, held: HashMap::new(), slots, step: 0 }
     }
 
     fn plan(&mut self, shares: &[Share<'_>]) -> (StepPlan, StepFeed) {
@@ -161,7 +221,7 @@ impl Rig {
             }
             let len = share.tokens.map_or(1, <[u32]>::len);
             let first = plan.blocks.len() as u32;
-            while held.len() * BLOCK < share.start + len {
+            while held.len() * self.block_size < share.start + len {
                 let block = self.free.remove(0);
                 held.push(block);
                 plan.blocks.push(block);

@@ -44,6 +44,7 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
     constexpr int QUERIES = 8 * NT;
     extern __shared__ __align__(128) unsigned char shared[];
 
+    let_next_begin();
     const Paged& paged = a.paged;
     const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const uint32_t split = blockIdx.x, sequence = blockIdx.z;
@@ -57,11 +58,12 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
     const uint32_t real = *a.count;
     const uint32_t context = paged.context(sequence);
     const uint32_t* table = paged.table(sequence);
-    if (sequence >= real) return;
+    // Blocks without work wait too: see common.cuh.
+    if (sequence >= real) return wait_for_previous();
     uint32_t share = max((context + gridDim.x - 1) / gridDim.x, a.least);
     share = (share + STEP - 1) / STEP * STEP;
     const uint32_t shares = (context + share - 1) / share;
-    if (split >= shares) return;
+    if (split >= shares) return wait_for_previous();
     const uint32_t end = min(context, (split + 1) * share);
     // This warp's stage i holds the tokens from first + i * STEP.
     const uint32_t first = split * share + warp * TOKENS;
@@ -101,8 +103,10 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
     uint32_t next[OWN];
 #pragma unroll
     for (int k = 0; k < OWN; k++) next[k] = blocks[STAGES][k];
+    // Only the context's last token is of this step; what comes before it is asked for before the wait.
 #pragma unroll
     for (int i = 0; i < STAGES; i++) {
+        if (first + i * STEP + TOKENS >= context) wait_for_previous();
         rows_of(i, blocks[i], rows);
         if (i < stages) copy(paged.keys, ring + i * 2 * STAGE, i, rows);
         copy_async_commit();
@@ -110,6 +114,7 @@ __device__ __forceinline__ void decode(const DecodeArguments& a) {
         copy_async_commit();
     }
 
+    wait_for_previous();
     // Queries as the right operand: lane holds elements 2t, 2t+1 and 8 further of query g, t = lane % 4, g = lane / 4.
     uint32_t q[NT][STEPS][2];
 #pragma unroll

@@ -41,25 +41,28 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     return warp_sum(v);
 }
 
-// Eight bf16 in a 16-byte register quad.
+// Eight bf16 in a 16-byte register quad. Not an array of pairs: those are copied one by one, by 4 bytes.
 struct alignas(16) Bf16x8 {
-    __nv_bfloat162 v[4];
+    uint4 bits;
 };
 
 __device__ __forceinline__ void unpack(const Bf16x8& p, float (&out)[8]) {
+    const uint32_t v[4] = {p.bits.x, p.bits.y, p.bits.z, p.bits.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        float2 f = __bfloat1622float2(p.v[i]);
-        out[2 * i] = f.x;
-        out[2 * i + 1] = f.y;
+        out[2 * i] = __uint_as_float(v[i] << 16);
+        out[2 * i + 1] = __uint_as_float(v[i] & 0xffff0000u);
     }
 }
 
 __device__ __forceinline__ Bf16x8 pack(const float (&in)[8]) {
-    Bf16x8 p;
+    uint32_t v[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) p.v[i] = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
-    return p;
+    for (int i = 0; i < 4; i++) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+        v[i] = *reinterpret_cast<uint32_t*>(&pair);
+    }
+    return {make_uint4(v[0], v[1], v[2], v[3])};
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -94,4 +97,53 @@ __device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const voi
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(p)));
+}
+
+// A kernel may be launched so that it begins while the one before it ends (programmatic dependent launch). The
+// first says when its successor may begin; the second waits until all of its predecessor is over and visible.
+// Where the kernels were launched one after the other, neither does anything.
+//
+// The rule for a kernel that is launched so (`Stream::launch_next`): before its wait it reads only what no
+// kernel of the step writes (weights, what the host has sent, cached tokens of earlier steps), and it writes
+// nothing at all. And every block waits, those without work too: a kernel that is over then says that its
+// predecessor is over, and the predecessor's predecessor by the same argument, so that after one wait
+// everything launched earlier is over. Without that, C after B after A could miss A's results, since C begins
+// when B has begun, which may be before A has ended. Kernels that are not launched so (libraries', copies)
+// begin when everything before them is over, and fit in anywhere.
+//
+// What another kernel has written is read through pointers without __restrict__, or by load_fresh: the
+// compiler may move loads of memory that it takes for constant to before the wait.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// Memory that other blocks or kernels write while this kernel runs: from L2, and never moved before a fence or
+// a wait.
+__device__ __forceinline__ float4 load_fresh(const float4* p) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 load_fresh(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ float load_fresh(const float* p) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];\n" : "=f"(v) : "l"(p) : "memory");
+    return v;
 }

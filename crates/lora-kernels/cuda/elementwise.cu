@@ -1,16 +1,19 @@
 // Embedding, norms, activations: one block a row, 8 elements a thread at a time. The residual stream is f32,
-// what flows into matrix products is bf16. Widths are multiples of 8.
+// what flows into matrix products is bf16. Widths are multiples of 8. Every kernel begins while the one before
+// it ends, and waits for it: see common.cuh.
 #include "common.cuh"
 
 // out[row] = table[token of row]
 extern "C" __global__ void embed(const uint32_t* __restrict__ tokens, const bf16* __restrict__ table,
                                  float* __restrict__ out, uint32_t width, uint32_t vocab) {
+    let_next_begin();
     uint32_t row = blockIdx.x;
     uint32_t token = tokens[row];
     // Ids are checked on the host: this keeps a broken one from reading elsewhere.
     if (token >= vocab) token = 0;
     const Bf16x8* from = reinterpret_cast<const Bf16x8*>(table + size_t(token) * width);
     float4* to = reinterpret_cast<float4*>(out + size_t(row) * width);
+    wait_for_previous();
     for (uint32_t i = threadIdx.x; i < width / 8; i += blockDim.x) {
         float v[8];
         unpack(from[i], v);
@@ -21,10 +24,12 @@ extern "C" __global__ void embed(const uint32_t* __restrict__ tokens, const bf16
 
 // x[row] += table[position of row + offset]
 extern "C" __global__ void add_positions(const uint32_t* __restrict__ positions, const bf16* __restrict__ table,
-                                         float* __restrict__ x, uint32_t width, uint32_t offset) {
+                                         float* x, uint32_t width, uint32_t offset) {
+    let_next_begin();
     uint32_t row = blockIdx.x;
     const Bf16x8* from = reinterpret_cast<const Bf16x8*>(table + size_t(positions[row] + offset) * width);
     float4* to = reinterpret_cast<float4*>(x + size_t(row) * width);
+    wait_for_previous();
     for (uint32_t i = threadIdx.x; i < width / 8; i += blockDim.x) {
         float v[8];
         unpack(from[i], v);
@@ -37,7 +42,7 @@ extern "C" __global__ void add_positions(const uint32_t* __restrict__ positions,
 // How many groups of 8 elements one thread of a norm keeps in registers: rows of up to 8 * 1024 * this.
 constexpr int KEPT = 2;
 
-__device__ __forceinline__ void load_row(const float* __restrict__ x, uint32_t groups, float (&v)[KEPT][8]) {
+__device__ __forceinline__ void load_row(const float* x, uint32_t groups, float (&v)[KEPT][8]) {
 #pragma unroll
     for (int k = 0; k < KEPT; k++) {
         uint32_t i = threadIdx.x + k * blockDim.x;
@@ -52,11 +57,20 @@ __device__ __forceinline__ void load_row(const float* __restrict__ x, uint32_t g
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight
-extern "C" __global__ void rms_norm(const float* __restrict__ x, const bf16* __restrict__ weight,
-                                    bf16* __restrict__ out, uint32_t width, float eps) {
+extern "C" __global__ void rms_norm(const float* x, const bf16* __restrict__ weight, bf16* out, uint32_t width,
+                                    float eps) {
     __shared__ float shared[32];
+    let_next_begin();
     uint32_t groups = width / 8;
     float v[KEPT][8], sum = 0;
+    Bf16x8 scales[KEPT];
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        uint32_t i = threadIdx.x + k * blockDim.x;
+        // By a load that is not moved: it is to be on its way when x is waited for.
+        if (i < groups) scales[k].bits = load_fresh(reinterpret_cast<const uint4*>(weight) + i);
+    }
+    wait_for_previous();
     load_row(x + size_t(blockIdx.x) * width, groups, v);
 #pragma unroll
     for (int k = 0; k < KEPT; k++)
@@ -69,7 +83,7 @@ extern "C" __global__ void rms_norm(const float* __restrict__ x, const bf16* __r
         uint32_t i = threadIdx.x + k * blockDim.x;
         if (i >= groups) break;
         float w[8];
-        unpack(reinterpret_cast<const Bf16x8*>(weight)[i], w);
+        unpack(scales[k], w);
 #pragma unroll
         for (int j = 0; j < 8; j++) w[j] *= v[k][j] * scale;
         to[i] = pack(w);
@@ -77,10 +91,11 @@ extern "C" __global__ void rms_norm(const float* __restrict__ x, const bf16* __r
 }
 
 // out = (x - mean) / sqrt(variance + eps) * weight + bias
-extern "C" __global__ void layer_norm(const float* __restrict__ x, const bf16* __restrict__ weight,
-                                      const bf16* __restrict__ bias, bf16* __restrict__ out, uint32_t width,
-                                      float eps) {
+extern "C" __global__ void layer_norm(const float* x, const bf16* __restrict__ weight,
+                                      const bf16* __restrict__ bias, bf16* out, uint32_t width, float eps) {
     __shared__ float shared[32];
+    let_next_begin();
+    wait_for_previous();
     uint32_t groups = width / 8;
     float v[KEPT][8], sum = 0;
     load_row(x + size_t(blockIdx.x) * width, groups, v);
@@ -111,7 +126,9 @@ extern "C" __global__ void layer_norm(const float* __restrict__ x, const bf16* _
 }
 
 // out = silu(gate) * up; a row of gate_up is gate, then up. blockIdx.y takes parts of a row.
-extern "C" __global__ void silu_mul(const bf16* __restrict__ gate_up, bf16* __restrict__ out, uint32_t width) {
+extern "C" __global__ void silu_mul(const bf16* gate_up, bf16* out, uint32_t width) {
+    let_next_begin();
+    wait_for_previous();
     uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= width / 8) return;
     size_t row = blockIdx.y;
@@ -125,20 +142,24 @@ extern "C" __global__ void silu_mul(const bf16* __restrict__ gate_up, bf16* __re
 }
 
 // x = max(x, 0), over groups of 8.
-extern "C" __global__ void relu(bf16* __restrict__ x, uint32_t groups) {
+extern "C" __global__ void relu(bf16* x, uint32_t groups) {
+    let_next_begin();
+    wait_for_previous();
     uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= groups) return;
-    Bf16x8 v = reinterpret_cast<Bf16x8*>(x)[i];
-    __nv_bfloat162 zero = __floats2bfloat162_rn(0.f, 0.f);
+    float v[8];
+    unpack(reinterpret_cast<Bf16x8*>(x)[i], v);
 #pragma unroll
-    for (int j = 0; j < 4; j++) v.v[j] = __hmax2(v.v[j], zero);
-    reinterpret_cast<Bf16x8*>(x)[i] = v;
+    for (int j = 0; j < 8; j++) v[j] = fmaxf(v[j], 0.f);
+    reinterpret_cast<Bf16x8*>(x)[i] = pack(v);
 }
 
 // out[j] = x[rows[j]]
-extern "C" __global__ void gather(const uint32_t* __restrict__ rows, const float* __restrict__ x,
-                                  float* __restrict__ out, uint32_t width) {
+extern "C" __global__ void gather(const uint32_t* __restrict__ rows, const float* x, float* out,
+                                  uint32_t width) {
+    let_next_begin();
     const float4* from = reinterpret_cast<const float4*>(x + size_t(rows[blockIdx.x]) * width);
     float4* to = reinterpret_cast<float4*>(out + size_t(blockIdx.x) * width);
+    wait_for_previous();
     for (uint32_t i = threadIdx.x; i < width / 4; i += blockDim.x) to[i] = from[i];
 }

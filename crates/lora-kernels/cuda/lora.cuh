@@ -34,30 +34,6 @@ __device__ __forceinline__ const bf16* lora_part(const Segment& segment, const T
     return at < 0 ? nullptr : segment.matrices + static_cast<int64_t>(at) * 8;
 }
 
-// A kernel may be launched so that it begins while the one before it ends (programmatic dependent launch). The
-// first says when its successor may begin; the second waits until its predecessor's results are there. Where
-// the kernels were launched one after the other, neither does anything.
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
-// Memory that other blocks write while this kernel runs: from L2, and never moved before a fence or a wait.
-__device__ __forceinline__ float4 load_fresh(const float4* p) {
-    float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
-
 // Two neighbours of an output.
 __device__ __forceinline__ float2 load_pair(const bf16* p) {
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));

@@ -42,13 +42,14 @@ lora_shrink_small(const Segment* segments, const uint32_t* count, const __grid_c
                   float* partial) {
     __shared__ float sums[SHRINK_WARPS][ROWS][SUM_PITCH];
     let_next_begin();
-    if (blockIdx.z >= *count) return;
+    // Blocks without work wait too: see common.cuh.
+    if (blockIdx.z >= *count) return wait_for_previous();
     const Segment segment = segments[blockIdx.z];
     const uint32_t target = blockIdx.y / rank_tiles;
     const uint32_t rank_0 = blockIdx.y % rank_tiles * SHRINK_RANKS;
-    if (rank_0 >= segment.rank) return;
+    if (rank_0 >= segment.rank) return wait_for_previous();
     const bf16* a = lora_part(segment, targets.of[target]);
-    if (a == nullptr) return;
+    if (a == nullptr) return wait_for_previous();
 
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t group = lane / 4, quad = lane % 4;
@@ -62,6 +63,7 @@ lora_shrink_small(const Segment* segments, const uint32_t* count, const __grid_c
     const uint32_t begin = blockIdx.x * split_steps;
     const uint32_t end = min(begin + split_steps, steps);
     float c[2][4] = {};
+    if (begin >= end) wait_for_previous();
     for (uint32_t base = begin; base < end; base += SHRINK_WARPS * UNROLL) {
         uint4 vx[UNROLL][2], va[UNROLL][2];
 #pragma unroll
@@ -72,7 +74,21 @@ lora_shrink_small(const Segment* segments, const uint32_t* count, const __grid_c
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 va[u][half] = load_16(a_row + half * down_8 + k, valid && rank_valid[half]);
-                vx[u][half] = load_16(x_row + half * down_8 + k, valid && row_valid[half]);
+            }
+        }
+        // The first of A is on its way when x is waited for.
+        if (base == begin) wait_for_previous();
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const uint32_t step = base + u / 2 * (SHRINK_WARPS * 2) + warp * 2 + u % 2;
+            const uint32_t k = step * STEP;
+            const bool valid = step < end && k + quad * 8 < inputs;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                vx[u][half] = make_uint4(0, 0, 0, 0);
+                if (valid && row_valid[half]) {
+                    vx[u][half] = load_fresh(reinterpret_cast<const uint4*>(x_row + half * down_8 + k));
+                }
             }
         }
         // A lane has 8 neighbouring inputs where the product wants pairs 8 apart: the same reordering of the
@@ -127,15 +143,16 @@ __device__ __forceinline__ void expand_rows(const Segment& segment, const bf16* 
         }
         copy_async_commit();
     };
-    // Everything that does not depend on the shrink is asked for before its results are waited for.
+    // The adapter is asked for before what other kernels write is waited for: the shrink's sums, and the output,
+    // whose product may not be over when the shrink has begun.
     load_ranks(0);
+    wait_for_previous();
     const bool column_valid = column_0 + thread * 2 < outputs;
     float2 old[4];
 #pragma unroll
     for (int row = 0; row < 4; row++) {
         if (column_valid && row < segment.rows) old[row] = load_pair(out + row * width);
     }
-    wait_for_previous();
 
     const uint32_t quads = (segment.rank + 15) / 16 * 4;
     for (uint32_t i = thread; i < quads * (4 * GROUPS); i += EXPAND_THREADS) {
@@ -199,6 +216,7 @@ __device__ __forceinline__ void expand_small(const Segment* segments, const uint
     bf16* tile = reinterpret_cast<bf16*>(shared);
     float* h = reinterpret_cast<float*>(tile + min(pitch, static_cast<uint32_t>(EXPAND_RANKS)) * EXPAND_COLUMNS);
 
+    let_next_begin();
     // Blocks without work wait too: what follows this kernel relies on the shrink's being over.
     const Target& target = targets.of[blockIdx.y];
     const uint32_t column_0 = blockIdx.x * EXPAND_COLUMNS;

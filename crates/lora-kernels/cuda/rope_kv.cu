@@ -16,12 +16,14 @@ struct RopeKvArguments {
 template <int HD, bool ROTATE>
 __device__ __forceinline__ void rope_kv(const RopeKvArguments& a) {
     constexpr uint32_t UNITS = HD / 16;
+    let_next_begin();
     uint32_t row = blockIdx.x;
     uint32_t unit = blockIdx.y * blockDim.x + threadIdx.x;
     uint32_t head = unit / UNITS + (ROTATE ? 0 : a.heads), i = unit % UNITS;
-    if (head >= a.heads + 2 * a.kv_heads) return;
     uint32_t kv_row = a.kv_rows[row];
-    if (kv_row >= a.cache_rows) return;
+    // Threads without work wait too: see common.cuh.
+    wait_for_previous();
+    if (head >= a.heads + 2 * a.kv_heads || kv_row >= a.cache_rows) return;
     bf16* from = a.qkv + size_t(row) * (a.heads + 2 * a.kv_heads) * HD + head * HD + i * 8;
     Bf16x8 low = *reinterpret_cast<const Bf16x8*>(from);
     Bf16x8 high = *reinterpret_cast<const Bf16x8*>(from + HD / 2);

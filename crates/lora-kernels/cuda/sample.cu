@@ -1,16 +1,18 @@
 // The likeliest token of each row of logits, the lowest id on ties.
 #include "common.cuh"
 
-// A float's order as an unsigned integer's.
+// A float's order as an unsigned integer's; adding zero makes one of both zeros, which are as likely.
 __device__ __forceinline__ uint32_t ordered(float v) {
-    uint32_t bits = __float_as_uint(v);
+    uint32_t bits = __float_as_uint(v + 0.f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 // best[row] = max over the row of (logit, lowest id first), packed; several blocks share a row. `best` must be
 // zero before. `allowed` has a bit for each id that may come out, or is null.
-extern "C" __global__ void argmax_rows(const float* __restrict__ logits, const uint32_t* __restrict__ allowed,
-                                       unsigned long long* __restrict__ best, uint32_t vocab) {
+extern "C" __global__ void argmax_rows(const float* logits, const uint32_t* __restrict__ allowed,
+                                       unsigned long long* best, uint32_t vocab) {
+    let_next_begin();
+    wait_for_previous();
     const float* row = logits + size_t(blockIdx.y) * vocab;
     unsigned long long mine = 0;
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab; i += gridDim.x * blockDim.x) {
@@ -30,8 +32,9 @@ extern "C" __global__ void argmax_rows(const float* __restrict__ logits, const u
 }
 
 // ids[j] = the id in best[j], which is cleared for the next step.
-extern "C" __global__ void take_tokens(unsigned long long* __restrict__ best, uint32_t* __restrict__ ids,
-                                       uint32_t rows) {
+extern "C" __global__ void take_tokens(unsigned long long* best, uint32_t* ids, uint32_t rows) {
+    let_next_begin();
+    wait_for_previous();
     uint32_t j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= rows) return;
     ids[j] = 0xffffffffu - (uint32_t)best[j];

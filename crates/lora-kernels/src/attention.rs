@@ -142,7 +142,8 @@ impl Attention {
             _ => "attention_prefill_128",
         };
         Ok(Self {
-            decode: Module::load(device.context(), DECODE_IMAGE)?.function_with_shared(decode, DECODE_SHARED)?,
+            decode: Module::load(device.context(), DECODE_IMAGE)?
+                .function_with_shared(decode, DECODE_SHARED)?,
             prefill: Module::load(device.context(), PREFILL_IMAGE)?
                 .function_with_shared(prefill, prefill_shared(shape.head_dim))?,
             hopper,
@@ -224,7 +225,8 @@ impl Attention {
         let (partials, counters) = (&mut workspace.partials, &mut workspace.counters);
         ensure!(
             DECODE,
-            partials.len() >= seqs * splits * heads * (head_dim + 2) && counters.len() >= seqs * kv_heads * parts,
+            partials.len() >= seqs * splits * heads * (head_dim + 2)
+                && counters.len() >= seqs * kv_heads * parts,
             "a workspace too small for {seqs} sequences of up to {max_context} tokens"
         );
         let arguments = DecodeArguments {
@@ -243,7 +245,7 @@ impl Attention {
         let grid = Grid { blocks, threads: DECODE_THREADS, shared: DECODE_SHARED };
         // SAFETY: the parameter is the kernel's; buffers hold the rows, the workspace the shares; places, blocks
         // and contexts are bounded in the kernel.
-        unsafe { stream.launch(&self.decode, grid, arguments![arguments]) }
+        unsafe { stream.launch_next(&self.decode, grid, arguments![arguments]) }
     }
 
     /// Causal attention of the rows that `tiles` names over the cache, which holds them and what came before.
@@ -268,7 +270,12 @@ impl Attention {
         ensure!(PREFILL, count <= 65_535, "{count} tiles are too many");
         let seqs = sequences.contexts.len();
         let paged = Paged::new(PREFILL, &self.shape, seqs, sequences, cache)?;
-        ensure!(PREFILL, sequences.starts.len() > seqs, "{} starts of {seqs} sequences", sequences.starts.len());
+        ensure!(
+            PREFILL,
+            sequences.starts.len() > seqs,
+            "{} starts of {seqs} sequences",
+            sequences.starts.len()
+        );
         self.check_rows(PREFILL, rows, &q, &out)?;
         let arguments = PrefillArguments {
             paged,

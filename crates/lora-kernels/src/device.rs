@@ -54,7 +54,11 @@ impl Device {
                          the CPU (--device cpu)",
             });
         }
-        let count = CudaContext::device_count().doing("counting devices")? as usize;
+        let count = match CudaContext::device_count() {
+            // What the driver says instead of 0.
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
+            counted => counted.doing("counting devices")? as usize,
+        };
         if ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
         }
@@ -84,7 +88,7 @@ impl Device {
 
     /// A stream of its own.
     pub fn stream(&self) -> Result<Stream, CudaError> {
-        Ok(Stream::new(self.context.new_stream().doing("making a stream")?))
+        Ok(Stream::new(self.context.new_stream().doing("making a stream")?, self.overlaps()))
     }
 
     /// An event; `timed` ones can tell the time between them and cost more.
@@ -105,6 +109,12 @@ impl Device {
     /// Waits for everything that was put on any of its streams.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.context.synchronize().doing("waiting for the device")
+    }
+
+    /// Whether kernels can begin while the one before them ends. Only the machine code for sm_90a knows how to
+    /// wait for that: what the driver makes of the PTX for other devices does not.
+    pub(crate) fn overlaps(&self) -> bool {
+        self.info.capability == (9, 0)
     }
 
     pub(crate) fn context(&self) -> &Arc<CudaContext> {

@@ -46,13 +46,12 @@ impl Draw {
         let grid = Grid::new((blocks as u32, 1, 1), threads as u32);
         let scale = from.bound / 32_768.0;
         // SAFETY: the parameters are the kernel's, and the buffer holds the values.
-        unsafe { stream.launch(&self.draw, grid, arguments![
-            key,
-            from.skip as u64,
-            out.address(),
-            out.len() as u64,
-            scale,
-            from.centre
-        ]) }
+        unsafe {
+            stream.launch(
+                &self.draw,
+                grid,
+                arguments![key, from.skip as u64, out.address(), out.len() as u64, scale, from.centre],
+            )
+        }
     }
 }

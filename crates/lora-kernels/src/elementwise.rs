@@ -50,14 +50,15 @@ impl Elementwise {
         check_width("embed", width)?;
         ensure!("embed", tokens.len() >= n && out.len() >= n * width, "{n} rows of {width} do not fit");
         let (vocab, width) = ((table.len() / width) as u32, width as u32);
+        // The first of a step: there is nothing to overlap with.
         // SAFETY: the parameters are the kernel's; ids are bounded by the table in the kernel.
-        unsafe { stream.launch(&self.embed, rows(n, width as usize), arguments![
-            tokens.address(),
-            table.address(),
-            out.address(),
-            width,
-            vocab
-        ]) }
+        unsafe {
+            stream.launch(
+                &self.embed,
+                rows(n, width as usize),
+                arguments![tokens.address(), table.address(), out.address(), width, vocab],
+            )
+        }
     }
 
     /// `x[i] += table[position of row i + offset]`; `x` is `[n, width]`.
@@ -73,10 +74,20 @@ impl Elementwise {
         x: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
         check_width("add_positions", width)?;
-        ensure!("add_positions", positions.len() >= n && x.len() >= n * width, "{n} rows of {width} do not fit");
+        ensure!(
+            "add_positions",
+            positions.len() >= n && x.len() >= n * width,
+            "{n} rows of {width} do not fit"
+        );
         let (grid, width, offset) = (rows(n, width), width as u32, offset as u32);
         // SAFETY: the parameters are the kernel's; positions are below the table's rows by the batch's checks.
-        unsafe { stream.launch(&self.add_positions, grid, arguments![positions.address(), table.address(), x.address(), width, offset]) }
+        unsafe {
+            stream.launch_next(
+                &self.add_positions,
+                grid,
+                arguments![positions.address(), table.address(), x.address(), width, offset],
+            )
+        }
     }
 
     /// `out = x / sqrt(mean(x²) + eps) · weight` by row; `x` and `out` are `[n, width]`.
@@ -91,9 +102,15 @@ impl Elementwise {
     ) -> Result<(), CudaError> {
         let width = weight.len();
         check_norm("rms_norm", n, width, x.len(), out.len())?;
-        let (grid, width) = (rows(n, width), width as u32);
+        let (grid, width) = (norm_rows(n, width), width as u32);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
-        unsafe { stream.launch(&self.rms_norm, grid, arguments![x.address(), weight.address(), out.address(), width, eps]) }
+        unsafe {
+            stream.launch_next(
+                &self.rms_norm,
+                grid,
+                arguments![x.address(), weight.address(), out.address(), width, eps],
+            )
+        }
     }
 
     /// `out = (x − mean) / sqrt(variance + eps) · weight + bias` by row; `x` and `out` are `[n, width]`.
@@ -111,9 +128,15 @@ impl Elementwise {
         let width = weight.len();
         check_norm("layer_norm", n, width, x.len(), out.len())?;
         ensure!("layer_norm", bias.len() == width, "{} biases for {width} weights", bias.len());
-        let (grid, width) = (rows(n, width), width as u32);
+        let (grid, width) = (norm_rows(n, width), width as u32);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
-        unsafe { stream.launch(&self.layer_norm, grid, arguments![x.address(), weight.address(), bias.address(), out.address(), width, eps]) }
+        unsafe {
+            stream.launch_next(
+                &self.layer_norm,
+                grid,
+                arguments![x.address(), weight.address(), bias.address(), out.address(), width, eps],
+            )
+        }
     }
 
     /// `out = silu(gate) · up`; `gate_up` is `[n, 2 · width]`, gate first; `out` is `[n, width]`.
@@ -135,17 +158,29 @@ impl Elementwise {
         let threads = groups.min(256).next_multiple_of(32);
         let grid = Grid::new((groups.div_ceil(threads), n as u32, 1), threads);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
-        unsafe { stream.launch(&self.silu_mul, grid, arguments![gate_up.address(), out.address(), width as u32]) }
+        unsafe {
+            stream.launch_next(
+                &self.silu_mul,
+                grid,
+                arguments![gate_up.address(), out.address(), width as u32],
+            )
+        }
     }
 
     /// `x = max(x, 0)`, `[n, width]`.
-    pub fn relu(&self, stream: &Stream, n: usize, width: usize, x: ViewMut<'_, bf16>) -> Result<(), CudaError> {
+    pub fn relu(
+        &self,
+        stream: &Stream,
+        n: usize,
+        width: usize,
+        x: ViewMut<'_, bf16>,
+    ) -> Result<(), CudaError> {
         check_width("relu", width)?;
         ensure!("relu", x.len() >= n * width, "{n} rows of {width} do not fit");
         let groups = (n * width / 8) as u32;
         let grid = Grid::new((groups.div_ceil(256), 1, 1), 256);
         // SAFETY: the parameters are the kernel's, and the buffer holds the rows.
-        unsafe { stream.launch(&self.relu, grid, arguments![x.address(), groups]) }
+        unsafe { stream.launch_next(&self.relu, grid, arguments![x.address(), groups]) }
     }
 
     /// `out[j] = x[rows[j]]` for `n` rows of `width`.
@@ -161,15 +196,25 @@ impl Elementwise {
         check_width("gather", width)?;
         ensure!("gather", which.len() >= n && out.len() >= n * width, "{n} rows of {width} do not fit");
         // SAFETY: the parameters are the kernel's; row numbers are below the batch's rows.
-        unsafe { stream.launch(&self.gather, rows(n, width), arguments![which.address(), x.address(), out.address(), width as u32]) }
+        unsafe {
+            stream.launch_next(
+                &self.gather,
+                rows(n, width),
+                arguments![which.address(), x.address(), out.address(), width as u32],
+            )
+        }
     }
+}
+
+/// A block a row for a norm, of which a thread keeps two groups of 8 elements. Smaller blocks find room beside a
+/// product that still runs.
+fn norm_rows(n: usize, width: usize) -> Grid {
+    Grid::new((n as u32, 1, 1), width.div_ceil(16).next_multiple_of(32) as u32)
 }
 
 /// A block a row, a thread for every 8 elements as far as a block goes.
 fn rows(n: usize, width: usize) -> Grid {
     let threads = (width / 8).min(512).next_multiple_of(32) as u32;
-    // A norm keeps two groups a thread: wide rows need more threads.
-    let threads = if width > WIDEST_NORM / 2 { 1024 } else { threads };
     Grid::new((n as u32, 1, 1), threads)
 }
 

@@ -1,4 +1,4 @@
-//! Linear layers by cuBLASLt, with the algorithm chosen once for each shape.
+//! Linear layers by cuBLASLt or, of few rows, by a kernel of our own: chosen once for each shape, by time.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -8,7 +8,9 @@ use sys::cublasLtEpilogue_t::{CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_DEFAULT}
 use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
 
 use crate::error::ensure;
-use crate::memory::{DeviceBuffer, View, ViewMut};
+use crate::gemm_small::{GemmSmall, SmallForm};
+use crate::memory::{DeviceBuffer, View};
+use crate::product::{Kind, Product, Weight};
 use crate::stream::{Event, Stream};
 use crate::{CudaError, Device, bf16};
 
@@ -18,63 +20,13 @@ const WORKSPACE: usize = 64 << 20;
 const OP_T: i32 = 1;
 /// Candidates that are timed for a shape.
 const CANDIDATES: usize = 8;
+/// Shapes of more rows than this are many and slow to time, and their first candidates are near each other.
+const MANY_ROWS: usize = 512;
+const CANDIDATES_OF_MANY: usize = 4;
 /// Runs of each candidate; the fastest counts, since all noise slows.
 const RUNS: usize = 4;
-
-/// The weight of a linear layer.
-#[derive(Debug)]
-pub struct Weight {
-    /// `[outputs, inputs]`, row-major.
-    pub values: DeviceBuffer<bf16>,
-    /// `[outputs]`, in the number formats of both kinds of output.
-    pub bias: Option<(DeviceBuffer<bf16>, DeviceBuffer<f32>)>,
-    /// Rows.
-    pub outputs: usize,
-    /// Columns.
-    pub inputs: usize,
-}
-
-/// Where a product goes.
-#[derive(Debug)]
-pub enum Product<'a> {
-    /// `out = x · weightᵀ + bias`.
-    Store(ViewMut<'a, bf16>),
-    /// `out = x · weightᵀ + bias`, in f32.
-    StoreWide(ViewMut<'a, f32>),
-    /// `out += x · weightᵀ + bias`: onto the residual stream.
-    Add(ViewMut<'a, f32>),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Kind {
-    Store,
-    StoreWide,
-    Add,
-}
-
-impl Product<'_> {
-    fn kind(&self) -> Kind {
-        match self {
-            Self::Store(_) => Kind::Store,
-            Self::StoreWide(_) => Kind::StoreWide,
-            Self::Add(_) => Kind::Add,
-        }
-    }
-
-    fn len(&self) -> usize {
-        match self {
-            Self::Store(out) => out.len(),
-            Self::StoreWide(out) | Self::Add(out) => out.len(),
-        }
-    }
-
-    fn address(&self) -> u64 {
-        match self {
-            Self::Store(out) => out.address(),
-            Self::StoreWide(out) | Self::Add(out) => out.address(),
-        }
-    }
-}
+/// Products of few rows that are timed as one.
+const CHAIN: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
@@ -85,10 +37,20 @@ struct Shape {
     biased: bool,
 }
 
+/// How a shape's product is computed.
+#[derive(Clone, Copy)]
+enum Algorithm {
+    Library(sys::cublasLtMatmulAlgo_t),
+    Small(SmallForm),
+}
+
 /// Matrix products on one stream.
 pub struct Gemm {
     handle: sys::cublasLtHandle_t,
+    /// The library's, and the small kernels' sums.
     workspace: DeviceBuffer<u8>,
+    /// Where the device is one that they are made for.
+    small: Option<GemmSmall>,
     plans: HashMap<Shape, Plan>,
 }
 
@@ -106,9 +68,17 @@ impl Drop for Gemm {
 impl Gemm {
     /// A handle and its workspace.
     pub fn new(device: &Device) -> Result<Self, CudaError> {
+        let small = if GemmSmall::runs_on(device) { Some(GemmSmall::load(device)?) } else { None };
+        let mut gemm = Self::library(device)?;
+        gemm.small = small;
+        Ok(gemm)
+    }
+
+    /// Products by the library alone: to compare with.
+    pub fn library(device: &Device) -> Result<Self, CudaError> {
         device.stream()?.bind()?;
         let handle = blas(result::create_handle(), || "making a handle".into())?;
-        Ok(Self { handle, workspace: device.buffer(WORKSPACE)?, plans: HashMap::new() })
+        Ok(Self { handle, workspace: device.buffer(WORKSPACE)?, small: None, plans: HashMap::new() })
     }
 
     /// Bytes that it holds on the device.
@@ -128,29 +98,51 @@ impl Gemm {
     ) -> Result<(), CudaError> {
         let Some(first) = weights.first() else { return Ok(()) };
         let shape = self.check(n, first, x, out)?;
-        if self.plans.contains_key(&shape) {
+        if self.plans.get(&shape).is_some_and(|plan| plan.chosen) {
             return Ok(());
         }
         let mut plan = Plan::new(shape)?;
-        let candidates = plan.candidates(self.handle)?;
+        let mut candidates: Vec<_> =
+            plan.candidates(self.handle)?.into_iter().map(Algorithm::Library).collect();
+        if let Some(small) = &self.small {
+            let room = WORKSPACE / size_of::<f32>();
+            let forms = small.forms(n, shape.outputs, shape.inputs).into_iter();
+            candidates.extend(forms.filter(|form| form.scratch() <= room).map(Algorithm::Small));
+        }
+        if n > MANY_ROWS {
+            candidates.truncate(CANDIDATES_OF_MANY);
+        }
+        // If none runs, the first says why when it is used.
+        let mut best = (f32::INFINITY, candidates[0]);
+        plan.chosen = true;
+        self.plans.insert(shape, plan);
         let (begin, end) = (device.event(true)?, device.event(true)?);
-        let mut best = f32::INFINITY;
         let mut turn = 0;
         for algorithm in candidates {
-            plan.algorithm = algorithm;
-            let timed = self.time(stream, &plan, weights, &mut turn, x, out, (&begin, &end));
-            // A candidate that will not run is not chosen; if none runs, the first says why when it is used.
+            if let Some(plan) = self.plans.get_mut(&shape) {
+                plan.algorithm = Some(algorithm);
+            }
+            let timed = self.time(stream, shape, weights, &mut turn, x, out, (&begin, &end));
+            // A candidate that will not run is not chosen.
             let Ok(ms) = timed else { continue };
-            if ms < best {
-                best = ms;
-                plan.chosen = Some(algorithm);
+            if ms < best.0 {
+                best = (ms, algorithm);
             }
         }
-        if let Some(chosen) = plan.chosen {
-            plan.algorithm = chosen;
+        if let Some(plan) = self.plans.get_mut(&shape) {
+            plan.algorithm = Some(best.1);
         }
-        self.plans.insert(shape, plan);
         Ok(())
+    }
+
+    /// What computes this product: a small kernel's name, or the library's.
+    pub fn chosen(&self, n: usize, weight: &Weight, out: &Product<'_>) -> &'static str {
+        let Weight { outputs, inputs, .. } = *weight;
+        let shape = Shape { n, outputs, inputs, kind: out.kind(), biased: weight.bias.is_some() };
+        match self.plans.get(&shape).and_then(|plan| plan.algorithm) {
+            Some(Algorithm::Small(form)) => form.name(),
+            _ => "cuBLASLt",
+        }
     }
 
     /// `x · weightᵀ`; `x` is `[n, inputs]`, the output `[n, outputs]`. A shape that was not chosen for takes
@@ -166,34 +158,39 @@ impl Gemm {
         let shape = self.check(n, weight, x, out)?;
         if !self.plans.contains_key(&shape) {
             let mut plan = Plan::new(shape)?;
-            plan.algorithm = plan.candidates(self.handle)?[0];
+            plan.algorithm = Some(Algorithm::Library(plan.candidates(self.handle)?[0]));
             self.plans.insert(shape, plan);
         }
-        self.launch(stream, &self.plans[&shape], weight, x, out)
+        self.launch(stream, shape, weight, x, out)
     }
 
+    /// Milliseconds of one product.
     #[expect(clippy::too_many_arguments, reason = "a measurement")]
     fn time(
-        &self,
+        &mut self,
         stream: &Stream,
-        plan: &Plan,
+        shape: Shape,
         weights: &[&Weight],
         turn: &mut usize,
         x: View<'_, bf16>,
         out: &mut Product<'_>,
         (begin, end): (&Event, &Event),
     ) -> Result<f32, CudaError> {
+        // A step's products of few rows follow one another closely, and some begin before the last has ended.
+        let chain = if shape.n <= GemmSmall::MOST_ROWS { CHAIN } else { 1 };
         let mut best = f32::INFINITY;
         for run in 0..=RUNS {
-            let weight = weights[*turn % weights.len()];
-            *turn += 1;
             stream.record(begin)?;
-            self.launch(stream, plan, weight, x, out)?;
+            for _ in 0..chain {
+                let weight = weights[*turn % weights.len()];
+                *turn += 1;
+                self.launch(stream, shape, weight, x, out)?;
+            }
             stream.record(end)?;
             end.synchronize()?;
             // The first run loads the kernel.
             if run > 0 {
-                best = best.min(begin.milliseconds_to(end)?);
+                best = best.min(begin.milliseconds_to(end)? / chain as f32);
             }
         }
         Ok(best)
@@ -206,31 +203,42 @@ impl Gemm {
         x: View<'_, bf16>,
         out: &Product<'_>,
     ) -> Result<Shape, CudaError> {
+        weight.check("gemm", n, x, out)?;
         let Weight { outputs, inputs, .. } = *weight;
-        ensure!("gemm", x.len() >= n * inputs, "{n} rows of {inputs} in a buffer of {}", x.len());
-        ensure!("gemm", out.len() >= n * outputs, "{n} rows of {outputs} in a buffer of {}", out.len());
-        ensure!("gemm", weight.values.len() == outputs * inputs, "a weight of {} values", weight.values.len());
         Ok(Shape { n, outputs, inputs, kind: out.kind(), biased: weight.bias.is_some() })
     }
 
+    /// `shape` has a plan.
     fn launch(
-        &self,
+        &mut self,
         stream: &Stream,
-        plan: &Plan,
+        shape: Shape,
         weight: &Weight,
         x: View<'_, bf16>,
         out: &mut Product<'_>,
     ) -> Result<(), CudaError> {
+        let Self { handle, workspace, small, plans } = self;
+        let plan = &plans[&shape];
         let said = || format!("{:?}", plan.shape);
+        let algorithm = match (plan.algorithm, small) {
+            (Some(Algorithm::Library(algorithm)), _) => algorithm,
+            (Some(Algorithm::Small(form)), Some(small)) => {
+                return small.run(stream, form, shape.n, weight, x, out, workspace.view_mut().cast());
+            }
+            _ => {
+                return Err(CudaError::Shape { kernel: "gemm", what: format!("{shape:?} has no algorithm") });
+            }
+        };
         if let Some((narrow, wide)) = &weight.bias {
-            let bias = if plan.shape.kind == Kind::Store { narrow.view().address() } else { wide.view().address() };
+            let bias =
+                if plan.shape.kind == Kind::Store { narrow.view().address() } else { wide.view().address() };
             plan.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         let (one, beta) = (1.0f32, if plan.shape.kind == Kind::Add { 1.0f32 } else { 0.0 });
         // SAFETY: the shapes were checked against the buffers; the workspace is used on this stream only.
         let done = unsafe {
             result::matmul(
-                self.handle,
+                *handle,
                 plan.desc,
                 (&raw const one).cast(),
                 (&raw const beta).cast(),
@@ -242,8 +250,8 @@ impl Gemm {
                 plan.c,
                 out.address() as *mut c_void,
                 plan.c,
-                &raw const plan.algorithm,
-                self.workspace.view().address() as *mut c_void,
+                &raw const algorithm,
+                workspace.view_mut().address() as *mut c_void,
                 WORKSPACE,
                 stream.raw().cast(),
             )
@@ -259,8 +267,10 @@ struct Plan {
     a: sys::cublasLtMatrixLayout_t,
     b: sys::cublasLtMatrixLayout_t,
     c: sys::cublasLtMatrixLayout_t,
-    algorithm: sys::cublasLtMatmulAlgo_t,
-    chosen: Option<sys::cublasLtMatmulAlgo_t>,
+    /// None only while it is made.
+    algorithm: Option<Algorithm>,
+    /// Whether candidates were timed.
+    chosen: bool,
 }
 
 impl Plan {
@@ -282,8 +292,8 @@ impl Plan {
             a: layout(CUDA_R_16BF, inputs, outputs)?,
             b: layout(CUDA_R_16BF, inputs, n)?,
             c: layout(out, outputs, n)?,
-            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
-            chosen: None,
+            algorithm: None,
+            chosen: false,
         };
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         plan.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &OP_T)?;
@@ -367,9 +377,6 @@ impl Drop for Plan {
     }
 }
 
-fn blas<T>(
-    result: Result<T, result::CublasError>,
-    doing: impl FnOnce() -> String,
-) -> Result<T, CudaError> {
+fn blas<T>(result: Result<T, result::CublasError>, doing: impl FnOnce() -> String) -> Result<T, CudaError> {
     result.map_err(|source| CudaError::Blas { doing: doing(), source })
 }

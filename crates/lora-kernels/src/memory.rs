@@ -65,6 +65,10 @@ impl<T: Element> DeviceBuffer<T> {
             })?;
             // SAFETY: fresh memory of that size.
             unsafe { result::memset_d8_sync(at, 0, bytes) }.doing("clearing memory")?;
+            // Despite its name it returns before the memory is clear, on a stream that no other waits for: what
+            // is written next would be cleared again.
+            // SAFETY: null is the default stream.
+            unsafe { result::stream::synchronize(std::ptr::null_mut()) }.doing("clearing memory")?;
             at
         };
         Ok(Self { context: context.clone(), at, len, of: PhantomData })
@@ -205,6 +209,15 @@ impl<'a, T: Element> ViewMut<'a, T> {
     /// The address, for kernels and descriptors.
     pub fn address(&self) -> u64 {
         self.at
+    }
+
+    /// The same memory as elements of another type.
+    ///
+    /// # Panics
+    /// As [`View::cast`].
+    pub fn cast<U: Element>(self) -> ViewMut<'a, U> {
+        let View { at, len, .. } = View::<T> { at: self.at, len: self.len, of: PhantomData }.cast::<U>();
+        ViewMut { at, len, of: PhantomData }
     }
 
     /// Copies host values to its beginning and waits for that.

@@ -122,7 +122,7 @@ impl RopeKv {
         let grid = Grid::new((n as u32, units.div_ceil(threads), 1), threads);
         // SAFETY: the parameter is the kernel's; rows are within the buffers, places in the cache and in the
         // table are bounded in the kernel.
-        unsafe { stream.launch(function, grid, arguments![arguments]) }
+        unsafe { stream.launch_next(function, grid, arguments![arguments]) }
     }
 }
 

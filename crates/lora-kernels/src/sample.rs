@@ -51,9 +51,15 @@ impl Argmax {
         let mask = allowed.map_or(0, |a| a.address());
         let grid = Grid::new((BLOCKS_PER_ROW, n as u32, 1), THREADS);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
-        unsafe { stream.launch(&self.argmax_rows, grid, arguments![logits.address(), mask, best, vocab as u32]) }?;
+        unsafe {
+            stream.launch_next(
+                &self.argmax_rows,
+                grid,
+                arguments![logits.address(), mask, best, vocab as u32],
+            )
+        }?;
         let grid = Grid::new(((n as u32).div_ceil(32), 1, 1), 32);
         // SAFETY: the parameters are the kernel's, and the buffers hold the rows.
-        unsafe { stream.launch(&self.take_tokens, grid, arguments![best, ids.address(), n as u32]) }
+        unsafe { stream.launch_next(&self.take_tokens, grid, arguments![best, ids.address(), n as u32]) }
     }
 }

@@ -15,11 +15,20 @@ use crate::module::{Function, Grid};
 #[derive(Clone, Debug)]
 pub struct Stream {
     stream: Arc<CudaStream>,
+    overlaps: bool,
 }
 
 impl Stream {
-    pub(crate) fn new(stream: Arc<CudaStream>) -> Self {
-        Self { stream }
+    /// `overlaps`: whether kernels that are made for it may begin while the one before them ends.
+    pub(crate) fn new(stream: Arc<CudaStream>, overlaps: bool) -> Self {
+        Self { stream, overlaps }
+    }
+
+    /// The same stream, on which kernels begin when the one before them is over: to compare with. Where the
+    /// device can, they otherwise begin while it ends, with the same results.
+    #[must_use]
+    pub fn without_overlap(&self) -> Self {
+        Self { stream: Arc::clone(&self.stream), overlaps: false }
     }
 
     pub(crate) fn raw(&self) -> sys::CUstream {
@@ -137,12 +146,25 @@ impl Stream {
         .doing("launching a kernel")
     }
 
+    /// Launches a kernel that may begin while the one put on the stream before it still runs.
+    ///
+    /// # Safety
+    /// As [`Stream::launch`]; and the kernel must keep the rule in `cuda/common.cuh`.
+    pub(crate) unsafe fn launch_next(
+        &self,
+        function: &Function,
+        grid: Grid,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_after(function, grid, arguments, self.overlaps) }
+    }
+
     /// Launches a kernel; with `overlap` it may begin while the kernel put on the stream before it still runs
     /// (programmatic dependent launch, from sm_90 on).
     ///
     /// # Safety
-    /// As [`Stream::launch`]; and with `overlap` both kernels must be made for it: every block of this one
-    /// waits for the other before it touches what that writes or reads, and before it ends.
+    /// As [`Stream::launch`]; and with `overlap` the kernel must keep the rule in `cuda/common.cuh`.
     pub(crate) unsafe fn launch_after(
         &self,
         function: &Function,

@@ -107,6 +107,11 @@ impl Scheduler {
         self.requests.len() == 0
     }
 
+    /// Sequence places in use, counted apart from the running requests that should hold them.
+    pub fn places_used(&self) -> usize {
+        self.config.max_num_seqs - self.places.len()
+    }
+
     /// KV blocks in use.
     pub fn kv_used(&self) -> usize {
         self.kv.total() - self.kv.free()

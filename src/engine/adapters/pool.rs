@@ -182,10 +182,8 @@ impl HostPool {
         }
         // Read outside the lock: swaps look adapters up meanwhile.
         let (layout, values) = read_peft(&self.spec, self.max_rank, folder)?;
-        let slab = self
-            .slabs
-            .hold(values)
-            .map_err(|message| PoolError::Slab { name: name.to_owned(), message })?;
+        let slab =
+            self.slabs.hold(values).map_err(|message| PoolError::Slab { name: name.to_owned(), message })?;
         let adapter = HostAdapter { name: name.to_owned(), layout: Arc::new(layout), slab };
         let mut adapters = self.write();
         if adapters.iter().flatten().any(|a| a.name == name) {

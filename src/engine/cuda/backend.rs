@@ -225,10 +225,7 @@ impl CudaBackend {
             modules: modules
                 .iter()
                 .enumerate()
-                .map(|(m, module)| ModuleWidths {
-                    before: widths[..m].iter().sum(),
-                    outputs: module.outputs,
-                })
+                .map(|(m, module)| ModuleWidths { before: widths[..m].iter().sum(), outputs: module.outputs })
                 .collect(),
             samplers: (0..seqs).map(|_| None).collect(),
             last_tokens: vec![0; seqs],
@@ -281,8 +278,10 @@ impl CudaBackend {
             // Numbers that are not all alike: products of zeros run faster than a step's.
             let from = lora_kernels::Uniform { key: [7; 32], skip: 0, bound: 1.0, centre: 0.0 };
             self.draw.fill(&self.stream, &from, x.view_mut())?;
-            let mut narrow = self.device.buffer(if destination == Destination::Buffer { most * outputs } else { 0 })?;
-            let mut wide = self.device.buffer(if destination == Destination::Buffer { 0 } else { most * outputs })?;
+            let mut narrow =
+                self.device.buffer(if destination == Destination::Buffer { most * outputs } else { 0 })?;
+            let mut wide =
+                self.device.buffer(if destination == Destination::Buffer { 0 } else { most * outputs })?;
             for n in shapes(most) {
                 let mut out = match destination {
                     Destination::Buffer => Product::Store(narrow.view_mut()),
@@ -486,10 +485,10 @@ impl Backend for CudaBackend {
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
         let (stream, weight) = (&self.stream, norm.weight.view());
-        let bias = norm.bias.as_ref().ok_or(CudaError::Shape {
-            kernel: "layer_norm",
-            what: "a LayerNorm has a bias".into(),
-        })?;
+        let bias = norm
+            .bias
+            .as_ref()
+            .ok_or(CudaError::Shape { kernel: "layer_norm", what: "a LayerNorm has a bias".into() })?;
         let out = out.view_mut();
         Ok(self.elementwise.layer_norm(stream, n, norm.eps, weight, bias.view(), x.view(), out)?)
     }
@@ -558,7 +557,12 @@ impl Backend for CudaBackend {
         self.write(layer, n, qkv, true)
     }
 
-    fn write_kv(&mut self, layer: usize, n: usize, qkv: &mut DeviceBuffer<bf16>) -> Result<(), CudaStepError> {
+    fn write_kv(
+        &mut self,
+        layer: usize,
+        n: usize,
+        qkv: &mut DeviceBuffer<bf16>,
+    ) -> Result<(), CudaStepError> {
         self.write(layer, n, qkv, false)
     }
 

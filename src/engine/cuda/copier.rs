@@ -48,8 +48,11 @@ fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), C
             }
         }
         let Some(piece) = pieces.pop_front() else { return Ok(()) };
-        slots.land(piece.copy.slot, piece.layers)?;
-        if piece.copy.is_done() {
+        // With pieces behind it the engine stays busy, whenever the answer comes; a copy's last piece is
+        // waited for by requests.
+        let last = piece.layers.end == piece.copy.adapter.layout.layers();
+        slots.land(piece.copy.slot, piece.layers, !last)?;
+        if last {
             reports.swap(piece.copy.completion(reports.now()));
         }
     }

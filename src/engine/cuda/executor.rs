@@ -107,6 +107,14 @@ impl CudaDevice {
         ((self.device.info().memory as f64 * share) as u64).min(self.free)
     }
 
+    /// Bytes that are free now, as the driver says: of the whole GPU, whoever uses it.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn free_memory(&self) -> Result<u64, CudaStartError> {
+        Ok(self.device.memory()?.0)
+    }
+
     /// What it can do at best, measured now.
     ///
     /// # Errors

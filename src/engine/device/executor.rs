@@ -227,8 +227,10 @@ impl Executor for DeviceExecutor {
             return Err(self.error(format!("{} adapters for {} slots", adapters.len(), self.slots.len())));
         }
         for (slot, id) in (0..).map(SlotId).zip(adapters) {
-            let adapter =
-                self.adapters.get(*id).ok_or_else(|| self.error(format!("adapter {id} is not in host memory")))?;
+            let adapter = self
+                .adapters
+                .get(*id)
+                .ok_or_else(|| self.error(format!("adapter {id} is not in host memory")))?;
             self.slots.begin(slot, *id, &adapter.layout);
             self.slots.copy_whole(slot, &adapter).map_err(|e| self.error(e))?;
         }

@@ -26,7 +26,8 @@ pub(in crate::engine) struct Reported {
 
 impl Reports {
     pub fn new(slots: usize) -> Self {
-        let state = Reported { swaps: VecDeque::with_capacity(slots), step: None, failure: None, waker: None };
+        let state =
+            Reported { swaps: VecDeque::with_capacity(slots), step: None, failure: None, waker: None };
         Self { epoch: Instant::now(), state: Mutex::new(state), signal: Condvar::new() }
     }
 

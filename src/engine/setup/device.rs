@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use lora_sched::SwapMode;
 
-use super::settings::{DeviceKind, DtypeChoice, EngineSettings};
 use super::SetupError;
+use super::settings::{DeviceKind, DtypeChoice, EngineSettings};
 use crate::engine::adapters::{HostPool, HostSlabs, SlabMaker};
 use crate::engine::batch::BatchLimits;
 use crate::engine::cpu::{self, CpuBackend, CpuOptions, cpu_executor};
@@ -72,7 +72,7 @@ impl OpenDevice {
     /// In words.
     pub fn said(&self) -> String {
         match self {
-            Self::Cpu(_) => "the CPU".into(),
+            Self::Cpu(_) => "cpu".into(),
             #[cfg(feature = "cuda")]
             Self::Cuda(device) => device.said(),
         }

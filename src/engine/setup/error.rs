@@ -50,7 +50,9 @@ pub enum SetupError {
     #[error(transparent)]
     Cpu(#[from] CpuStartError),
     /// A GPU was asked for, and this program was built without the code for one.
-    #[error("--device cuda: this program is built without CUDA; build it with --features cuda, or use --device cpu")]
+    #[error(
+        "--device cuda: this program is built without CUDA; build it with --features cuda, or use --device cpu"
+    )]
     WithoutCuda,
     /// The GPU.
     #[cfg(feature = "cuda")]

@@ -15,7 +15,7 @@ use super::adapters::HostPool;
 use super::batch::BatchLimits;
 use super::device::{Ceilings, DeviceExecutor};
 use super::memory::{MemoryPlan, MemoryTable, free_memory, gb};
-use super::model::{self, Family, Model, ModelSpec, Weights};
+use super::model::{self, Dtype, Family, Model, ModelSpec, Weights};
 use super::{Engine, EngineConfig};
 use crate::report::decision_log::{DecisionLog, LogHeader};
 use crate::workload::tokenizer::Tokenizer;
@@ -140,6 +140,11 @@ impl Loaded {
     /// The device, in words.
     pub fn device_said(&self) -> String {
         self.device.said()
+    }
+
+    /// The number format of weights, adapters and KV cache.
+    pub fn dtype(&self) -> Dtype {
+        self.device.dtype()
     }
 
     /// The device's memory by purpose with `gpu_loras` slots.

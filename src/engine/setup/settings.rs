@@ -68,11 +68,20 @@ impl FromStr for DtypeChoice {
             "auto" => Ok(Self::Auto),
             "float" | "float32" => Ok(Self::Float),
             "bfloat16" => Ok(Self::Bfloat16),
-            "half" | "float16" => {
-                Err(format!("dtype '{word}' is not computed in: a GPU computes in bfloat16, the CPU in float"))
-            }
+            "half" | "float16" => Err(format!(
+                "dtype '{word}' is not computed in: a GPU computes in bfloat16, the CPU in float"
+            )),
             other => unknown("dtype", other, "auto, bfloat16 or float"),
         }
+    }
+}
+
+impl std::fmt::Display for HostMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Pinned => "pinned",
+            Self::Pageable => "pageable",
+        })
     }
 }
 

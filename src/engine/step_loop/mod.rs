@@ -248,6 +248,7 @@ impl StepLoop {
         let formed = self.scheduler.plan(t, &mut self.plan, &mut self.outbox);
         self.settle(t)?;
         if !formed {
+            debug_assert_eq!(self.scheduler.audit(), Ok(()));
             self.recorder.idle(t);
             return Ok(());
         }
@@ -324,6 +325,10 @@ impl StepLoop {
         self.gauges.running.store(self.scheduler.running() as u64, Relaxed);
         self.gauges.kv_used.store(self.scheduler.kv_used() as u64, Relaxed);
         self.gauges.kv_total.store(self.scheduler.kv_total() as u64, Relaxed);
+        self.gauges.places_used.store(self.scheduler.places_used() as u64, Relaxed);
+        self.gauges.pins.store(self.scheduler.slots().map(|s| u64::from(s.pins)).sum(), Relaxed);
+        self.gauges.swaps_open.store(self.swaps.len() as u64, Relaxed);
+        self.gauges.tracked.store(self.active.len() as u64, Relaxed);
     }
 }
 

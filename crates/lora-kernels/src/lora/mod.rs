@@ -137,7 +137,7 @@ impl Lora {
                 bf16: expand("lora_expand_large_bf16", size_of::<bf16>())?,
                 f32: expand("lora_expand_large_f32", size_of::<f32>())?,
             },
-            can_overlap: device.info().capability.0 >= 9,
+            can_overlap: device.overlaps(),
             overlap: false,
         })
     }
@@ -209,7 +209,7 @@ impl Lora {
         // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
         // that the scratch memory holds `[bound, targets, splits, 16, pitch]` sums.
         unsafe {
-            stream.launch(
+            stream.launch_next(
                 &self.shrink_small,
                 grid,
                 arguments![

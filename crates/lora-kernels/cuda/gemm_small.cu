@@ -1,0 +1,282 @@
+// Products of a few rows with a weight, out = x . weight^T: bound by reading the weight once.
+//
+// A block stays for the whole launch. Its 16 warps share out one slice of the inputs, up to 256 each, and keep
+// x's part of their own inputs in registers, so that shared memory is for the weight alone. The block goes
+// through its range of outputs in tiles of 8; each warp has a ring of tiles (8 rows of its inputs) in shared
+// memory that copies fill, and waits for nobody else. The warps' sums of a tile meet in shared memory. Where
+// the inputs need more than one slice, a range's blocks leave their sums in memory, and the last one to
+// finish adds them up in the order of the slices: a result does not depend on which block that was.
+//
+// The weight is no other kernel's output, so the ring is filled before the kernel ahead has ended.
+#include "common.cuh"
+
+struct GemmSmallArguments {
+    const bf16* weight;  // [outputs, inputs]
+    const bf16* x;       // [n, inputs]
+    void* out;           // [n, outputs]
+    const float* bias;   // [outputs], or null
+    float* partials;     // [tiles, slices, values of a tile], where there are several slices
+    uint32_t* counters;  // [gridDim.x], zero between launches
+    uint32_t n, outputs, inputs, kind;
+};
+
+constexpr uint32_t STORE = 0, STORE_WIDE = 1;  // and 2: add
+
+constexpr int WARPS = 16;
+// Outputs of a tile.
+constexpr int TILE = 8;
+// What the inputs are shared out by: a line of 128 bytes.
+constexpr int UNIT = 64;
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(shared_address(barrier)) : "memory");
+}
+// The one arrival of a phase, which then waits for `bytes` of copies too.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(phase)
+        : "memory");
+}
+// `bytes`, a multiple of 16, by the copy engine. A weight is not read again before all others have been.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                          uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;\n" ::
+            "r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+        : "memory");
+}
+__device__ __forceinline__ uint64_t evict_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void finish(const GemmSmallArguments& a, uint32_t row, uint32_t column, float sum,
+                                       float old) {
+    if (a.bias != nullptr) sum += __ldg(a.bias + column);
+    const size_t at = size_t(row) * a.outputs + column;
+    if (a.kind == STORE) {
+        static_cast<bf16*>(a.out)[at] = __float2bfloat16_rn(sum);
+    } else {
+        // Of what is not added to, `old` is 0.
+        static_cast<float*>(a.out)[at] = old + sum;
+    }
+}
+
+// WINDOWS: 32s of inputs that a warp takes at most; HALVES: 8s of rows of x; BULK: whether the copy engine
+// copies, or the threads do; STAGES: tiles of a warp's ring. Grid: ranges of outputs; slices of the inputs.
+template <int WINDOWS, int HALVES, int STAGES, bool BULK>
+__device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
+    constexpr int SEGMENT = WINDOWS * 64;  // bytes of a row of a stage
+    // Odd rows lie 64 bytes further on: a quarter of a warp reads 64 bytes of two rows, from all banks.
+    constexpr int PAIR = 2 * SEGMENT + 64;
+    constexpr int STAGE = TILE / 2 * PAIR;
+    constexpr int PIECES = SEGMENT / 16;
+    constexpr int ROW_TILES = (HALVES + 1) / 2;
+    constexpr int VALUES = ROW_TILES * 16 * TILE;
+    constexpr int REDUCERS = VALUES / 32;  // warps that add up a tile's sums; all take turns
+    static_assert(WARPS % REDUCERS == 0 && WINDOWS % 2 == 0, "warps and windows come out even");
+    extern __shared__ __align__(128) unsigned char shared[];
+
+    let_next_begin();
+    const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const uint32_t group = lane >> 2, quad = lane & 3;
+    unsigned char* ring = shared + warp * (STAGES * STAGE);
+    float* sums = reinterpret_cast<float*>(shared + WARPS * STAGES * STAGE);  // [2][WARPS][VALUES]
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(sums + 2 * WARPS * VALUES);
+    uint64_t* full = barriers + warp * STAGES;
+    uint32_t* last = reinterpret_cast<uint32_t*>(barriers + WARPS * STAGES);
+
+    // This warp's inputs, [k_0, k_0 + length), and this block's tiles.
+    const uint32_t slices = gridDim.y, slice = blockIdx.y;
+    const uint32_t units = (a.inputs + UNIT - 1) / UNIT;
+    const uint32_t part = slice * WARPS + warp, parts = slices * WARPS;
+    const uint32_t k_0 = units * part / parts * UNIT;
+    const uint32_t k_end = min(units * (part + 1) / parts * UNIT, a.inputs);
+    const uint32_t length = k_end > k_0 ? k_end - k_0 : 0;
+    const uint32_t all_tiles = (a.outputs + TILE - 1) / TILE;
+    const uint32_t tile_0 = all_tiles * blockIdx.x / gridDim.x;
+    const uint32_t tiles = all_tiles * (blockIdx.x + 1) / gridDim.x - tile_0;
+
+    auto row_at = [&](uint32_t row) { return (row >> 1) * PAIR + (row & 1) * (SEGMENT + 64); };
+    uint64_t policy = 0;
+    auto fill = [&](uint32_t i, uint32_t slot) {
+        const uint32_t row_0 = (tile_0 + i) * TILE;
+        const uint32_t rows = min(uint32_t(TILE), a.outputs - row_0);
+        unsigned char* to = ring + slot * STAGE;
+        const bf16* from = a.weight + size_t(row_0) * a.inputs + k_0;
+        if constexpr (BULK) {
+            if (length == 0) return;
+            if (lane == 0) barrier_expect(full + slot, rows * length * 2);
+            __syncwarp();
+            if (lane < rows) {
+                copy_bulk(to + row_at(lane), from + size_t(lane) * a.inputs, length * 2, full + slot, policy);
+            }
+        } else {
+#pragma unroll
+            for (int c = 0; c < TILE * PIECES / 32; c++) {
+                const uint32_t row = (c * 32 + lane) / PIECES, piece = (c * 32 + lane) % PIECES;
+                const bool valid = row < rows && piece * 8 < length;
+                copy_async_16(to + row_at(row) + piece * 16, valid ? from + size_t(row) * a.inputs + piece * 8 : a.weight,
+                              valid);
+            }
+        }
+    };
+
+    if constexpr (BULK) {
+        policy = evict_first();
+        if (lane == 0) {
+#pragma unroll
+            for (int s = 0; s < STAGES; s++) barrier_init(full + s);
+            asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+            asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+        }
+        // What no copy ever writes must be numbers: x is zero there, and zero times NaN is not.
+        if (length * 2 < SEGMENT) {
+            for (uint32_t i = lane; i < STAGES * TILE * PIECES; i += 32) {
+                const uint32_t piece = i % PIECES, row = i / PIECES % TILE, slot = i / (PIECES * TILE);
+                if (piece * 8 < length) continue;
+                *reinterpret_cast<uint4*>(ring + slot * STAGE + row_at(row) + piece * 16) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        __syncwarp();
+    }
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) {
+        if (s < tiles) fill(s, s);
+        if constexpr (!BULK) copy_async_commit();
+    }
+
+    wait_for_previous();
+
+    // x as the left operand. A lane has 8 neighbouring inputs where the product wants pairs 8 apart: the same
+    // reordering of the inputs on both sides, which a sum over them does not notice.
+    uint4 x[WINDOWS][HALVES];
+#pragma unroll
+    for (int w = 0; w < WINDOWS; w++) {
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            const uint32_t row = h * 8 + group, k = w * 32 + quad * 8;
+            x[w][h] = make_uint4(0, 0, 0, 0);
+            if (row < a.n && k < length) x[w][h] = load_fresh(reinterpret_cast<const uint4*>(a.x + size_t(row) * a.inputs + k_0 + k));
+        }
+    }
+
+    const unsigned char* own = ring + row_at(group) + quad * 16;
+    // The value that this thread adds up when it is its warp's turn, as the product lays values out.
+    const uint32_t value = warp % REDUCERS * 32 + lane;
+    const uint32_t value_row = value / 128 * 16 + value % 128 / 16 + (value & 2) * 4;
+    const uint32_t value_column = value / 4 % 4 * 2 + (value & 1);
+    const float* added = static_cast<const float*>(a.out);
+    uint32_t slot = 0, phase = 0;
+    for (uint32_t i = 0; i < tiles; i++) {
+        if constexpr (BULK) {
+            if (length > 0) barrier_wait(full + slot, phase);
+        } else {
+            copy_async_wait<STAGES - 1>();
+            __syncwarp();
+        }
+        float c[ROW_TILES][2][4] = {};
+#pragma unroll
+        for (int w = 0; w < WINDOWS; w++) {
+            const uint4 v = *reinterpret_cast<const uint4*>(own + slot * STAGE + w * 64);
+            const uint32_t b_first[2] = {v.x, v.y}, b_second[2] = {v.z, v.w};
+#pragma unroll
+            for (int t = 0; t < ROW_TILES; t++) {
+                const uint4 low = x[w][2 * t];
+                const uint4 high = 2 * t + 1 < HALVES ? x[w][(2 * t + 1) % HALVES] : make_uint4(0, 0, 0, 0);
+                const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+                const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+                mma_16816(c[t][0], first, b_first);
+                mma_16816(c[t][1], second, b_second);
+            }
+        }
+        // All lanes have read the stage.
+        __syncwarp();
+        if (i + STAGES < tiles) fill(i + STAGES, slot);
+        if constexpr (!BULK) copy_async_commit();
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+
+        float* tile_sums = sums + (i & 1) * (WARPS * VALUES);
+#pragma unroll
+        for (int t = 0; t < ROW_TILES; t++) {
+            *reinterpret_cast<float4*>(tile_sums + warp * VALUES + t * 128 + lane * 4) =
+                make_float4(c[t][0][0] + c[t][1][0], c[t][0][1] + c[t][1][1], c[t][0][2] + c[t][1][2],
+                            c[t][0][3] + c[t][1][3]);
+        }
+        const uint32_t column = (tile_0 + i) * TILE + value_column;
+        const bool mine = warp / REDUCERS == i % (WARPS / REDUCERS) && value_row < a.n && column < a.outputs;
+        float old = 0.f;
+        if (mine && a.kind > STORE_WIDE && slices == 1) old = load_fresh(added + size_t(value_row) * a.outputs + column);
+        // The sums of the tile before last were read before the last such meeting.
+        __syncthreads();
+        if (!mine) continue;
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += tile_sums[w * VALUES + value];
+        if (slices == 1) {
+            finish(a, value_row, column, sum, old);
+        } else {
+            __stcg(a.partials + (size_t(tile_0 + i) * slices + slice) * VALUES + value, sum);
+        }
+    }
+    if (slices == 1) return;
+
+    // Each thread's writes are made visible before the count.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const uint32_t before = atomicAdd(a.counters + blockIdx.x, 1u);
+        *last = before == slices - 1;
+        // Ready for the next launch: no block of this one counts any more.
+        if (before == slices - 1) atomicExch(a.counters + blockIdx.x, 0u);
+        __threadfence();
+    }
+    __syncthreads();
+    if (!*last) return;
+    for (uint32_t i = threadIdx.x; i < tiles * VALUES; i += WARPS * 32) {
+        const uint32_t tile = tile_0 + i / VALUES, v = i % VALUES;
+        const uint32_t row = v / 128 * 16 + v % 128 / 16 + (v & 2) * 4;
+        const uint32_t column = tile * TILE + v / 4 % 4 * 2 + (v & 1);
+        if (row >= a.n || column >= a.outputs) continue;
+        const float old = a.kind > STORE_WIDE ? load_fresh(added + size_t(row) * a.outputs + column) : 0.f;
+        const float* from = a.partials + size_t(tile) * slices * VALUES + v;
+        float sum = 0.f;
+#pragma unroll 4
+        for (uint32_t s = 0; s < slices; s++) sum += load_fresh(from + s * VALUES);
+        finish(a, row, column, sum, old);
+    }
+}
+#endif
+
+// Few registers leave room on a multiprocessor for a block of the small kernel that follows.
+#if __CUDA_ARCH__ >= 900
+#define BODY(...) gemm_small<__VA_ARGS__>(a)
+#else
+#define BODY(...)
+#endif
+#define GEMM_SMALL(NAME, REGISTERS, ...)                                                \
+    extern "C" __global__ void __maxnreg__(REGISTERS)                                   \
+        gemm_small_##NAME(const __grid_constant__ GemmSmallArguments a) {               \
+        BODY(__VA_ARGS__);                                                              \
+    }
+// As in src/gemm_small.rs.
+GEMM_SMALL(8_bulk, 104, 8, 1, 3, true)
+GEMM_SMALL(8_async, 104, 8, 1, 3, false)
+GEMM_SMALL(16_bulk, 96, 8, 2, 3, true)
+GEMM_SMALL(16_async, 96, 8, 2, 3, false)
+GEMM_SMALL(16_narrow_bulk, 96, 4, 2, 5, true)
+GEMM_SMALL(32_bulk, 120, 4, 4, 5, true)
+GEMM_SMALL(32_async, 120, 4, 4, 5, false)
