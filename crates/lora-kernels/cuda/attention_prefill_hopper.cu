@@ -203,7 +203,6 @@ __device__ __forceinline__ bool weigh(float (&s)[64], float (&maximum)[2], float
         for (int n = 0; n < 16; n++) top = fmaxf(top, fmaxf(s[4 * n + 2 * h], s[4 * n + 2 * h + 1]));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        grew |= top > before;
         factor[h] = exp2_fast((before - top) * scale);
         maximum[h] = top;
         const float scaled = top * scale;
@@ -216,6 +215,9 @@ __device__ __forceinline__ bool weigh(float (&s)[64], float (&maximum)[2], float
                 total += s[j];
             }
         sum[h] = sum[h] * factor[h] + total;
+        // A sum of powers is never negative. Asking has the vote, which stays before the wait for the gather, need
+        // all of them: the compiler would put half of them behind the wait.
+        grew |= top > before || !(total >= 0.f);
     }
     return __any_sync(0xffffffffu, grew);
 }
