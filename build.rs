@@ -1,5 +1,6 @@
-//! Tells the program which commit it was built from, for the manifests of its runs. The names do not
-//! start with `LORA_HBM_`: cargo sets them for what it runs too, and the program reads its settings there.
+//! Tells the program which commit it was built from, for the manifests of its runs, and which profiles
+//! it ships. The names do not start with `LORA_HBM_`: cargo sets them for what it runs too, and the
+//! program reads its settings there.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,6 +9,7 @@ use std::process::Command;
 const INPUTS: [&str; 7] = ["src", "crates", "assets", "configs", "build.rs", "Cargo.toml", "Cargo.lock"];
 
 fn main() {
+    ship_profiles();
     for path in INPUTS {
         rerun_if_changed(path);
     }
@@ -30,6 +32,23 @@ fn main() {
             rerun_if_changed(&log);
         }
     }
+}
+
+/// Writes the list of `configs/profiles/` that `src/profile/shipped.rs` includes, by name.
+fn ship_profiles() {
+    let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets it");
+    let files = std::fs::read_dir(Path::new(&root).join("configs/profiles"));
+    let mut paths: Vec<_> = files.into_iter().flatten().filter_map(|f| Some(f.ok()?.path())).collect();
+    paths.retain(|p| p.extension().is_some_and(|e| e == "json"));
+    paths.sort();
+    let entry = |path: &std::path::PathBuf| {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        format!("({name:?}, include_str!({:?})),", path.display().to_string())
+    };
+    let entries: String = paths.iter().map(entry).collect();
+    let out = std::env::var("OUT_DIR").expect("cargo sets it");
+    let text = format!("/// Names and texts.\nconst SHIPPED: &[(&str, &str)] = &[{entries}];\n");
+    std::fs::write(Path::new(&out).join("shipped_profiles.rs"), text).expect("cargo's folder is writable");
 }
 
 /// Only of what exists: cargo would take a missing path for a changed one each time.

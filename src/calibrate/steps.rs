@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed};
-use crate::profile::StepShape;
+use crate::profile::{SeenSlots, StepShape};
 
 /// One timed step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,7 +62,7 @@ pub struct StepBench<'a> {
     free: Vec<u32>,
     plan: StepPlan,
     feed: StepFeed,
-    seen: Vec<bool>,
+    seen: SeenSlots,
     steps: u64,
     rng: ChaCha8Rng,
 }
@@ -77,7 +77,7 @@ impl<'a> StepBench<'a> {
             limits,
             plan: StepPlan::default(),
             feed: StepFeed::default(),
-            seen: Vec::new(),
+            seen: SeenSlots::default(),
             steps: 0,
             rng,
         }

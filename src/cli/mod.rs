@@ -16,6 +16,7 @@ mod bench;
 mod calibrate;
 #[cfg(feature = "server")]
 mod client;
+mod compare;
 mod completions;
 #[cfg(feature = "server")]
 mod demo;
@@ -25,10 +26,12 @@ mod fetch_data;
 #[cfg(feature = "server")]
 mod measure;
 mod merge;
+mod plan;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "server")]
 mod probe;
+mod profile;
 mod replay;
 #[cfg(feature = "server")]
 mod serve;
@@ -80,6 +83,12 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Predict TTFT at every gpu_loras from a profile
     Simulate(Box<simulate::SimulateArgs>),
+    /// Find the budget that meets a service-level objective
+    Plan(Box<plan::PlanArgs>),
+    /// Tell two configurations apart, with an interval
+    Compare(compare::CompareArgs),
+    /// Check a profile, or make a what-if copy of it
+    Profile(profile::ProfileArgs),
     /// Run an experiment file: measured on an engine, or simulated from a profile
     Sweep(sweep::SweepArgs),
     /// Hold simulated results against measured ones
@@ -119,6 +128,9 @@ impl Command {
             #[cfg(feature = "server")]
             Self::Bench(args) => bench::run(args, ctx),
             Self::Simulate(args) => simulate::run(args, ctx),
+            Self::Plan(args) => plan::run(args, ctx),
+            Self::Compare(args) => compare::run(args, ctx),
+            Self::Profile(args) => profile::run(args, ctx),
             Self::Sweep(args) => sweep::run(args, ctx),
             Self::Validate(args) => validate::run(args, ctx),
             Self::Replay(args) => replay::run(args, ctx),

@@ -1,6 +1,7 @@
 //! `lora-hbm simulate`: TTFT at every budget, from a profile.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use clap::Args;
 use rayon::prelude::*;
@@ -11,18 +12,21 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
-use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
-use crate::profile::Profile;
+use crate::experiment::{Cell, EngineSettings, Simulator, is_saturated, seed_budgets};
+use crate::profile::{Kind, Profile};
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::{ResultRow, RunContext, append_rows};
-use crate::workload::spec::Amount;
+use crate::workload::spec::{Amount, Requests};
+
+/// Arrivals a second where nothing says otherwise.
+const DEFAULT_RATE: f64 = 2.0;
 
 #[derive(Args, Debug, Serialize)]
 pub struct SimulateArgs {
-    /// Profile of the machine and model (required)
-    #[arg(long, value_name = "FILE")]
+    /// Profile of the machine and model: a file or the name of a shipped one (required)
+    #[arg(long, value_name = "PROFILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    profile: Option<PathBuf>,
+    profile: Option<String>,
     #[command(flatten)]
     #[serde(skip)]
     workload: WorkloadArgs,
@@ -45,6 +49,10 @@ pub struct SimulateArgs {
     #[arg(short = 'n', long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     num_requests: Option<u64>,
+    /// Requests at the start that are left out of the results [default: 0]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warm_up: Option<u64>,
     /// Traces, of seeds --seed, --seed + 1 … [default: 1]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -62,11 +70,12 @@ pub struct SimulateArgs {
 #[derive(Serialize, Deserialize)]
 #[serde(default)]
 struct SimulateSettings {
-    profile: Option<PathBuf>,
+    profile: Option<String>,
     model: Option<String>,
     total_loras: u32,
     gpu_loras: String,
     num_requests: Option<u64>,
+    warm_up: u64,
     seeds: u64,
     jobs: usize,
     out: Option<PathBuf>,
@@ -80,6 +89,7 @@ impl Default for SimulateSettings {
             total_loras: 128,
             gpu_loras: "seed".to_owned(),
             num_requests: None,
+            warm_up: 0,
             seeds: 1,
             jobs: 0,
             out: None,
@@ -102,12 +112,7 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     let flags: EngineFlags = ctx.resolve("simulate", &args.engine)?;
     workload.check()?;
     amount(settings.num_requests, None)?;
-    let path = settings.profile.as_ref().ok_or_else(|| {
-        Failure::usage(
-            "simulate needs --profile: make one with `lora-hbm calibrate --model MODEL -o profile.json`",
-        )
-    })?;
-    let profile = Profile::load(path).map_err(|e| Failure::Failed(e.into()))?;
+    let profile = load_profile("simulate", settings.profile.as_deref())?;
     if let Some(model) = &settings.model {
         profile.expect_model(model).map_err(|e| Failure::Failed(e.into()))?;
     }
@@ -133,10 +138,12 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
         .map_err(Failure::failed)?;
     let work: Vec<(u64, u32)> =
         (0..simulation.settings.seeds).flat_map(|seed| budgets.iter().map(move |&b| (seed, b))).collect();
+    let started = Instant::now();
     let rows = pool.install(|| {
         work.par_iter().map(|&(seed, budget)| simulation.row(seed, budget)).collect::<Result<Vec<_>, _>>()
     })?;
 
+    let took = started.elapsed().as_secs_f64();
     manifest.seeds = rows.iter().filter_map(|r| r.seed).collect();
     manifest.seeds.dedup();
     if let Some(out) = &simulation.settings.out {
@@ -154,7 +161,16 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
                 println!("{}", serde_json::to_string(row).map_err(Failure::failed)?);
             }
         }
-        OutputFormat::Table => print(&rows, &budgets),
+        OutputFormat::Table => {
+            print(&rows, &budgets);
+            let requests: u64 = rows.iter().map(|r| r.total_requests).sum();
+            println!(
+                "{requests} requests in {}: {:.0} a second on {} threads",
+                ui::seconds(took),
+                requests as f64 / took,
+                pool.current_num_threads()
+            );
+        }
     }
     Ok(())
 }
@@ -179,8 +195,31 @@ fn append_rows_to(path: &std::path::Path, rows: &[ResultRow]) -> Result<(), Fail
     append_rows(path, rows).map_err(|e| Failure::Failed(e.into()))
 }
 
+/// The profile that a subcommand cannot do without. A what-if copy is said to be one.
+pub(super) fn load_profile(subcommand: &str, named: Option<&str>) -> Result<Profile, Failure> {
+    let named = named.ok_or_else(|| {
+        Failure::usage(format!(
+            "{subcommand} needs --profile: make one with `lora-hbm calibrate --model MODEL -o profile.json`"
+        ))
+    })?;
+    let profile = Profile::named(named).map_err(|e| Failure::Failed(e.into()))?;
+    if profile.kind == Kind::Scaled {
+        tracing::warn!("{named} is a what-if copy of another profile: nothing of it was measured");
+    }
+    Ok(profile)
+}
+
+/// Where the profile is of one rank and no flag names another, that is the rank.
+pub(super) fn only_rank(flags: &EngineFlags, profile: &Profile, engine: &mut EngineSettings) {
+    if !flags.has_ranks()
+        && let [only] = profile.adapter.ranks[..]
+    {
+        engine.max_r = only;
+    }
+}
+
 /// `2,8,32`, or `seed` for the reference's budgets.
-fn budgets(text: &str, total: u32) -> Result<Vec<u32>, Failure> {
+pub(super) fn budgets(text: &str, total: u32) -> Result<Vec<u32>, Failure> {
     if total == 0 {
         return Err(Failure::usage("--total-loras is 0: it must be at least 1"));
     }
@@ -210,42 +249,58 @@ impl Simulation {
         let workload = WorkloadSettings { seed: self.workload.seed + seed, ..self.workload.clone() };
         let total = self.settings.total_loras;
         let mut engine = self.flags.settings(&self.simulator.profile().model, total, budget)?;
-        if !self.flags.has_ranks()
-            && let [only] = self.simulator.profile().adapter.ranks[..]
-        {
-            engine.max_r = only;
-        }
-        let asked = amount(self.settings.num_requests, None)?;
-        let trace = workload.trace(
-            &self.source,
-            &Run {
-                total_loras: total,
-                rate: None,
-                default_rate: 2.0,
-                amount: asked,
-                default_amount: Amount::Requests(200),
-                ranks: engine.ranks(),
-            },
-        )?;
-        let simulated = self.simulator.run(&engine, &trace).map_err(failed)?;
-        let saturation = self.simulator.saturation_rate(&engine, &trace).map_err(failed)?;
-        let rate = workload.arrival_rate.or(trace.mean_rate());
-        let cell = Cell::new(engine, crate::experiment::WorkloadSettings::default());
+        only_rank(&self.flags, self.simulator.profile(), &mut engine);
+        let how = Run {
+            total_loras: total,
+            rate: None,
+            default_rate: DEFAULT_RATE,
+            amount: amount(self.settings.num_requests, None)?,
+            default_amount: Amount::Requests(200),
+            ranks: engine.ranks(),
+        };
+        let cell = Cell::new(engine.clone(), crate::experiment::WorkloadSettings::default());
         let context = RunContext {
             prompt_regime: workload.regime_column(&self.source),
             arrivals: Some(workload.arrivals_column(&self.source)),
-            arrival_rate: workload.arrival_rate.or(Some(2.0).filter(|_| workload.trace.is_none())),
-            num_requests: Some(trace.requests.len() as u64),
+            arrival_rate: workload.arrival_rate.or(Some(DEFAULT_RATE).filter(|_| workload.trace.is_none())),
             max_tokens: workload.max_tokens.or(Some(16).filter(|_| workload.trace.is_none())),
-            popularity: Some(trace.header.popularity.clone()),
-            duration_seconds: Some(simulated.totals.end as f64 * 1e-9),
-            swap_count: Some(simulated.totals.swaps),
-            saturated: rate.map(|rate| is_saturated(rate, saturation)),
             rho: None,
             cell: None,
             ..cell.run_context(crate::report::results::Source::Simulated, workload.seed, 0)
         };
-        Ok(ResultRow::from_records(&simulated.records, &context))
+        let simulator = &self.simulator;
+        let warm_up = self.settings.warm_up;
+        let (mut row, rate, saturation) = match &self.source {
+            // Made as they are simulated: a workload of any length.
+            Source::Pool(pool) => {
+                let spec = workload.spec(&how);
+                let requests = || Requests::new(&spec, pool).map_err(|e| Failure::Usage(e.into()));
+                let expected = match spec.amount {
+                    Amount::Requests(n) => n as usize,
+                    Amount::DurationS(_) => 0,
+                };
+                let context = RunContext { popularity: Some(spec.popularity.to_string()), ..context };
+                let row =
+                    simulator.stream(&engine, requests()?, (expected, warm_up), &context).map_err(failed)?;
+                let saturation = simulator.saturation_rate_of(&engine, requests()?).map_err(failed)?;
+                (row, Some(spec.rate), saturation)
+            }
+            Source::Trace { .. } => {
+                let trace = workload.trace(&self.source, &how)?;
+                let context = RunContext { popularity: Some(trace.header.popularity.clone()), ..context };
+                let requests = trace.requests.iter().cloned();
+                let row = simulator.stream(&engine, requests, (trace.requests.len(), warm_up), &context);
+                let rate = workload.arrival_rate.or(trace.mean_rate());
+                let saturation = simulator.saturation_rate(&engine, &trace).map_err(failed)?;
+                (row.map_err(failed)?, rate, saturation)
+            }
+        };
+        row.num_requests = Some(row.total_requests);
+        if row.total_requests == 0 {
+            return Err(Failure::usage(format!("--warm-up {warm_up} leaves no request to count: lower it")));
+        }
+        row.saturated = rate.map(|rate| is_saturated(rate, saturation));
+        Ok(row)
     }
 }
 

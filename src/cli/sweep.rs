@@ -1,5 +1,6 @@
 //! `lora-hbm sweep`: every cell of an experiment file, measured or simulated.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -9,10 +10,10 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress};
-use crate::profile::Profile;
 use crate::report::files::check_writable;
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::ResultRow;
+use crate::report::stats;
 
 #[derive(Args, Debug, Serialize)]
 pub struct SweepArgs {
@@ -23,10 +24,10 @@ pub struct SweepArgs {
     #[arg(long, value_name = "measured|simulated")]
     #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<String>,
-    /// Profile: for --mode simulated, and for loads given as rho
-    #[arg(long, value_name = "FILE")]
+    /// Profile, a file or the name of a shipped one: for --mode simulated, and for loads given as rho
+    #[arg(long, value_name = "PROFILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    profile: Option<PathBuf>,
+    profile: Option<String>,
     /// Go on where an earlier run of this sweep stopped
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -46,7 +47,7 @@ pub struct SweepArgs {
 struct SweepSettings {
     experiment: Option<PathBuf>,
     mode: Option<String>,
-    profile: Option<PathBuf>,
+    profile: Option<String>,
     resume: bool,
     shard: Option<String>,
     out: Option<PathBuf>,
@@ -120,8 +121,8 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(super) fn simulator(path: &Path) -> Result<Simulator, Failure> {
-    let profile = Profile::load(path).map_err(|e| Failure::Failed(e.into()))?;
+pub(super) fn simulator(named: &str) -> Result<Simulator, Failure> {
+    let profile = super::simulate::load_profile("sweep", Some(named))?;
     Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))
 }
 
@@ -177,21 +178,42 @@ pub(super) fn show(bar: &indicatif::ProgressBar, p: &SweepProgress<'_>) {
     bar.set_position(p.done as u64 * PARTS + share);
 }
 
+/// One line a cell: means over its runs, with 95 % intervals where there are several traces.
 fn print(rows: &[ResultRow]) {
+    let mut cells: Vec<&str> = Vec::new();
+    for cell in rows.iter().filter_map(|r| r.cell.as_deref()) {
+        if !cells.contains(&cell) {
+            cells.push(cell);
+        }
+    }
     let mut table =
-        ui::table(&["gpu_loras", "rate", "seed", "repeat", "TTFT median", "p90", "p99", "swaps", ""]);
-    let time = |s: Option<f64>| s.map_or_else(String::new, ui::seconds);
-    for row in rows {
+        ui::table(&["gpu_loras", "regime", "rate", "runs", "TTFT median", "mean", "p90", "p99", "swaps", ""]);
+    for cell in cells {
+        let runs: Vec<&ResultRow> = rows.iter().filter(|r| r.cell.as_deref() == Some(cell)).collect();
+        let values =
+            |of: fn(&ResultRow) -> Option<f64>| runs.iter().filter_map(|r| of(r)).collect::<Vec<_>>();
+        let time = |of| {
+            let values = values(of);
+            let mean = stats::mean(&values).map_or_else(String::new, ui::seconds);
+            // Repeats of one trace tell of the machine, not of the traffic.
+            let traces: BTreeSet<_> = runs.iter().map(|r| r.seed).collect();
+            match stats::mean_interval(&values, 0.95).filter(|_| traces.len() == runs.len()) {
+                Some(i) => format!("{mean} ± {}", ui::seconds((i.high - i.low) / 2.0)),
+                None => mean,
+            }
+        };
         table.add_row([
-            row.gpu_loras.to_string(),
-            row.arrival_rate.map_or_else(String::new, |r| format!("{r:.2}")),
-            row.seed.map_or_else(String::new, |s| s.to_string()),
-            row.repeat.map_or_else(String::new, |r| r.to_string()),
-            time(row.ttft_median),
-            time(row.ttft_p90),
-            time(row.ttft_p99),
-            row.swap_count.map_or_else(String::new, |n| n.to_string()),
-            if row.saturated == Some(true) { "saturated" } else { "" }.to_owned(),
+            runs[0].gpu_loras.to_string(),
+            runs[0].prompt_regime.clone(),
+            stats::mean(&values(|r| r.arrival_rate)).map_or_else(String::new, |r| format!("{r:.2}")),
+            runs.len().to_string(),
+            time(|r| r.ttft_median),
+            time(|r| r.ttft_mean),
+            time(|r| r.ttft_p90),
+            time(|r| r.ttft_p99),
+            stats::mean(&values(|r| r.swap_count.map(|n| n as f64)))
+                .map_or_else(String::new, |n| format!("{n:.1}")),
+            if runs.iter().any(|r| r.saturated == Some(true)) { "saturated" } else { "" }.to_owned(),
         ]);
     }
     println!("{table}");

@@ -1,6 +1,7 @@
 //! `lora-hbm validate`: simulated results held against measured ones.
 
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -8,8 +9,12 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
-use crate::report::results::read_rows;
-use crate::report::validation::Validation;
+use crate::experiment::{Experiment, Sources, Target, cost_factor};
+use crate::report::record::RequestRecord;
+use crate::report::requests::read_requests;
+use crate::report::results::{ResultRow, Source, read_rows};
+use crate::report::stats;
+use crate::report::validation::{BudgetComparison, RequestErrors, Validation};
 
 #[derive(Args, Debug, Serialize)]
 pub struct ValidateArgs {
@@ -21,6 +26,23 @@ pub struct ValidateArgs {
     #[arg(long, value_name = "CSV")]
     #[serde(skip_serializing_if = "Option::is_none")]
     simulated: Option<PathBuf>,
+    /// Folder of both runs' requests files: adds errors request by request, distances and TPOT
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests: Option<PathBuf>,
+    /// Experiment file of both runs: with --profile, adds the factor on all costs that fits each cell best
+    #[arg(long, value_name = "TOML")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experiment: Option<PathBuf>,
+    /// Profile that the simulation was made with, a file or the name of a shipped one
+    #[arg(long, value_name = "PROFILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile: Option<String>,
+    /// Draw requests, distributions and errors over load into this file's .svg and .png
+    #[cfg(feature = "plot")]
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plot: Option<PathBuf>,
     /// Largest error of a budget's median TTFT, per cent, unless the repeats spread more [default: 10]
     #[arg(long, value_name = "PERCENT")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -33,6 +55,11 @@ pub struct ValidateArgs {
     #[arg(long, value_name = "SKILL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     skill: Option<f64>,
+    /// Hold every unsaturated budget to the campaign's bounds too: median, mean, p99, swaps, and what
+    /// the requests files add
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    strict: Option<bool>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -40,51 +67,220 @@ pub struct ValidateArgs {
 struct ValidateSettings {
     measured: Option<PathBuf>,
     simulated: Option<PathBuf>,
+    requests: Option<PathBuf>,
+    experiment: Option<PathBuf>,
+    profile: Option<String>,
+    plot: Option<PathBuf>,
     median: f64,
     p90: f64,
     skill: f64,
+    strict: bool,
 }
 
 impl Default for ValidateSettings {
     fn default() -> Self {
-        Self { measured: None, simulated: None, median: 10.0, p90: 20.0, skill: 0.8 }
+        Self {
+            measured: None,
+            simulated: None,
+            requests: None,
+            experiment: None,
+            profile: None,
+            plot: None,
+            median: 10.0,
+            p90: 20.0,
+            skill: 0.8,
+            strict: false,
+        }
     }
 }
 
 pub fn run(args: &ValidateArgs, ctx: &Context) -> Result<(), Failure> {
     let settings: ValidateSettings = ctx.resolve("validate", args)?;
-    let measured = settings.measured.ok_or_else(|| Failure::usage("validate needs --measured"))?;
+    let measured = settings.measured.clone().ok_or_else(|| Failure::usage("validate needs --measured"))?;
     let mut rows = read_rows(&measured).map_err(|e| Failure::Failed(e.into()))?;
-    if let Some(simulated) = settings.simulated.filter(|s| *s != measured) {
+    if let Some(simulated) = settings.simulated.clone().filter(|s| *s != measured) {
         rows.extend(read_rows(&simulated).map_err(|e| Failure::Failed(e.into()))?);
     }
-    let cells: std::collections::BTreeSet<_> =
-        rows.iter().map(|r| (&r.prompt_regime, r.total_loras, &r.policy, &r.rank)).collect();
-    if cells.len() > 1 {
-        return Err(Failure::usage(format!(
-            "the rows are of {} configurations (regime, total_loras, policy, rank): compare one at a time",
-            cells.len()
-        )));
+    if settings.experiment.is_some() != settings.profile.is_some() {
+        return Err(Failure::usage("--experiment and --profile go together: give both for cost factors"));
     }
-    let validation = Validation::of(&rows);
-    if validation.budgets.is_empty() {
+    let mut validations = Validation::each(&rows);
+    if validations.is_empty() {
         return Err(Failure::failed("no budget has both measured and simulated rows"));
     }
+    let mut budgets: Vec<&mut BudgetComparison> =
+        validations.iter_mut().flat_map(|v| v.budgets.iter_mut()).collect();
+    if let Some(folder) = &settings.requests {
+        for budget in &mut budgets {
+            budget.requests = requests(folder, budget, &rows)?;
+        }
+    }
+    if let (Some(experiment), Some(profile)) = (&settings.experiment, &settings.profile) {
+        add_factors(&mut budgets, experiment, profile, &rows)?;
+    }
+    #[cfg(feature = "plot")]
+    if let Some(base) = &settings.plot {
+        draw(base, &settings, &validations, &rows)?;
+    }
     match ctx.format {
-        OutputFormat::Json => println!("{}", serde_json::to_string(&validation).map_err(Failure::failed)?),
-        OutputFormat::Table => print(&validation),
+        OutputFormat::Json => println!("{}", serde_json::to_string(&validations).map_err(Failure::failed)?),
+        OutputFormat::Table => {
+            for validation in &validations {
+                print(validation);
+            }
+            print_summary(&validations);
+        }
     }
-    if validation.holds(settings.median, settings.p90, settings.skill) {
-        return Ok(());
-    }
-    Err(Failure::Unmet(format!(
-        "does not hold: median within {} % and p90 within {} % at every budget (or twice the repeats' spread), skill {}",
-        settings.median, settings.p90, settings.skill
-    )))
+    verdict(&settings, &validations)
 }
 
-/// The table, and what it comes to.
+fn verdict(settings: &ValidateSettings, validations: &[Validation]) -> Result<(), Failure> {
+    if let Some(bad) = validations.iter().find(|v| !v.holds(settings.median, settings.p90, settings.skill)) {
+        return Err(Failure::Unmet(format!(
+            "does not hold of {}: median within {} % and p90 within {} % at every budget (or twice the repeats' spread), \
+             skill {}",
+            bad.what, settings.median, settings.p90, settings.skill
+        )));
+    }
+    let bounded = validations.iter().flat_map(|v| &v.budgets).filter(|b| !b.saturated);
+    let misses: BTreeSet<&str> = bounded.flat_map(BudgetComparison::misses).collect();
+    if settings.strict && !misses.is_empty() {
+        let misses: Vec<&str> = misses.into_iter().collect();
+        return Err(Failure::Unmet(format!("the campaign's bounds do not hold: {}", misses.join(", "))));
+    }
+    Ok(())
+}
+
+/// The rows of a budget's cell, by trace.
+fn by_seed<'a>(rows: &'a [ResultRow], cell: &str) -> BTreeMap<u64, Vec<&'a ResultRow>> {
+    let mut seeds: BTreeMap<u64, Vec<&ResultRow>> = BTreeMap::new();
+    for row in rows.iter().filter(|r| r.cell.as_deref() == Some(cell)) {
+        if let Some(seed) = row.seed {
+            seeds.entry(seed).or_default().push(row);
+        }
+    }
+    seeds
+}
+
+/// A trace's measured repeats and its simulation.
+type OfTrace = (Vec<Vec<RequestRecord>>, Vec<RequestRecord>);
+
+/// Errors of the requests whose files are in `folder`.
+fn requests(
+    folder: &Path,
+    budget: &BudgetComparison,
+    rows: &[ResultRow],
+) -> Result<Option<RequestErrors>, Failure> {
+    let errors = RequestErrors::of(&traces(folder, budget, rows)?);
+    if errors.is_none() {
+        tracing::warn!("{} has no requests files of budget {}", folder.display(), budget.gpu_loras);
+    }
+    Ok(errors)
+}
+
+/// The requests of a budget by trace; a run without a file is left out.
+fn traces(folder: &Path, budget: &BudgetComparison, rows: &[ResultRow]) -> Result<Vec<OfTrace>, Failure> {
+    let Some(cell) = &budget.cell else {
+        return Err(Failure::usage(
+            "--requests needs rows of an experiment, which name their requests files; these have no cell",
+        ));
+    };
+    let mut traces = Vec::new();
+    for of_seed in by_seed(rows, cell).values() {
+        let read = |source: Source| {
+            let files = of_seed.iter().filter(|r| r.source == source).filter_map(|r| r.run_key());
+            files
+                .map(|key| folder.join(key.requests_file()))
+                .filter(|path| path.exists())
+                .map(|path| read_requests(path).map_err(|e| Failure::Failed(e.into())))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        if let Some(simulated) = read(Source::Simulated)?.pop() {
+            traces.push((read(Source::Measured)?, simulated));
+        }
+    }
+    Ok(traces)
+}
+
+/// The figure beside the table.
+#[cfg(feature = "plot")]
+fn draw(
+    base: &Path,
+    settings: &ValidateSettings,
+    validations: &[Validation],
+    rows: &[ResultRow],
+) -> Result<(), Failure> {
+    use crate::report::plot::{self, agreement};
+
+    let load = |budget: &BudgetComparison| {
+        let row = rows.iter().find(|r| r.gpu_loras == budget.gpu_loras && r.cell == budget.cell)?;
+        row.rho.or(row.arrival_rate)
+    };
+    let budgets = || validations.iter().flat_map(|v| &v.budgets);
+    let has_rho = rows.iter().any(|r| r.rho.is_some());
+    let files: Vec<PathBuf> = settings.measured.iter().chain(&settings.simulated).cloned().collect();
+    let mut pairs = Vec::new();
+    if let Some(folder) = &settings.requests {
+        for budget in budgets() {
+            for (repeats, simulated) in traces(folder, budget, rows)? {
+                let simulated: BTreeMap<u64, f64> =
+                    simulated.iter().filter_map(|r| Some((r.id, r.ttft_s?))).collect();
+                let both = repeats.iter().flatten().filter_map(|r| Some((r.ttft_s?, *simulated.get(&r.id)?)));
+                pairs.extend(both);
+            }
+        }
+    }
+    let drawn = agreement::svg(&agreement::Agreement {
+        pairs,
+        residuals: budgets().filter_map(|b| Some((load(b)?, b.median.error_percent()))).collect(),
+        load: if has_rho { "load, rho" } else { "requests a second" }.to_owned(),
+        title: "Simulated against measured TTFT".to_owned(),
+        footer: plot::footer(&files, rows),
+    })
+    .map_err(|e| Failure::Failed(e.into()))?;
+    let (svg, png) = plot::paths(base);
+    let pixels = plot::png(&drawn).map_err(|e| Failure::Failed(e.into()))?;
+    crate::report::files::write_atomic(&svg, drawn.as_bytes()).map_err(Failure::failed)?;
+    crate::report::files::write_atomic(&png, &pixels).map_err(Failure::failed)?;
+    tracing::info!("drawn: {} and {}", svg.display(), png.display());
+    Ok(())
+}
+
+fn add_factors(
+    budgets: &mut [&mut BudgetComparison],
+    experiment: &Path,
+    profile: &str,
+    rows: &[ResultRow],
+) -> Result<(), Failure> {
+    let experiment = Experiment::load(experiment).map_err(|e| Failure::Usage(e.into()))?;
+    let simulator = super::sweep::simulator(profile)?;
+    let mut sources = Sources::default();
+    for budget in budgets {
+        let cell = experiment.cells().iter().find(|c| Some(c.key()) == budget.cell.as_deref());
+        let Some(cell) = cell else {
+            return Err(Failure::usage(format!(
+                "budget {} is of a cell that {} does not have: name the experiment that the rows were made with",
+                budget.gpu_loras, experiment.name
+            )));
+        };
+        let mut targets = Vec::new();
+        for (seed, rows) in by_seed(rows, cell.key()) {
+            let measured = || rows.iter().filter(|r| r.source == Source::Measured);
+            let means: Vec<f64> = measured().filter_map(|r| r.ttft_mean).collect();
+            if let Some(ttft_mean_s) = stats::mean(&means) {
+                let rate = measured().find_map(|r| r.arrival_rate);
+                targets.push(Target { seed, rate, ttft_mean_s });
+            }
+        }
+        let factor = cost_factor(&simulator, cell, &targets, &mut sources);
+        budget.cost_factor = factor.map_err(|e| Failure::Failed(e.into()))?;
+    }
+    Ok(())
+}
+
+/// The table of one configuration, and what it comes to.
 pub(super) fn print(validation: &Validation) {
+    println!("{}", validation.what);
     let mut table = ui::table(&[
         "gpu_loras",
         "runs",
@@ -96,12 +292,16 @@ pub(super) fn print(validation: &Validation) {
         "simulated",
         "error",
         "spread",
+        "p99 error",
+        "mean error",
         "swaps: measured",
         "simulated",
+        "misses",
     ]);
+    let error = |e: f64| format!("{e:+.1} %");
+    let spread = |s: Option<f64>| s.map_or_else(|| "-".to_owned(), |s| format!("{s:.1} %"));
     for b in &validation.budgets {
-        let error = |e: f64| format!("{e:+.1} %");
-        let spread = |s: Option<f64>| s.map_or_else(|| "-".to_owned(), |s| format!("{s:.1} %"));
+        let misses = if b.saturated { "saturated".to_owned() } else { b.misses().join(", ") };
         table.add_row([
             b.gpu_loras.to_string(),
             b.runs.to_string(),
@@ -113,15 +313,80 @@ pub(super) fn print(validation: &Validation) {
             ui::seconds(b.p90.simulated_s),
             error(b.p90.error_percent()),
             spread(b.p90.spread_percent),
+            error(b.p99.error_percent()),
+            error(b.mean.error_percent()),
             format!("{:.1}", b.swaps.0),
             format!("{:.1}", b.swaps.1),
+            misses,
         ]);
     }
     println!("{table}");
+    print_beside(validation);
     if let Some(effect) = validation.effect {
         println!("measured median TTFT at the smallest budget: {effect:.2} times that at the largest");
     }
     if let Some(skill) = validation.skill {
         println!("skill against the best constant over budgets: {skill:.3}");
+    }
+    if let Some(tau) = validation.tau {
+        println!("Kendall's tau over the pairs of budgets that repeats tell apart: {tau:.2}");
+    }
+    if let Some((measured, simulated)) = validation.knee {
+        println!("within 10 % of the least median from budget {measured} on; simulated, from {simulated} on");
+    }
+}
+
+/// Naive predictors, and what requests files and a profile add.
+fn print_beside(validation: &Validation) {
+    let mut table = ui::table(&[
+        "gpu_loras",
+        "constant: median",
+        "no queueing: mean",
+        "E2E median",
+        "cost factor",
+        "a request: median",
+        "p90",
+        "itself",
+        "KS",
+        "itself",
+        "Wasserstein",
+        "TPOT error",
+    ]);
+    let percent = |e: Option<f64>| e.map_or_else(|| "-".to_owned(), |e| format!("{e:+.1} %"));
+    for b in &validation.budgets {
+        let of = |f: fn(&RequestErrors) -> String| b.requests.as_ref().map_or_else(|| "-".to_owned(), f);
+        let unknown = || "-".to_owned();
+        table.add_row([
+            b.gpu_loras.to_string(),
+            percent(b.naive.constant_percent),
+            percent(b.naive.service_percent),
+            percent(b.e2e_median.map(|c| c.error_percent())),
+            b.cost_factor.map_or_else(unknown, |f| format!("{f:.4}")),
+            of(|r| format!("{:.1} %", r.median_percent)),
+            of(|r| format!("{:.1} %", r.p90_percent)),
+            of(|r| r.itself.map_or_else(|| "-".to_owned(), |i| format!("{:.1} %", i.p90_percent))),
+            of(|r| format!("{:.3}", r.ks)),
+            of(|r| r.itself.map_or_else(|| "-".to_owned(), |i| format!("{:.3}", i.ks))),
+            of(|r| ui::seconds(r.wasserstein_s)),
+            of(|r| r.tpot.map_or_else(|| "-".to_owned(), |t| format!("{:+.1} %", t.error_percent()))),
+        ]);
+    }
+    println!("{table}");
+}
+
+/// Typical and worst over all cells that are not saturated: overload flatters.
+fn print_summary(validations: &[Validation]) {
+    let open = |b: &&BudgetComparison| !b.saturated;
+    let cells: Vec<&BudgetComparison> = validations.iter().flat_map(|v| &v.budgets).filter(open).collect();
+    let errors: Vec<f64> = cells.iter().map(|b| b.median.error_percent().abs()).collect();
+    let worst =
+        cells.iter().max_by(|a, b| a.median.error_percent().abs().total_cmp(&b.median.error_percent().abs()));
+    if let (Some(typical), Some(worst)) = (stats::median(&stats::sorted(&errors)), worst) {
+        println!(
+            "{} unsaturated cells: the median's error is typically {typical:.1} %, at worst {:+.1} % (budget {})",
+            cells.len(),
+            worst.median.error_percent(),
+            worst.gpu_loras
+        );
     }
 }

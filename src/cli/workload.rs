@@ -190,20 +190,7 @@ impl WorkloadSettings {
     pub fn trace(&self, source: &Source, how: &Run) -> Result<Trace, Failure> {
         let asked = how.rate.or(self.arrival_rate);
         let made = match source {
-            Source::Pool(pool) => {
-                let spec = WorkloadSpec {
-                    regime: self.prompt_regime,
-                    arrivals: self.arrivals.unwrap_or_default(),
-                    rate: asked.unwrap_or(how.default_rate),
-                    popularity: self.popularity.unwrap_or_default(),
-                    total_loras: how.total_loras,
-                    amount: how.amount.unwrap_or(how.default_amount),
-                    max_tokens: self.max_tokens.unwrap_or(MAX_TOKENS),
-                    seed: self.seed,
-                    ranks: how.ranks.clone(),
-                };
-                generate_trace(&spec, pool)
-            }
+            Source::Pool(pool) => generate_trace(&self.spec(how), pool),
             Source::Trace { trace, .. } => {
                 let arrivals = self.arrivals.unwrap_or(Arrivals::Trace);
                 let default_rate = (arrivals != Arrivals::Trace).then_some(how.default_rate);
@@ -224,6 +211,21 @@ impl WorkloadSettings {
             WorkloadError::EmptyPool { .. } => Failure::Failed(e.into()),
             _ => Failure::Usage(e.into()),
         })
+    }
+
+    /// The workload that is drawn from a pool of prompts; rate and amount as in [`Self::trace`].
+    pub fn spec(&self, how: &Run) -> WorkloadSpec {
+        WorkloadSpec {
+            regime: self.prompt_regime,
+            arrivals: self.arrivals.unwrap_or_default(),
+            rate: how.rate.or(self.arrival_rate).unwrap_or(how.default_rate),
+            popularity: self.popularity.unwrap_or_default(),
+            total_loras: how.total_loras,
+            amount: how.amount.unwrap_or(how.default_amount),
+            max_tokens: self.max_tokens.unwrap_or(MAX_TOKENS),
+            seed: self.seed,
+            ranks: how.ranks.clone(),
+        }
     }
 
     /// What results call the prompts: the regime, or the trace's name.

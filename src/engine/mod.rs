@@ -10,6 +10,8 @@ pub mod cpu;
 pub mod cuda;
 pub mod device;
 pub mod emulated;
+#[cfg(feature = "server")]
+pub mod emulation;
 pub mod executor;
 mod facade;
 mod gauges;

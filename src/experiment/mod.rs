@@ -24,15 +24,19 @@
 mod cell;
 #[cfg(feature = "server")]
 mod engine;
+mod factor;
 mod fields;
 #[cfg(feature = "server")]
 mod measure;
 mod parse;
+mod plan;
 mod settings;
 mod shard;
 mod simulate;
+mod slo;
 mod source;
 mod sweep;
+mod tally;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -43,13 +47,17 @@ use crate::report::files::{self, FileError};
 use crate::report::results::{ResultRow, RunKey, Source};
 
 pub use cell::Cell;
+pub use factor::{FactorError, Target, cost_factor};
 #[cfg(feature = "server")]
 pub use measure::{Engines, MeasureError, Measured};
+pub use plan::{Binds, BudgetPlan, Plan, PlanError, Planner, Seen, Verdict};
 pub use settings::{EngineSettings, WorkloadSettings};
 pub use shard::{Shard, UnknownShard};
-pub use simulate::{BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
+pub use simulate::{Asked, BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
+pub use slo::{NotAnSlo, Slo};
 pub use source::{SourceError, Sources};
 pub use sweep::{Sweep, SweepError, SweepProgress};
+pub use tally::Tally;
 
 /// An experiment that cannot be read or makes no sense.
 #[derive(Debug, thiserror::Error)]

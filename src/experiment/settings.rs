@@ -143,6 +143,9 @@ pub struct WorkloadSettings {
     pub rho: Option<f64>,
     /// Requests.
     pub num_requests: u64,
+    /// Of them, the first so many are left out of results: the run starts with nothing in it.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub warm_up: u64,
     /// Output tokens of each.
     pub max_tokens: u32,
     /// How adapters are drawn.
@@ -167,6 +170,7 @@ impl Default for WorkloadSettings {
             arrival_rate: None,
             rho: None,
             num_requests: 200,
+            warm_up: 0,
             max_tokens: 16,
             popularity: Popularity::Uniform,
             arrivals: Arrivals::Poisson,
@@ -199,6 +203,12 @@ impl WorkloadSettings {
         if self.num_requests == 0 || self.max_tokens == 0 {
             return Err("num_requests and max_tokens must be at least 1".to_owned());
         }
+        if self.warm_up >= self.num_requests {
+            return Err(format!(
+                "warm_up ({}) leaves none of num_requests ({}): lower it or raise num_requests",
+                self.warm_up, self.num_requests
+            ));
+        }
         if self.dataset.is_some() && self.trace.is_some() {
             return Err("dataset and trace both say where requests come from: give one".to_owned());
         }
@@ -207,6 +217,11 @@ impl WorkloadSettings {
         }
         Ok(())
     }
+}
+
+/// A warm-up of nothing has no place in a cell's key, which is older than it.
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// Choices of the scheduler as the words that users type: that crate knows no serde.

@@ -2,11 +2,13 @@
 
 use lora_sched::{AdapterSpec, Config, ConfigError, EventError, Nanos, Scheduler};
 
+use super::tally::Tally;
 use super::{Cell, EngineSettings};
-use crate::profile::{CostModel, Profile, ProfileError};
+use crate::profile::{CostModel, Profile, ProfileError, Scale, ScaleError};
 use crate::report::record::{PartsS, RequestRecord, Status};
-use crate::sim::{Input, ModelDevice, Outcome, SimRequest, Totals, run};
-use crate::workload::trace::Trace;
+use crate::report::results::{ResultRow, RunContext};
+use crate::sim::{FrontEnd, ModelDevice, Observer, Outcome, SimRequest, Totals, run};
+use crate::workload::trace::{Trace, TraceRequest};
 
 /// Requests in the burst whose draining gives the saturation rate.
 pub const BURST: u64 = 200;
@@ -17,6 +19,9 @@ pub enum SimulateError {
     /// The profile does not cover it.
     #[error(transparent)]
     Profile(#[from] ProfileError),
+    /// A factor on its costs that is none.
+    #[error(transparent)]
+    Scale(#[from] ScaleError),
     /// Impossible settings.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -34,7 +39,7 @@ pub enum SimulateError {
         /// How many.
         refused: u64,
         /// Of how many.
-        all: usize,
+        all: u64,
         /// The limit.
         max_model_len: usize,
     },
@@ -61,6 +66,11 @@ impl Simulator {
     pub fn new(profile: Profile) -> Result<Self, ProfileError> {
         let cost = CostModel::new(&profile)?;
         Ok(Self { profile, cost })
+    }
+
+    /// A simulator of a machine with other rates.
+    pub fn scaled(&self, by: Scale) -> Result<Self, SimulateError> {
+        Ok(Self::new(self.profile.scaled(by)?)?)
     }
 
     /// The profile.
@@ -109,59 +119,122 @@ impl Simulator {
 
     /// Replays a trace on a cell's engine.
     pub fn run(&self, engine: &EngineSettings, trace: &Trace) -> Result<Simulated, SimulateError> {
-        self.run_arrivals(engine, trace, |r| (r.arrival_s * 1e9).round() as Nanos)
-    }
-
-    /// The highest rate that the engine sustains on requests like the trace's: the first [`BURST`] of
-    /// them at once, over the time that they take. Requests a second.
-    pub fn saturation_rate(&self, engine: &EngineSettings, trace: &Trace) -> Result<f64, SimulateError> {
-        let mut burst = trace.clone();
-        burst.requests.truncate(BURST as usize);
-        let simulated = self.run_arrivals(engine, &burst, |_| 0)?;
-        Ok(simulated.totals.requests as f64 / (simulated.totals.end.max(1) as f64 * 1e-9))
-    }
-
-    fn run_arrivals(
-        &self,
-        engine: &EngineSettings,
-        trace: &Trace,
-        arrival: impl Fn(&crate::workload::trace::TraceRequest) -> Nanos,
-    ) -> Result<Simulated, SimulateError> {
-        let config = self.config(engine)?;
-        let ranks: Vec<u32> = config.adapters.iter().map(|a| a.rank).collect();
-        let mut inputs: Vec<Input> = trace
-            .requests
-            .iter()
-            .map(|r| {
-                let received = arrival(r);
-                Input::Arrive(SimRequest {
-                    id: r.id,
-                    received,
-                    queued: received + self.cost.front_ns(r.prompt_tokens),
-                    adapter: r.adapter,
-                    prompt_tokens: r.prompt_tokens,
-                    output_tokens: r.output_tokens,
-                })
-            })
-            .collect();
-        // A short prompt can pass a long one on its way through the front end.
-        inputs.sort_by_key(Input::at);
-        let max_model_len = config.max_model_len;
-        let mut device = ModelDevice::new(self.cost.clone(), ranks.clone(), config.swap_mode);
-        let mut scheduler = Scheduler::new(config)?;
-        let mut outcomes: Vec<Outcome> = Vec::with_capacity(inputs.len());
-        let totals = run(&mut scheduler, &mut device, inputs, &mut outcomes)?;
-        if totals.refused > 0 {
-            let all = trace.requests.len();
-            return Err(SimulateError::Refused { refused: totals.refused, all, max_model_len });
-        }
+        let mut outcomes: Vec<Outcome> = Vec::with_capacity(trace.requests.len());
+        let totals = self.observe(engine, trace.requests.iter().map(Asked::of), &mut outcomes)?;
         outcomes.sort_by_key(|o| o.request.id);
+        let ranks = engine.ranks();
         let deliver = self.cost.deliver_ns;
         let records = outcomes.iter().map(|o| record(o, &ranks, deliver)).collect();
         Ok(Simulated { records, totals })
     }
+
+    /// Simulates requests one by one as they come, for statistics alone: memory grows by the requests
+    /// that wait and by a TTFT each. `expected` is how many are expected, of which the first `warm_up`
+    /// are left out of the statistics.
+    pub fn stream(
+        &self,
+        engine: &EngineSettings,
+        requests: impl IntoIterator<Item = TraceRequest>,
+        (expected, warm_up): (usize, u64),
+        context: &RunContext,
+    ) -> Result<ResultRow, SimulateError> {
+        let mut tally = Tally::new(expected, warm_up, self.cost.deliver_ns);
+        let asked = requests.into_iter().map(|r| Asked::of(&r));
+        let totals = self.observe(engine, asked, &mut tally)?;
+        let mut row = tally.row(context);
+        row.duration_seconds = Some(totals.end as f64 * 1e-9);
+        row.swap_count = Some(totals.swaps);
+        Ok(row)
+    }
+
+    /// The highest rate that the engine sustains on requests like these: the first [`BURST`] of
+    /// them at once, over the time that they take. Requests a second.
+    pub fn saturation_rate(&self, engine: &EngineSettings, trace: &Trace) -> Result<f64, SimulateError> {
+        self.burst_rate(engine, trace.requests.iter().map(Asked::of))
+    }
+
+    /// [`Self::saturation_rate`] of requests that are made one by one.
+    pub fn saturation_rate_of(
+        &self,
+        engine: &EngineSettings,
+        requests: impl IntoIterator<Item = TraceRequest>,
+    ) -> Result<f64, SimulateError> {
+        self.burst_rate(engine, requests.into_iter().map(|r| Asked::of(&r)))
+    }
+
+    fn burst_rate(
+        &self,
+        engine: &EngineSettings,
+        requests: impl Iterator<Item = Asked>,
+    ) -> Result<f64, SimulateError> {
+        let burst = requests.take(BURST as usize).map(|asked| Asked { at: 0, ..asked });
+        let totals = self.observe(engine, burst, &mut Nobody)?;
+        Ok(totals.requests as f64 / (totals.end.max(1) as f64 * 1e-9))
+    }
+
+    /// Runs requests through a cell's engine under an observer's eyes.
+    pub fn observe(
+        &self,
+        engine: &EngineSettings,
+        requests: impl IntoIterator<Item = Asked>,
+        observer: &mut impl Observer,
+    ) -> Result<Totals, SimulateError> {
+        let config = self.config(engine)?;
+        let ranks: Vec<u32> = config.adapters.iter().map(|a| a.rank).collect();
+        let inputs = FrontEnd::new(requests.into_iter().map(|asked| SimRequest {
+            id: asked.id,
+            received: asked.at,
+            queued: asked.at + self.cost.front_ns(asked.prompt_tokens),
+            adapter: asked.adapter,
+            prompt_tokens: asked.prompt_tokens,
+            output_tokens: asked.output_tokens,
+        }));
+        let max_model_len = config.max_model_len;
+        let mut device = ModelDevice::new(self.cost.clone(), ranks, config.swap_mode);
+        let mut scheduler = Scheduler::new(config)?;
+        let totals = run(&mut scheduler, &mut device, inputs, observer)?;
+        if totals.refused > 0 {
+            let all = totals.requests + totals.refused;
+            return Err(SimulateError::Refused { refused: totals.refused, all, max_model_len });
+        }
+        Ok(totals)
+    }
 }
 
+/// A request as a trace tells it, times in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Its number in the trace.
+    pub id: u64,
+    /// When the server gets it.
+    pub at: Nanos,
+    /// The adapter; none is the base model.
+    pub adapter: Option<u32>,
+    /// Prompt length.
+    pub prompt_tokens: u32,
+    /// Output length.
+    pub output_tokens: u32,
+}
+
+impl Asked {
+    /// A trace's request.
+    pub fn of(request: &TraceRequest) -> Self {
+        Self {
+            id: request.id,
+            at: (request.arrival_s * 1e9).round() as Nanos,
+            adapter: request.adapter,
+            prompt_tokens: request.prompt_tokens,
+            output_tokens: request.output_tokens,
+        }
+    }
+}
+
+/// Where only the totals matter.
+struct Nobody;
+
+impl Observer for Nobody {}
+
+/// `ranks` are those that adapters cycle through.
 fn record(outcome: &Outcome, ranks: &[u32], deliver: Nanos) -> RequestRecord {
     let s = |ns: Nanos| ns as f64 * 1e-9;
     let Outcome { request, first, last, parts, .. } = outcome;
@@ -169,7 +242,7 @@ fn record(outcome: &Outcome, ranks: &[u32], deliver: Nanos) -> RequestRecord {
     RequestRecord {
         id: request.id,
         adapter: request.adapter,
-        rank: request.adapter.and_then(|a| ranks.get(a as usize).copied()),
+        rank: request.adapter.map(|a| ranks[a as usize % ranks.len()]),
         prompt_tokens: request.prompt_tokens,
         output_tokens: request.output_tokens,
         scheduled_s: arrival,

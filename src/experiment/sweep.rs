@@ -101,6 +101,14 @@ impl Sweep<'_> {
         fill: impl FnOnce(&mut ResultRow),
     ) -> Result<ResultRow, SweepError> {
         let context = run.cell.run_context(source, run.seed, run.repeat);
+        let warm: Vec<RequestRecord>;
+        let records = match run.cell.workload.warm_up {
+            0 => records,
+            first => {
+                warm = records.iter().filter(|r| r.id >= first).cloned().collect();
+                &warm
+            }
+        };
         let mut row = ResultRow::from_records(records, &context);
         row.manifest.clone_from(&self.manifest);
         fill(&mut row);

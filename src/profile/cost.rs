@@ -155,12 +155,14 @@ impl FromStr for Feature {
 
 /// Fractions of a nanosecond in fixed point: 2⁻²⁰ ns.
 const FRACTION_BITS: u32 = 20;
+/// Nanoseconds that a unit of a feature may cost, at most: under three hours, and whole in fixed point.
+pub(super) const MOST_NS: f64 = 1e13;
 
 /// A profile made ready for evaluation. Every cost is an integer sum, so that it does not depend on
 /// the order of evaluation, nor on the machine.
 #[derive(Clone, Debug)]
 pub struct CostModel {
-    terms: Vec<(Feature, u128)>,
+    terms: Vec<(Feature, u64)>,
     swap_fixed: Nanos,
     ns_per_byte: f64,
     busy_ns_per_byte: f64,
@@ -183,7 +185,7 @@ impl CostModel {
         let terms = profile.step.features.iter().zip(&profile.step.coef_ns);
         let terms = terms
             .map(|(name, &coef)| {
-                let fixed = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u128;
+                let fixed = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u64;
                 Ok((name.parse()?, fixed))
             })
             .collect::<Result<_, FeatureError>>()?;
@@ -204,9 +206,19 @@ impl CostModel {
 
     /// A step's duration with nothing beside it.
     pub fn step_ns(&self, shape: &StepShape) -> Nanos {
-        let sum: u128 = self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * coef).sum();
-        // Nothing happens in no time: a clock that stands still could loop.
-        ((sum >> FRACTION_BITS) as Nanos).max(1)
+        whole_ns(self.step_sum(shape))
+    }
+
+    /// A step's duration in fixed point.
+    pub(crate) fn step_sum(&self, shape: &StepShape) -> u128 {
+        self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * u128::from(*coef)).sum()
+    }
+
+    /// Durations of the steps after a decode step of this shape, which costs `sum`, as long as the same
+    /// sequences run: each has read one position more. The shape has no prefills.
+    pub(crate) fn decode_run(&self, shape: StepShape, sum: u128) -> DecodeRun<'_> {
+        let (context, decodes) = (shape.decode_context, shape.decodes);
+        DecodeRun { cost: self, context, decodes, sum, slope: 0, bend: context }
     }
 
     /// A swap's duration with no step running.
@@ -222,6 +234,59 @@ impl CostModel {
     /// From a request's receipt to the queue.
     pub fn front_ns(&self, prompt_tokens: u32) -> Nanos {
         self.front_ns + (f64::from(prompt_tokens) * self.front_ns_per_token).round() as Nanos
+    }
+}
+
+/// Fixed point to nanoseconds.
+pub(crate) fn whole_ns(sum: u128) -> Nanos {
+    // Nothing happens in no time: a clock that stands still could loop.
+    ((sum >> FRACTION_BITS) as Nanos).max(1)
+}
+
+/// See [`CostModel::decode_run`]. Integer sums: to the nanosecond what each step alone would cost.
+#[derive(Clone, Debug)]
+pub(crate) struct DecodeRun<'a> {
+    cost: &'a CostModel,
+    context: u64,
+    decodes: u64,
+    sum: u128,
+    /// What a step adds to the sum while the context stays under `bend`.
+    slope: u128,
+    bend: u64,
+}
+
+impl DecodeRun<'_> {
+    /// The present step's context and its cost in fixed point.
+    pub(crate) fn reached(&self) -> (u64, u128) {
+        (self.context, self.sum)
+    }
+
+    /// Goes on to the next step and gives its duration.
+    #[inline]
+    pub(crate) fn next(&mut self) -> Nanos {
+        let context = self.context + self.decodes;
+        if context > self.bend {
+            self.straighten(context);
+        }
+        self.context = context;
+        self.sum += self.slope;
+        whole_ns(self.sum)
+    }
+
+    /// Finds the slope from the present context to `context` and how far it holds.
+    fn straighten(&mut self, context: u64) {
+        let before = self.context;
+        self.slope = 0;
+        let mut bend = u64::MAX;
+        for &(feature, coef) in &self.cost.terms {
+            let Feature::DecodeContext { from, to } = feature else { continue };
+            let further = within(context, from, to) - within(before, from, to);
+            self.slope += u128::from(further) * u128::from(coef);
+            let ends = [from, to.unwrap_or(u64::MAX)];
+            bend = ends.into_iter().filter(|&end| end > before).fold(bend, u64::min);
+        }
+        // An end between the two contexts: the step across it has a slope of its own.
+        self.bend = bend.max(context);
     }
 }
 
@@ -267,5 +332,27 @@ mod tests {
         let shape = StepShape { tokens: 500, ..StepShape::default() };
         assert_eq!(cost.step_ns(&shape), 11_000_000);
         assert_eq!(cost.swap_ns(1_000_000), 1_000_000);
+    }
+
+    #[test]
+    fn a_run_of_decodes_costs_what_its_steps_cost() {
+        let mut profile = round();
+        for (name, coef) in
+            [("decode_context:0-700", 1.37), ("decode_context:700-1000", 0.0), ("decode_context:1000-", 5.01)]
+        {
+            profile.step.features.push(name.to_owned());
+            profile.step.coef_ns.push(coef);
+        }
+        let cost = CostModel::new(&profile.signed()).unwrap();
+        for decodes in [1, 3, 64, 400] {
+            let mut shape =
+                StepShape { tokens: decodes, decodes, decode_context: 17, ..StepShape::default() };
+            let mut run = cost.decode_run(shape, cost.step_sum(&shape));
+            for _ in 0..1_200 {
+                shape.decode_context += decodes;
+                assert_eq!(run.next(), cost.step_ns(&shape));
+                assert_eq!(run.reached(), (shape.decode_context, cost.step_sum(&shape)));
+            }
+        }
     }
 }

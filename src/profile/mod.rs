@@ -1,15 +1,19 @@
 //! `profile.json`: the calibrated costs of one machine, model and engine, and the cost model they feed.
 
 mod cost;
+mod scale;
 mod shape;
+mod shipped;
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+pub(crate) use cost::whole_ns;
 pub use cost::{CostModel, Feature, FeatureError};
-pub use shape::StepShape;
+pub use scale::{Scale, ScaleError};
+pub use shape::{SeenSlots, StepShape};
 
 /// The version that this program writes and reads.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -186,6 +190,17 @@ pub enum ProfileError {
         /// Why.
         source: std::io::Error,
     },
+    /// Neither a file nor a shipped profile.
+    #[error(
+        "there is no profile '{name}': give a file that `lora-hbm calibrate` has made{}",
+        shipped_names(shipped)
+    )]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        shipped: Vec<String>,
+    },
     /// It is not JSON of this form.
     #[error("{path} is not a profile: {source}")]
     Form {
@@ -260,6 +275,11 @@ pub enum ProfileError {
     },
 }
 
+/// The rest of a sentence that names the shipped profiles, if there are any.
+fn shipped_names(shipped: &[String]) -> String {
+    if shipped.is_empty() { String::new() } else { format!(", or one of {}", shipped.join(", ")) }
+}
+
 impl Profile {
     /// Reads and checks a profile.
     pub fn load(path: &Path) -> Result<Self, ProfileError> {
@@ -319,6 +339,13 @@ impl Profile {
         for (feature, &coef) in self.step.features.iter().zip(&self.step.coef_ns) {
             feature.parse::<Feature>()?;
             not_negative(&format!("step cost of '{feature}'"), coef)?;
+            if coef > cost::MOST_NS {
+                return Err(ProfileError::Value {
+                    what: format!("step cost of '{feature}'"),
+                    value: coef,
+                    expected: "it must be under 1e13 ns",
+                });
+            }
         }
         positive("number of step features", self.step.features.len() as f64)?;
         if self.step.features.len() != self.step.coef_ns.len() {
@@ -341,6 +368,13 @@ impl Profile {
         positive("engine.block_size", f64::from(self.engine.block_size))?;
         positive("engine.layers", f64::from(self.engine.layers))?;
         positive("number of calibrated ranks", self.adapter.ranks.len() as f64)?;
+        if let Some(w) = self.adapter.ranks.windows(2).find(|w| w[0] >= w[1]) {
+            return Err(ProfileError::Value {
+                what: "list of calibrated ranks".to_owned(),
+                value: f64::from(w[1]),
+                expected: "ranks must rise from one to the next",
+            });
+        }
         if self.adapter.ranks.len() != self.adapter.bytes.len() {
             return Err(ProfileError::Value {
                 what: "number of adapter sizes".to_owned(),

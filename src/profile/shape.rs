@@ -31,10 +31,10 @@ pub struct StepShape {
 }
 
 impl StepShape {
-    /// The shape of a plan. `rank` gives an adapter's rank; `seen` is scratch, one flag a slot.
-    pub fn of(plan: &StepPlan, rank: impl Fn(u32) -> u32, seen: &mut Vec<bool>) -> Self {
+    /// The shape of a plan. `rank` gives an adapter's rank.
+    pub fn of(plan: &StepPlan, rank: impl Fn(u32) -> u32, seen: &mut SeenSlots) -> Self {
         let mut shape = Self::default();
-        seen.iter_mut().for_each(|s| *s = false);
+        seen.plan += 1;
         for seq in &plan.seqs {
             let (start, len) = (u64::from(seq.start), u64::from(seq.len));
             shape.tokens += len;
@@ -48,15 +48,28 @@ impl StepShape {
                 shape.prefill_span = shape.prefill_span.max(start + len);
             }
             if let Some((adapter, slot)) = seq.adapter {
-                let slot = slot.0 as usize;
-                if seen.len() <= slot {
-                    seen.resize(slot + 1, false);
-                }
-                shape.adapters += u64::from(!std::mem::replace(&mut seen[slot], true));
+                shape.adapters += u64::from(seen.first(slot.0 as usize));
                 shape.lora_tokens += len;
                 shape.lora_token_ranks += len * u64::from(rank(adapter.0));
             }
         }
         shape
+    }
+}
+
+/// Scratch: in which plan each slot was last met.
+#[derive(Clone, Debug, Default)]
+pub struct SeenSlots {
+    plan: u64,
+    met: Vec<u64>,
+}
+
+impl SeenSlots {
+    /// Whether the slot is met for the first time in this plan.
+    fn first(&mut self, slot: usize) -> bool {
+        if self.met.len() <= slot {
+            self.met.resize(slot + 1, 0);
+        }
+        std::mem::replace(&mut self.met[slot], self.plan) != self.plan
     }
 }

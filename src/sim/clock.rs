@@ -71,12 +71,18 @@ pub struct Outcome {
 
 /// Who is told what the simulator does. Requests' ids in plans count arrivals from 0.
 pub trait Observer {
+    /// Whether it must see each step. Otherwise steps that only bring the same sequences a token
+    /// further may be run through at once (`Device::skip`); nothing else comes out differently.
+    const EVERY_STEP: bool = false;
+
     /// A request has ended, not cancelled.
     fn outcome(&mut self, _outcome: &Outcome) {}
-    /// A step is formed.
+    /// A step is formed. Without [`Observer::EVERY_STEP`] not each of them is told of.
     fn step(&mut self, _plan: &StepPlan) {}
     /// A swap is started.
     fn swap(&mut self, _now: Nanos, _swap: &SwapPlan) {}
+    /// An event has been taken or a plan formed, and this is how things stand.
+    fn state(&mut self, _now: Nanos, _scheduler: &Scheduler) {}
 }
 
 /// Collects outcomes in order of their ends.
@@ -173,8 +179,9 @@ pub fn run<D: Device, O: Observer>(
         } else if let Some((_, done)) = done.filter(|d| d.0 == next) {
             run.complete(done)?;
         } else {
-            run.form_step();
+            run.form_step(input_at);
         }
+        run.observer.state(run.now, run.scheduler);
     }
     run.totals.end = run.now;
     Ok(run.totals)
@@ -232,7 +239,7 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
         Ok(())
     }
 
-    fn form_step(&mut self) {
+    fn form_step(&mut self, input_at: Option<Nanos>) {
         self.plan_at = None;
         let formed = self.scheduler.plan(self.now, &mut self.plan, &mut self.out);
         self.submit_swaps();
@@ -242,6 +249,9 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
             self.awaited = if self.plan.wait_for_swaps { self.plan.loading.len() } else { 0 };
             if self.awaited == 0 {
                 self.submit_step();
+                if !O::EVERY_STEP && self.device.may_skip() {
+                    self.skip(input_at);
+                }
             }
         }
         self.take_notices();
@@ -250,6 +260,19 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     fn submit_step(&mut self) {
         self.submitted = self.now;
         self.device.submit_step(self.now, &self.plan);
+    }
+
+    /// Runs through the steps that are sure to follow the one in flight before the next input.
+    fn skip(&mut self, input_at: Option<Nanos>) {
+        let Some(run) = self.scheduler.steady() else { return };
+        let skipped = self.device.skip(run.steps, input_at.unwrap_or(Nanos::MAX), run.until);
+        if skipped.steps > 0 {
+            self.scheduler.skip(skipped.steps, skipped.formed);
+            self.totals.steps += skipped.steps;
+            self.totals.busy += skipped.busy;
+            self.now = skipped.formed;
+            self.submitted = skipped.formed;
+        }
     }
 
     fn submit_swaps(&mut self) {

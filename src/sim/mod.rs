@@ -5,12 +5,14 @@
 
 mod clock;
 mod device;
+mod front_end;
 mod model_device;
 mod recorded;
 mod replay;
 
 pub use clock::{Input, Observer, Outcome, SimRequest, Totals, run};
-pub use device::{Device, Done};
+pub use device::{Device, Done, Skipped};
+pub use front_end::FrontEnd;
 pub use model_device::ModelDevice;
 pub use recorded::{RecordError, Recorded, RecordedStep, RecordedSwap};
 pub use replay::{ReplayError, ReplayReport, replay};

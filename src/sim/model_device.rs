@@ -5,8 +5,8 @@
 
 use lora_sched::{Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
-use super::device::{Device, Done};
-use crate::profile::{CostModel, StepShape};
+use super::device::{Device, Done, Skipped};
+use crate::profile::{CostModel, SeenSlots, StepShape, whole_ns};
 
 /// See the module's text.
 #[derive(Clone, Debug)]
@@ -16,17 +16,25 @@ pub struct ModelDevice {
     /// Copies under way share the engine layer by layer (`layered`) rather than one after another.
     shared: bool,
     now: Nanos,
-    step: Option<Step>,
+    /// Whether `step` is in flight. It stays where it is, so that an event moves no more than it changes.
+    running: bool,
+    step: Step,
     copies: Vec<Copy>,
     stalled: Vec<(SlotId, Nanos)>,
-    seen: Vec<bool>,
+    seen: SeenSlots,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Step {
     started: Nanos,
-    /// Work without any slow-down, and what is left of it (waits for first layers included).
-    work: f64,
+    shape: StepShape,
+    /// Fixed-point cost of the shape.
+    sum: u128,
+    /// Work without any slow-down.
+    work: Nanos,
+    /// While no copy is under way: when the step ends.
+    ends: Nanos,
+    /// While copies are: what is left of the work at `now` (waits for first layers included).
     left: f64,
     /// Slots that it reads and that are still being copied into.
     loading: Vec<SlotId>,
@@ -49,53 +57,62 @@ impl ModelDevice {
             ranks,
             shared: mode == SwapMode::Layered,
             now: 0,
-            step: None,
+            running: false,
+            step: Step::default(),
             copies: Vec::new(),
             stalled: Vec::new(),
-            seen: Vec::new(),
+            seen: SeenSlots::default(),
         }
     }
 
+    /// Of a step beside copies.
     fn step_rate(&self) -> f64 {
-        if self.copies.is_empty() { 1.0 } else { 1.0 / (1.0 + self.cost.step_slowdown) }
+        1.0 / (1.0 + self.cost.step_slowdown)
     }
 
     /// Rate of each copy that is being served: those share the copy engine.
     fn copy_rate(&self) -> f64 {
-        let rate = if self.step.is_some() { 1.0 / self.cost.busy_swap_factor() } else { 1.0 };
+        let rate = if self.running { 1.0 / self.cost.busy_swap_factor() } else { 1.0 };
         let served = self.served().count().max(1);
         rate / served as f64
     }
 
-    /// Demand goes before prefetch; of one kind, all share (`layered`) or the first is served.
-    fn served(&self) -> impl Iterator<Item = usize> + '_ {
-        let kind = self.copies.iter().map(|c| c.kind).find(|&k| k == SwapKind::Demand);
-        let kind = kind.unwrap_or(SwapKind::Prefetch);
-        let of_kind = self.copies.iter().enumerate().filter(move |(_, c)| c.kind == kind).map(|(i, _)| i);
+    /// Demand goes before prefetch.
+    fn served_kind(&self) -> SwapKind {
+        let demand = self.copies.iter().any(|c| c.kind == SwapKind::Demand);
+        if demand { SwapKind::Demand } else { SwapKind::Prefetch }
+    }
+
+    /// Of the kind that is served, all share (`layered`) or the first is.
+    fn served(&self) -> impl Iterator<Item = &Copy> + '_ {
+        let kind = self.served_kind();
+        let of_kind = self.copies.iter().filter(move |c| c.kind == kind);
         of_kind.take(if self.shared { usize::MAX } else { 1 })
     }
 
+    /// Lets time pass up to a change of rates.
     fn advance(&mut self, now: Nanos) {
         let passed = now.saturating_sub(self.now) as f64;
         self.now = now;
-        if passed == 0.0 {
+        if passed == 0.0 || self.copies.is_empty() {
             return;
         }
-        let step_rate = self.step_rate();
         let copy_rate = self.copy_rate();
-        if let Some(step) = &mut self.step {
-            step.left -= passed * step_rate;
+        if self.running {
+            self.step.left -= passed * self.step_rate();
         }
-        if !self.copies.is_empty() {
-            let served: Vec<usize> = self.served().collect();
-            for i in served {
-                self.copies[i].left -= passed * copy_rate;
-            }
+        let kind = self.served_kind();
+        let of_kind = self.copies.iter_mut().filter(|c| c.kind == kind);
+        for copy in of_kind.take(if self.shared { usize::MAX } else { 1 }) {
+            copy.left -= passed * copy_rate;
         }
     }
 
     fn after(&self, left: f64, rate: f64) -> Nanos {
-        self.now + (left.max(0.0) / rate).ceil() as Nanos
+        let left = left.max(0.0) / rate;
+        // Rounded up; `f64::ceil` is a function call on plain x86-64.
+        let whole = left as Nanos;
+        self.now + whole + Nanos::from((whole as f64) < left)
     }
 }
 
@@ -108,37 +125,40 @@ impl Device for ModelDevice {
         self.advance(now);
         let ranks = &self.ranks;
         let rank = |adapter: u32| ranks.get(adapter as usize).copied().unwrap_or(0);
-        let shape = StepShape::of(plan, rank, &mut self.seen);
-        let work = self.cost.step_ns(&shape) as f64;
-        let mut step = Step { started: now, work, left: work, loading: Vec::new(), last_landed: None };
-        // Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
-        let rate = self.copy_rate();
-        let mut head = 0.0f64;
-        for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
-            let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
-            head = head.max(first_layer.max(0.0) / rate);
-            step.loading.push(copy.slot);
-        }
-        step.left += head;
+        self.step.shape = StepShape::of(plan, rank, &mut self.seen);
+        self.step.sum = self.cost.step_sum(&self.step.shape);
+        self.step.work = whole_ns(self.step.sum);
+        self.step.started = now;
+        self.step.ends = now + self.step.work;
+        self.step.last_landed = None;
+        self.step.loading.clear();
         self.stalled.clear();
-        self.step = Some(step);
+        if !self.copies.is_empty() {
+            self.step.left = self.step.work as f64;
+            self.wait_for_first_layers(plan);
+        }
+        self.running = true;
     }
 
     fn submit_swap(&mut self, now: Nanos, swap: &SwapPlan) {
         self.advance(now);
+        if self.copies.is_empty() {
+            self.step.left = self.step.ends.saturating_sub(now) as f64;
+        }
         let work = self.cost.swap_ns(swap.bytes) as f64;
         self.copies.push(Copy { slot: swap.slot, kind: swap.kind, work, left: work });
     }
 
-    fn next(&self) -> Option<(Nanos, Done)> {
+    #[inline]
+    fn next(&mut self) -> Option<(Nanos, Done)> {
+        if self.copies.is_empty() {
+            return self.running.then_some((self.step.ends, Done::Step));
+        }
         // The last layer waits for the last layer: a step ends after the copies that it reads.
-        let step = self.step.as_ref().filter(|s| s.loading.is_empty());
-        let step = step.map(|s| (self.after(s.left, self.step_rate()), Done::Step));
+        let step = (self.running && self.step.loading.is_empty())
+            .then(|| (self.after(self.step.left, self.step_rate()), Done::Step));
         let rate = self.copy_rate();
-        let copy = self
-            .served()
-            .map(|i| (self.after(self.copies[i].left, rate), Done::Swap(self.copies[i].slot)))
-            .min();
+        let copy = self.served().map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot))).min();
         step.into_iter().chain(copy).min()
     }
 
@@ -146,22 +166,23 @@ impl Device for ModelDevice {
         self.advance(now);
         match done {
             Done::Step => {
-                if let Some(step) = self.step.take()
-                    && let Some(slot) = step.last_landed
-                {
-                    let took = now - step.started;
-                    let stall = (took as f64 - step.work * (1.0 + self.cost.step_slowdown)).max(0.0);
-                    self.stalled.push((slot, stall as Nanos));
+                self.running = false;
+                if let Some(slot) = self.step.last_landed {
+                    let took = now - self.step.started;
+                    let slowed = self.step.work as f64 * (1.0 + self.cost.step_slowdown);
+                    self.stalled.push((slot, (took as f64 - slowed).max(0.0) as Nanos));
                 }
             }
             Done::Swap(slot) => {
                 self.copies.retain(|c| c.slot != slot);
-                if let Some(step) = &mut self.step
-                    && let Some(at) = step.loading.iter().position(|&s| s == slot)
-                {
+                let step = &mut self.step;
+                if let Some(at) = step.loading.iter().position(|&s| s == slot).filter(|_| self.running) {
                     step.loading.swap_remove(at);
                     step.last_landed = Some(slot);
-                    step.left = step.left.max(step.work / self.cost.layers as f64);
+                    step.left = step.left.max(step.work as f64 / self.cost.layers as f64);
+                }
+                if self.copies.is_empty() {
+                    self.step.ends = self.after(self.step.left, 1.0);
                 }
             }
         }
@@ -169,6 +190,48 @@ impl Device for ModelDevice {
 
     fn stalled(&self) -> &[(SlotId, Nanos)] {
         &self.stalled
+    }
+
+    fn may_skip(&self) -> bool {
+        self.running && self.copies.is_empty()
+    }
+
+    fn skip(&mut self, most: u64, before: Nanos, until: Nanos) -> Skipped {
+        if !self.may_skip() {
+            return Skipped::default();
+        }
+        let step = &mut self.step;
+        let mut skipped = Skipped { steps: 0, formed: step.started, busy: 0 };
+        let mut run = self.cost.decode_run(step.shape, step.sum);
+        let mut work = step.work;
+        while skipped.steps < most {
+            let formed = skipped.formed + work + self.cost.loop_ns;
+            if formed >= before || formed > until {
+                break;
+            }
+            skipped = Skipped { steps: skipped.steps + 1, formed, busy: skipped.busy + work };
+            work = run.next();
+        }
+        (step.shape.decode_context, step.sum) = run.reached();
+        step.started = skipped.formed;
+        step.work = work;
+        step.ends = skipped.formed + work;
+        self.now = skipped.formed;
+        skipped
+    }
+}
+
+impl ModelDevice {
+    /// Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
+    fn wait_for_first_layers(&mut self, plan: &StepPlan) {
+        let rate = self.copy_rate();
+        let mut head = 0.0f64;
+        for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
+            let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
+            head = head.max(first_layer.max(0.0) / rate);
+            self.step.loading.push(copy.slot);
+        }
+        self.step.left += head;
     }
 }
 

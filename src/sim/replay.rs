@@ -128,7 +128,7 @@ impl Device for RecordedDevice<'_> {
         self.copies.push((now + took, swap.slot));
     }
 
-    fn next(&self) -> Option<(Nanos, Done)> {
+    fn next(&mut self) -> Option<(Nanos, Done)> {
         let copy = self.copies.iter().min().map(|&(at, slot)| (at, Done::Swap(slot)));
         self.step.map(|at| (at, Done::Step)).into_iter().chain(copy).min()
     }

@@ -32,11 +32,11 @@ impl PromptPool {
         Self { source: lengths::SOURCE.to_owned(), prompts }
     }
 
-    /// Indices of prompts in the order that a workload of this seed uses them: shuffled, and over again
-    /// where there are too few. Empty for an empty pool.
-    pub fn order(&self, seed: u64) -> impl Iterator<Item = usize> + use<> {
+    /// Indices of prompts in the order that a workload of this seed uses them: shuffled. A workload that
+    /// needs more goes over them again.
+    pub fn order(&self, seed: u64) -> Vec<u32> {
         let mut order: Vec<usize> = (0..self.prompts.len()).collect();
         order.shuffle(&mut stream(seed, "lengths"));
-        order.into_iter().cycle()
+        order.into_iter().map(|i| i as u32).collect()
     }
 }

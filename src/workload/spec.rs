@@ -103,73 +103,138 @@ pub enum WorkloadError {
 
 /// A trace of `spec` with prompts from `pool`. The same spec and pool give the same trace on every machine.
 pub fn generate_trace(spec: &WorkloadSpec, pool: &PromptPool) -> Result<Trace, WorkloadError> {
-    if spec.max_tokens == 0 {
-        return Err(WorkloadError::NoOutput);
-    }
-    if spec.arrivals == Arrivals::Trace {
-        return Err(WorkloadError::NoTrace);
-    }
-    if pool.prompts.is_empty() {
-        return Err(WorkloadError::EmptyPool { source_name: pool.source.clone(), regime: spec.regime });
-    }
-    let times = times(spec.arrivals, spec.rate, spec.amount, spec.seed)?;
-    let mut adapters = AdapterDraw::new(spec.popularity, spec.total_loras, spec.seed);
-    let mut prompts = pool.order(spec.seed);
-    let requests = times
-        .into_iter()
-        .zip(0..)
-        .map(|(arrival_s, id)| {
-            let prompt = &pool.prompts[prompts.next().unwrap_or(0)];
-            let adapter = adapters.draw();
-            TraceRequest {
-                id,
-                arrival_s,
-                prompt_tokens: prompt.tokens,
-                output_tokens: spec.max_tokens,
-                adapter,
-                rank: rank_of(adapter, &spec.ranks),
-                prompt: prompt.text.clone(),
-            }
-        })
-        .collect();
-    let header = TraceHeader {
-        schema: SCHEMA,
-        source: format!(
-            "{}; {} regime; {} arrivals at {}/s",
-            pool.source, spec.regime, spec.arrivals, spec.rate
-        ),
-        seed: spec.seed,
-        popularity: spec.popularity.to_string(),
-    };
-    Ok(Trace { header, requests })
+    let requests: Vec<TraceRequest> = Requests::new(spec, pool)?.collect();
+    refuse_none(requests.is_empty(), spec.rate)?;
+    Ok(Trace { header: spec.header(pool), requests })
 }
 
+impl WorkloadSpec {
+    /// What its trace says of itself.
+    pub fn header(&self, pool: &PromptPool) -> TraceHeader {
+        TraceHeader {
+            schema: SCHEMA,
+            source: format!(
+                "{}; {} regime; {} arrivals at {}/s",
+                pool.source, self.regime, self.arrivals, self.rate
+            ),
+            seed: self.seed,
+            popularity: self.popularity.to_string(),
+        }
+    }
+}
+
+/// The requests of [`generate_trace`], one by one: a workload of any length takes no memory.
+#[derive(Debug)]
+pub struct Requests<'a> {
+    spec: WorkloadSpec,
+    pool: &'a PromptPool,
+    times: Times,
+    adapters: AdapterDraw,
+    /// Which prompts, in order; over again when they are used up.
+    order: Vec<u32>,
+    next: u64,
+}
+
+impl<'a> Requests<'a> {
+    /// The workload's requests. A duration may turn out to hold none.
+    pub fn new(spec: &WorkloadSpec, pool: &'a PromptPool) -> Result<Self, WorkloadError> {
+        if spec.max_tokens == 0 {
+            return Err(WorkloadError::NoOutput);
+        }
+        if spec.arrivals == Arrivals::Trace {
+            return Err(WorkloadError::NoTrace);
+        }
+        if pool.prompts.is_empty() {
+            return Err(WorkloadError::EmptyPool { source_name: pool.source.clone(), regime: spec.regime });
+        }
+        Ok(Self {
+            times: Times::new(spec.arrivals, spec.rate, spec.amount, spec.seed)?,
+            adapters: AdapterDraw::new(spec.popularity, spec.total_loras, spec.seed),
+            order: pool.order(spec.seed),
+            next: 0,
+            spec: spec.clone(),
+            pool,
+        })
+    }
+}
+
+impl Iterator for Requests<'_> {
+    type Item = TraceRequest;
+
+    fn next(&mut self) -> Option<TraceRequest> {
+        let arrival_s = self.times.next()?;
+        let id = self.next;
+        self.next += 1;
+        let prompt = &self.pool.prompts[self.order[(id % self.order.len() as u64) as usize] as usize];
+        let adapter = self.adapters.draw();
+        Some(TraceRequest {
+            id,
+            arrival_s,
+            prompt_tokens: prompt.tokens,
+            output_tokens: self.spec.max_tokens,
+            adapter,
+            rank: rank_of(adapter, &self.spec.ranks),
+            prompt: prompt.text.clone(),
+        })
+    }
+}
+
+/// Arrival times, as many as were asked for.
+#[derive(Debug)]
+struct Times {
+    process: ArrivalTimes,
+    left: u64,
+    before_s: f64,
+}
+
+impl Times {
+    fn new(arrivals: Arrivals, rate: f64, amount: Amount, seed: u64) -> Result<Self, WorkloadError> {
+        let process = ArrivalTimes::new(arrivals, rate, seed).ok_or(WorkloadError::Rate(rate))?;
+        let (left, before_s) = match amount {
+            Amount::Requests(0) => {
+                return Err(WorkloadError::NoRequests("0 requests were asked for".to_owned()));
+            }
+            Amount::Requests(n) if n > MOST_REQUESTS => return Err(WorkloadError::TooMany(n)),
+            Amount::Requests(n) => (n, f64::INFINITY),
+            Amount::DurationS(duration) => {
+                check_duration(duration)?;
+                let expected = duration * rate;
+                if expected > MOST_REQUESTS as f64 {
+                    return Err(WorkloadError::TooMany(expected as u64));
+                }
+                (u64::MAX, duration)
+            }
+        };
+        Ok(Self { process, left, before_s })
+    }
+}
+
+impl Iterator for Times {
+    type Item = f64;
+
+    fn next(&mut self) -> Option<f64> {
+        self.left = self.left.checked_sub(1)?;
+        self.process.next().filter(|&at| at < self.before_s)
+    }
+}
+
+/// As a trace needs them: all at once, and at least one.
 pub(super) fn times(
     arrivals: Arrivals,
     rate: f64,
     amount: Amount,
     seed: u64,
 ) -> Result<Vec<f64>, WorkloadError> {
-    let process = ArrivalTimes::new(arrivals, rate, seed).ok_or(WorkloadError::Rate(rate))?;
-    let times: Vec<f64> = match amount {
-        Amount::Requests(0) => {
-            return Err(WorkloadError::NoRequests("0 requests were asked for".to_owned()));
-        }
-        Amount::Requests(n) if n > MOST_REQUESTS => return Err(WorkloadError::TooMany(n)),
-        Amount::Requests(n) => process.take(n as usize).collect(),
-        Amount::DurationS(duration) => {
-            check_duration(duration)?;
-            let expected = duration * rate;
-            if expected > MOST_REQUESTS as f64 {
-                return Err(WorkloadError::TooMany(expected as u64));
-            }
-            process.take_while(|t| *t < duration).collect()
-        }
-    };
-    if times.is_empty() {
+    let times: Vec<f64> = Times::new(arrivals, rate, amount, seed)?.collect();
+    refuse_none(times.is_empty(), rate)?;
+    Ok(times)
+}
+
+fn refuse_none(none: bool, rate: f64) -> Result<(), WorkloadError> {
+    if none {
         return Err(WorkloadError::NoRequests(format!("no arrival at {rate}/s falls in the duration")));
     }
-    Ok(times)
+    Ok(())
 }
 
 pub(super) fn check_duration(duration: f64) -> Result<(), WorkloadError> {

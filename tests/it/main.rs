@@ -4,6 +4,8 @@
 mod bench;
 #[cfg(feature = "server")]
 mod device_choice;
+#[cfg(feature = "server")]
+mod emulate;
 #[cfg(feature = "engine")]
 mod executor;
 mod experiment;
@@ -15,8 +17,10 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod load_support;
+mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
+mod planning;
 #[cfg(feature = "plot")]
 mod plot;
 #[cfg(feature = "server")]
@@ -28,6 +32,7 @@ mod serve_command;
 #[cfg(feature = "server")]
 mod server;
 mod simulate;
+mod skipping;
 #[cfg(feature = "server")]
 mod soak;
 #[cfg(feature = "server")]
@@ -36,5 +41,6 @@ mod step_loop;
 mod support;
 #[cfg(feature = "server")]
 mod traffic;
+mod validation;
 #[cfg(feature = "engine")]
 mod workload;

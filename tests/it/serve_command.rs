@@ -307,3 +307,28 @@ fn a_folder_without_adapters_is_named() {
     let error = Loaded::load(settings).unwrap_err().to_string();
     assert!(error.contains(dir.path().to_str().unwrap()), "{error}");
 }
+
+#[test]
+fn an_emulated_engine_serves_a_profile_s_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("p.json");
+    let mut profile = crate::oracles::machine(&[("step", 1e6), ("tokens:0-", 1e4)], 2_000_000, 0);
+    profile.model = "tiny".to_owned();
+    std::fs::write(&file, serde_json::to_string(&profile.signed()).unwrap()).unwrap();
+    let path = file.to_str().unwrap();
+    let (mut serve, said) = start(&["--total-loras", "8", "--gpu-loras", "2", "--emulate", path]);
+    assert!(said.iter().any(|line| line.contains("nothing is computed")), "{said:?}");
+    let health: Value = serde_json::from_str(&get(&format!("{}/health", serve.url))).unwrap();
+    assert!(health["device"].as_str().is_some_and(|d| d.starts_with("emulated")), "{health}");
+
+    let (status, message) = refused(&["--total-loras", "8", "--gpu-loras", "2", "--emulate", "no-such"]);
+    assert!(status == 1 && message.contains("'no-such'"), "{message}");
+    let other = ["--total-loras", "8", "--gpu-loras", "2", "--model", "some/other", "--emulate", path];
+    let (status, message) = refused(&other);
+    assert!(status == 1 && message.contains("some/other"), "{message}");
+    let both = ["--total-loras", "8", "--gpu-loras", "2", "--adapters", "x", "--emulate", path];
+    let (status, message) = refused(&both);
+    assert!(status == 2 && message.contains("--adapters"), "{message}");
+    signal(&serve, "-TERM");
+    assert_eq!(self::status(&mut serve), 0);
+}

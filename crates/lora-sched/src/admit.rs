@@ -31,7 +31,9 @@ impl Scheduler {
 
         let mut budget = self.config.max_num_batched_tokens;
         let preempted = self.run_decodes(&mut budget, plan, out);
-        self.run_prefills(&mut budget, plan);
+        if plan.seqs.len() < self.running.len() {
+            self.run_prefills(&mut budget, plan);
+        }
         self.clock.gate = if preempted { Gate::Kv } else { self.admit(&mut budget, plan, out) };
         self.start_swaps(out);
         self.clock.slot_available = self.slots.available();
@@ -42,6 +44,7 @@ impl Scheduler {
         self.next_step += 1;
         self.step.active = true;
         self.step.formed = plan.formed;
+        self.step.preempted = preempted;
         self.step.swaps_done = plan.formed;
         self.step.waits = plan.wait_for_swaps;
         self.step.loading.extend_from_slice(&plan.loading);
@@ -69,14 +72,15 @@ impl Scheduler {
         let mut i = 0;
         while i < self.running.len() {
             let index = self.running[i];
-            let request = &self.requests[index];
-            let Phase::Running { place, .. } = request.phase else {
+            let request = &mut self.requests[index];
+            let Phase::Running { place, in_step, .. } = &mut request.phase else {
                 unreachable!("the running list holds running requests")
             };
             if request.computed < request.fed {
                 i += 1;
                 continue;
             }
+            let place = *place;
             let full = self.kv.held(place) * self.config.block_size <= request.computed as usize;
             if full && self.kv.free() == 0 {
                 preempted = true;
@@ -86,7 +90,28 @@ impl Scheduler {
                 }
                 continue;
             }
-            self.put_in_step(index, 1, usize::from(full), plan);
+            if full {
+                self.put_in_step(index, 1, 1, plan);
+            } else {
+                // As `put_in_step`, for the most common case: its TTFT is told, it takes no block and it
+                // samples.
+                *in_step = true;
+                let at = plan.blocks.len() as u32;
+                plan.seqs.push(SeqStep {
+                    id: request.id,
+                    place,
+                    adapter: request.slot.map(|slot| (AdapterId(request.group - 1), slot)),
+                    start: request.computed,
+                    len: 1,
+                    decode: true,
+                    samples: true,
+                    new_blocks: at..at,
+                });
+                self.step.seqs.push(StepSeq { index, len: 1, samples: true });
+                if let Some(slot) = request.slot {
+                    self.read_slot(slot, plan);
+                }
+            }
             *budget -= 1;
             i += 1;
         }
@@ -112,6 +137,9 @@ impl Scheduler {
         loop {
             if self.running.len() == self.config.max_num_seqs || *budget == 0 {
                 return Gate::Queue;
+            }
+            if self.queue.len() == 0 {
+                return Gate::Open;
             }
             let view = self.view();
             let (index, load) = match self.config.policy.pick(&view) {
@@ -218,7 +246,7 @@ impl Scheduler {
     /// Starts swaps that need not wait for a plan: for requests that could be in the next step if
     /// their adapters were there, then prefetches.
     pub(crate) fn start_swaps(&mut self, out: &mut Outbox) {
-        if self.config.swap_mode == SwapMode::Blocking {
+        if self.config.swap_mode == SwapMode::Blocking || self.queue.len() == 0 {
             return;
         }
         while self.clock.gate != Gate::Kv && self.slots.available() && self.places_ahead() > 0 {
@@ -268,8 +296,10 @@ impl Scheduler {
             self.pin(group);
         }
         let reading = self.queue.read_meter(group, &self.clock);
+        let slot = self.queue.group(group).slot;
         let now = self.now();
         let request = &mut self.requests[index];
+        request.slot = slot;
         if request.before_first_token() {
             reading.add_since(&request.reading, &mut request.parts);
         }
@@ -301,8 +331,8 @@ impl Scheduler {
     /// Adds `len` tokens of a running request to the step, with `blocks` new blocks for it.
     fn put_in_step(&mut self, index: u32, len: usize, blocks: usize, plan: &mut StepPlan) {
         let now = self.now();
-        let slot = self.queue.group(self.requests[index].group).slot;
         let request = &mut self.requests[index];
+        let slot = request.slot;
         if request.before_first_token() {
             request.parts.queue += now.saturating_sub(request.since);
             request.since = now;
@@ -311,7 +341,9 @@ impl Scheduler {
         let place = *place;
         *in_step = true;
         let from = plan.blocks.len() as u32;
-        self.kv.allocate(place, blocks, &mut plan.blocks);
+        if blocks > 0 {
+            self.kv.allocate(place, blocks, &mut plan.blocks);
+        }
         let adapter = slot.map(|slot| (AdapterId(request.group - 1), slot));
         let samples = request.computed + len as u32 == request.known();
         plan.seqs.push(SeqStep {
@@ -325,10 +357,14 @@ impl Scheduler {
             new_blocks: from..plan.blocks.len() as u32,
         });
         self.step.seqs.push(StepSeq { index, len: len as u32, samples });
-        if let Some(slot) = slot
-            && self.slots.read_in_step(slot)
-            && self.slots.is_loading(slot)
-        {
+        if let Some(slot) = slot {
+            self.read_slot(slot, plan);
+        }
+    }
+
+    /// The step reads this slot, which may still be loading.
+    fn read_slot(&mut self, slot: SlotId, plan: &mut StepPlan) {
+        if self.slots.read_in_step(slot) && self.slots.is_loading(slot) {
             plan.loading.push(slot);
             plan.wait_for_swaps = self.config.swap_mode == SwapMode::Blocking;
         }

@@ -49,9 +49,12 @@ impl<K: Ord + Copy> IndexedHeap<K> {
             self.place[item as usize] = at as u32;
             self.sift_up(at);
         } else {
-            self.heap[at as usize].0 = key;
-            let at = self.sift_up(at as usize);
-            self.sift_down(at);
+            let before = std::mem::replace(&mut self.heap[at as usize].0, key);
+            if key < before {
+                self.sift_up(at as usize);
+            } else if before < key {
+                self.sift_down(at as usize);
+            }
         }
     }
 
@@ -71,37 +74,50 @@ impl<K: Ord + Copy> IndexedHeap<K> {
         }
     }
 
-    fn swap(&mut self, a: usize, b: usize) {
-        self.heap.swap(a, b);
-        self.place[self.heap[a].1 as usize] = a as u32;
-        self.place[self.heap[b].1 as usize] = b as u32;
+    fn put(&mut self, at: usize, entry: (K, u32)) {
+        self.place[entry.1 as usize] = at as u32;
+        self.heap[at] = entry;
     }
 
+    /// Moves what is at `at` up to where it belongs, and says where. The entry is put down once.
     fn sift_up(&mut self, mut at: usize) -> usize {
+        let entry = self.heap[at];
+        let from = at;
         while at > 0 {
             let parent = (at - 1) / 2;
-            if self.heap[parent].0 <= self.heap[at].0 {
+            let above = self.heap[parent];
+            if above.0 <= entry.0 {
                 break;
             }
-            self.swap(at, parent);
+            self.put(at, above);
             at = parent;
+        }
+        if at != from {
+            self.put(at, entry);
         }
         at
     }
 
     fn sift_down(&mut self, mut at: usize) {
+        let entry = self.heap[at];
+        let from = at;
         loop {
-            let mut least = at;
-            for child in [2 * at + 1, 2 * at + 2] {
-                if child < self.heap.len() && self.heap[child].0 < self.heap[least].0 {
-                    least = child;
-                }
+            let mut child = 2 * at + 1;
+            if child >= self.heap.len() {
+                break;
             }
-            if least == at {
-                return;
+            if child + 1 < self.heap.len() && self.heap[child + 1].0 < self.heap[child].0 {
+                child += 1;
             }
-            self.swap(at, least);
-            at = least;
+            let below = self.heap[child];
+            if entry.0 <= below.0 {
+                break;
+            }
+            self.put(at, below);
+            at = child;
+        }
+        if at != from {
+            self.put(at, entry);
         }
     }
 }

@@ -34,22 +34,21 @@ impl BlockPool {
 
     /// Appends `count` blocks to the place's table and to `out`. The caller has checked [`Self::free`].
     pub(crate) fn allocate(&mut self, place: PlaceId, count: usize, out: &mut Vec<u32>) {
-        let table = &mut self.tables[place.0 as usize];
-        for _ in 0..count {
-            let Some(block) = self.free.pop() else {
-                debug_assert!(false, "allocation was not checked against the free blocks");
-                return;
-            };
-            table.push(block);
-            out.push(block);
-        }
+        debug_assert!(count <= self.free.len(), "allocation was not checked against the free blocks");
+        let from = out.len();
+        out.extend(self.free.drain(self.free.len().saturating_sub(count)..).rev());
+        self.tables[place.0 as usize].extend_from_slice(&out[from..]);
+    }
+
+    /// Appends a block to the place's table. The caller has checked [`Self::free`].
+    pub(crate) fn grow(&mut self, place: PlaceId) {
+        let block = self.free.pop();
+        debug_assert!(block.is_some(), "allocation was not checked against the free blocks");
+        self.tables[place.0 as usize].extend(block);
     }
 
     /// Takes back everything that the place holds.
     pub(crate) fn release(&mut self, place: PlaceId) {
-        let table = &mut self.tables[place.0 as usize];
-        while let Some(block) = table.pop() {
-            self.free.push(block);
-        }
+        self.free.extend(self.tables[place.0 as usize].drain(..).rev());
     }
 }

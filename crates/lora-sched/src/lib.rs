@@ -29,7 +29,8 @@
 //! ```
 //!
 //! Where to look: `scheduler.rs` takes events, `admit.rs` forms steps, `policy.rs` says who is
-//! admitted, `slots.rs` and `evict.rs` say who is evicted, `meter.rs` says what a request waited for.
+//! admitted, `slots.rs` and `evict.rs` say who is evicted, `meter.rs` says what a request waited for,
+//! `skip.rs` takes runs of equal steps at once.
 
 mod admit;
 mod audit;
@@ -45,6 +46,7 @@ pub mod policy;
 mod queue;
 mod requests;
 mod scheduler;
+mod skip;
 mod slots;
 mod types;
 
@@ -53,5 +55,6 @@ pub use event::{Arrival, Ended, Event, EventError, Notice, Outbox};
 pub use parts::Parts;
 pub use plan::{SeqStep, StepPlan, SwapKind, SwapPlan};
 pub use scheduler::Scheduler;
+pub use skip::SteadyRun;
 pub use slots::{SlotState, SlotView};
 pub use types::{AdapterId, Nanos, PlaceId, RequestId, SlotId};

@@ -45,12 +45,15 @@ pub(crate) struct Queue {
     loading: IndexedHeap<RequestId>,
     head: u32,
     tail: u32,
+    /// Whether the list of all is kept.
+    in_order: bool,
     len: usize,
     ready_len: usize,
 }
 
 impl Queue {
-    pub(crate) fn new(adapters: &[AdapterSpec]) -> Self {
+    /// With `in_order`, a list of all waiting requests is kept beside those of the groups.
+    pub(crate) fn new(adapters: &[AdapterSpec], in_order: bool) -> Self {
         let groups = adapters.len() + 1;
         let mut queue = Self {
             groups: Vec::with_capacity(groups),
@@ -59,6 +62,7 @@ impl Queue {
             loading: IndexedHeap::new(groups),
             head: NONE,
             tail: NONE,
+            in_order,
             len: 0,
             ready_len: 0,
         };
@@ -118,7 +122,7 @@ impl Queue {
         }
     }
 
-    /// The oldest waiting request of all.
+    /// The oldest waiting request of all; none where the list of all is not kept.
     pub(crate) fn head(&self) -> Option<u32> {
         (self.head != NONE).then_some(self.head)
     }
@@ -176,10 +180,15 @@ impl Queue {
     /// Puts a request in line by its id. Arrivals go to the end in O(1); a preempted request looks
     /// for its place from the front, where it belongs.
     pub(crate) fn push(&mut self, index: u32, requests: &mut Requests) {
-        let id = requests[index].id;
-        let group = requests[index].group;
-        let appended = self.tail == NONE || requests[self.tail].id < id;
+        if self.in_order {
+            self.push_in_order(index, requests);
+        }
+        self.push_in_group(index, requests);
+    }
 
+    fn push_in_order(&mut self, index: u32, requests: &mut Requests) {
+        let id = requests[index].id;
+        let appended = self.tail == NONE || requests[self.tail].id < id;
         let mut after = if appended { self.tail } else { NONE };
         if !appended {
             let mut next = self.head;
@@ -199,7 +208,11 @@ impl Queue {
             NONE => self.tail = index,
             next => requests[next].prev = index,
         }
+    }
 
+    fn push_in_group(&mut self, index: u32, requests: &mut Requests) {
+        let id = requests[index].id;
+        let group = requests[index].group;
         // Within a group, admission is in order of id, so a preempted request is older than all
         // that wait or than all but those preempted before it: again the place is near the front.
         let g = &mut self.groups[group as usize];
@@ -234,14 +247,17 @@ impl Queue {
 
     /// Takes a request out of line.
     pub(crate) fn remove(&mut self, index: u32, requests: &mut Requests) {
-        let (group, prev, next) = (requests[index].group, requests[index].prev, requests[index].next);
-        match prev {
-            NONE => self.head = next,
-            prev => requests[prev].next = next,
-        }
-        match next {
-            NONE => self.tail = prev,
-            next => requests[next].prev = prev,
+        let group = requests[index].group;
+        if self.in_order {
+            let (prev, next) = (requests[index].prev, requests[index].next);
+            match prev {
+                NONE => self.head = next,
+                prev => requests[prev].next = next,
+            }
+            match next {
+                NONE => self.tail = prev,
+                next => requests[next].prev = prev,
+            }
         }
         let (prev, next) = (requests[index].prev_in_group, requests[index].next_in_group);
         let g = &mut self.groups[group as usize];

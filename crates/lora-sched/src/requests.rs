@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use crate::meter::Reading;
 use crate::parts::Parts;
-use crate::types::{Nanos, PlaceId, RequestId};
+use crate::types::{Nanos, PlaceId, RequestId, SlotId};
 
 /// No request, in links and in the id ring.
 pub(crate) const NONE: u32 = u32::MAX;
@@ -36,6 +36,8 @@ pub(crate) struct Request {
     /// Tokens that the driver feeds: those known when it was last admitted.
     pub(crate) fed: u32,
     pub(crate) phase: Phase,
+    /// While it runs: its adapter's slot, which it pins.
+    pub(crate) slot: Option<SlotId>,
     /// When it entered the queue.
     pub(crate) arrived: Nanos,
     /// A demand load of its adapter pins the slot for it until it starts.

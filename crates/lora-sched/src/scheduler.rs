@@ -44,6 +44,8 @@ pub(crate) struct StepInFlight {
     pub(crate) seqs: Vec<StepSeq>,
     pub(crate) loading: Vec<SlotId>,
     pub(crate) waits: bool,
+    /// Whether its plan had to preempt, and so admitted nobody: the next one may.
+    pub(crate) preempted: bool,
     /// When the last swap that the step waited for was done.
     pub(crate) swaps_done: Nanos,
 }
@@ -61,7 +63,8 @@ impl Scheduler {
         config.validate()?;
         let mut scheduler = Self {
             requests: Requests::default(),
-            queue: Queue::new(&config.adapters),
+            // Only prefetching looks at requests in order of arrival whatever they lack.
+            queue: Queue::new(&config.adapters, config.prefetch > 0),
             slots: Slots::new(config.gpu_loras, config.evict),
             kv: BlockPool::new(config.kv_blocks, config.max_num_seqs),
             clock: GateClock::new(),
@@ -203,6 +206,7 @@ impl Scheduler {
             computed: 0,
             fed: 0,
             phase: Phase::Waiting,
+            slot: None,
             arrived: now,
             holds_slot: false,
             parts: Parts { front: now.saturating_sub(arrival.received), ..Parts::default() },
@@ -257,18 +261,17 @@ impl Scheduler {
         }
         self.step.active = false;
         let now = self.now();
-        let mut step = std::mem::take(&mut self.step);
+        let mut seqs = std::mem::take(&mut self.step.seqs);
 
         self.slots.step_done(|adapter| out.notices.push(Notice::AdapterGone(adapter)));
 
-        for (i, seq) in step.seqs.iter().enumerate() {
-            let group = self.requests[seq.index].group;
-            let slot = self.queue.group(group).slot;
+        for (i, seq) in seqs.iter().enumerate() {
             let request = &mut self.requests[seq.index];
             request.computed += seq.len;
             if request.before_first_token() {
+                let step = &self.step;
                 let took = now.saturating_sub(step.formed);
-                let waited = slot.map_or(0, |slot| {
+                let waited = request.slot.map_or(0, |slot| {
                     if step.waits && step.loading.contains(&slot) {
                         step.swaps_done.saturating_sub(step.formed)
                     } else {
@@ -302,9 +305,9 @@ impl Scheduler {
                 self.end(seq.index, why, out);
             }
         }
-        step.seqs.clear();
-        step.loading.clear();
-        self.step = step;
+        seqs.clear();
+        self.step.seqs = seqs;
+        self.step.loading.clear();
         Ok(())
     }
 

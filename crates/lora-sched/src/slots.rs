@@ -223,7 +223,7 @@ impl Slots {
                 view.state = SlotState::Free;
                 self.free.push(slot);
                 retired(adapter);
-            } else {
+            } else if view.pins == 0 {
                 self.settle(SlotId(slot));
             }
         }

@@ -1,5 +1,7 @@
 //! `serve`'s flags, and the settings that they resolve to.
 
+mod emulated;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -163,10 +165,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     decision_log: Option<PathBuf>,
-    /// Serve without a device: steps wait for what this profile says they take
+    /// Serve without a device: steps wait for what this profile (a file, or the name of a shipped one)
+    /// says they take
     #[arg(long, value_name = "PROFILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    emulate: Option<PathBuf>,
+    emulate: Option<String>,
 }
 
 /// Resolved settings, as in a settings file's `[serve]` table.
@@ -216,7 +219,7 @@ pub(super) struct ServeSettings {
     pub(super) api_key: Option<String>,
     pub(super) shutdown_timeout: f64,
     pub(super) decision_log: Option<PathBuf>,
-    emulate: Option<PathBuf>,
+    pub(super) emulate: Option<String>,
 }
 
 impl Default for ServeSettings {
@@ -278,9 +281,6 @@ impl ServeSettings {
             if size != 1 {
                 return Err(Failure::usage(format!("{flag} {size} is not supported: only 1 is")));
             }
-        }
-        if self.emulate.is_some() {
-            return Err(Failure::usage("--emulate is not in this version: leave it out"));
         }
         if let Some(count) = self.host_loras.as_deref().filter(|&c| c != "all") {
             return Err(Failure::usage(format!(

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use super::failure::Failure;
 use super::settings::Context;
 use crate::engine::Engine;
+use crate::engine::emulation::Emulation;
 use crate::engine::server::{Ended, Server, ServerInfo, ServerOptions};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
@@ -24,8 +25,14 @@ pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
         // Settings from the environment are read as what they look like; a key is always text.
         settings.api_key = std::env::var("LORA_HBM_API_KEY").ok().or(settings.api_key);
     }
-    let engine = settings.engine()?;
-    engine.check().map_err(Failure::usage)?;
+    let what = match &settings.emulate {
+        Some(profile) => What::Emulated(Box::new(settings.emulated(profile)?)),
+        None => {
+            let engine = settings.engine()?;
+            engine.check().map_err(Failure::usage)?;
+            What::Engine(Box::new(engine))
+        }
+    };
     let options = ServerOptions {
         host: settings.host.clone(),
         port: settings.port,
@@ -33,18 +40,22 @@ pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
         shutdown_timeout: seconds("--shutdown-timeout", settings.shutdown_timeout)?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(serve(options, engine, settings.decision_log.clone()));
+    let ended = runtime.block_on(serve(options, what, settings.decision_log.clone()));
     // Tokenising that is under way is nobody's any more.
     runtime.shutdown_background();
     ended
 }
 
+/// What serves.
+enum What {
+    /// A model on a device.
+    Engine(Box<EngineSettings>),
+    /// A profile: steps that wait.
+    Emulated(Box<Emulation>),
+}
+
 /// Binds, loads, serves, drains.
-async fn serve(
-    options: ServerOptions,
-    settings: EngineSettings,
-    decision_log: Option<PathBuf>,
-) -> Result<(), Failure> {
+async fn serve(options: ServerOptions, what: What, decision_log: Option<PathBuf>) -> Result<(), Failure> {
     let server = Server::bind(options).await.map_err(|e| Failure::Failed(e.into()))?;
     let address = server.address();
     let handle = server.handle();
@@ -54,7 +65,10 @@ async fn serve(
     // Not a task: a model that is half loaded must not hold up the end of the program.
     std::thread::Builder::new().name("load".into()).spawn(move || {
         // Nobody listens any more when a signal came first.
-        let _ = loading.blocking_send(load(settings, decision_log.as_deref()));
+        let _ = loading.blocking_send(match what {
+            What::Engine(settings) => load(*settings, decision_log.as_deref()),
+            What::Emulated(emulation) => emulate(*emulation, decision_log.as_deref()),
+        });
     })?;
     let serving = server.run(stops);
     tokio::pin!(serving);
@@ -95,6 +109,28 @@ fn end(engine: Arc<Engine>) {
     if ended.recv_timeout(Duration::from_secs(2)).is_err() {
         tracing::warn!("a step is still running: not waited for");
     }
+}
+
+/// Starts an engine without a device, saying whose times it keeps.
+fn emulate(
+    emulation: Emulation,
+    decision_log: Option<&std::path::Path>,
+) -> Result<(Engine, ServerInfo), Failure> {
+    let profile = emulation.profile();
+    tracing::warn!(
+        "emulating {} on {} as profiled {}: nothing is computed, and the text means nothing",
+        profile.model,
+        profile.engine.device,
+        profile.created
+    );
+    let log = match decision_log {
+        Some(path) => {
+            Some(DecisionLog::to_file(path, &emulation.log_header()).map_err(|e| Failure::Failed(e.into()))?)
+        }
+        None => None,
+    };
+    let info = emulation.info();
+    Ok((emulation.start(log).map_err(|e| Failure::Failed(e.into()))?, info))
 }
 
 /// Loads the model and starts the engine, saying what it is made of.

@@ -18,3 +18,4 @@ mod state;
 pub use listener::{BindError, Ended, Handle, Server, ServerOptions};
 pub use local::{LocalError, LocalServer};
 pub use state::ServerInfo;
+pub(super) use state::cycle;

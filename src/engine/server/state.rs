@@ -76,7 +76,7 @@ impl ServerInfo {
 }
 
 /// The shortest beginning of `ranks` that gives all of them when it is gone through again and again.
-fn cycle(mut ranks: Vec<u32>) -> Vec<u32> {
+pub(in crate::engine) fn cycle(mut ranks: Vec<u32>) -> Vec<u32> {
     let repeats = |length: &usize| ranks.iter().zip(&ranks[*length..]).all(|(a, b)| a == b);
     if let Some(length) = (1..ranks.len()).find(repeats) {
         ranks.truncate(length);

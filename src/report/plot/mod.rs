@@ -4,6 +4,7 @@
 //! an embedded font, so that both show the same thing on every machine. The same rows give the same
 //! bytes.
 
+pub mod agreement;
 mod axis;
 mod canvas;
 pub mod data;

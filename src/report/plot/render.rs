@@ -12,9 +12,9 @@ use crate::report::results::Source;
 
 /// Text and hollow marks.
 pub const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
-const FAINT_INK: RGBColor = RGBColor(0x66, 0x66, 0x66);
-const GRID: RGBColor = RGBColor(0xe4, 0xe4, 0xe4);
-const AXIS: RGBColor = RGBColor(0x99, 0x99, 0x99);
+pub(super) const FAINT_INK: RGBColor = RGBColor(0x66, 0x66, 0x66);
+pub(super) const GRID: RGBColor = RGBColor(0xe4, 0xe4, 0xe4);
+pub(super) const AXIS: RGBColor = RGBColor(0x99, 0x99, 0x99);
 
 /// Colours that people with any kind of colour vision tell apart (Okabe and Ito 2008), and shapes
 /// that survive a grey printer.
