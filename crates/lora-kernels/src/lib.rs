@@ -23,6 +23,7 @@ mod product;
 mod rope_kv;
 mod sample;
 mod stream;
+mod tensor_map;
 pub mod twins;
 
 pub use attention::{Attention, DecodeWorkspace, Queries};
