@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Costs are lower bounds for Llama-2-7B on an H100 (its arithmetic and memory traffic over the
-//! rates of the device): near enough to give a run the right number of steps a request.
+//! rates of the device): near enough to give a run the right number of steps a request. `PROFILE_OUT=FILE`
+//! writes them as a profile, which says that nothing of it was measured; `REQUESTS=N` is a run's length.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lora_hbm::experiment::{EngineSettings, Simulator};
@@ -27,7 +28,7 @@ fn floors() -> Profile {
     let features = ["step", "tokens:0-256", "tokens:256-", "prefill_pairs", "decode_context:0-", "adapters"];
     Profile {
         schema_version: SCHEMA_VERSION,
-        kind: Kind::Engine,
+        kind: Kind::Scaled,
         created: "2026-01-01T00:00:00Z".to_owned(),
         tool: "bench".to_owned(),
         machine: serde_json::json!({ "note": "lower bounds, nothing measured" }),

@@ -16,6 +16,9 @@ and for each adapter:
   greedy.<who>          [new]         its greedy continuation
   margin.<who>          [new]         logit of each greedy token less the second best
 
+llama/patterns holds two adapters more, whose modules are named by a pattern or all at once and have ranks
+and alphas of their own, with tokens and logits alone.
+
 All arithmetic is float32 on the CPU. Weights are drawn as bfloat16 values, so that they are stored in
 half the room and a GPU, which keeps them in bfloat16, holds the very same numbers. scripts/reference.py makes references of real
 sizes, in the same layout, on a GPU.
@@ -29,7 +32,7 @@ import sys
 import peft
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -44,6 +47,18 @@ ADAPTERS = [
     ("c-r16", 16, 8, True, []),
     ("d-r3", 3, 4, False, []),
 ]
+# Adapters whose modules are named by a pattern or all at once and have ranks and alphas of their own.
+PATTERNS = {
+    "all": {"r": 2, "lora_alpha": 4, "use_rslora": True, "target_modules": "all-linear"},
+    "pattern": {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": r".*\.layers\.\d+\.(self_attn\.[qv]_proj|mlp\.(?!up).*_proj)",
+        "rank_pattern": {"q_proj": 4, r"layers\.1\.mlp\.down_proj": 12},
+        # Of those that match, the first counts; PEFT sorts them when it saves.
+        "alpha_pattern": {"v_proj": 4, r"layers\.1\..*": 24},
+    },
+}
 BASE = "base"
 FORCED = 41
 PROMPTS = {BASE: 9, "a-r4": 17, "b-r8": 5, "c-r16": 23, "d-r3": 12}
@@ -146,6 +161,25 @@ def make(family, model, seed):
         model = reread.unload()
     save_file(out, folder / "reference.safetensors")
     (folder / "reference.safetensors").chmod(0o644)
+    return model
+
+
+def make_patterns(model, folder):
+    """Adapters of PATTERNS on the Llama model that was made before, and logits of each."""
+    generator = torch.Generator().manual_seed(7)
+    out = {}
+    for name, fields in PATTERNS.items():
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **fields))
+        randomise(adapted, generator, only=lambda n: "lora_" in n)
+        save_as(adapted, folder / name, torch.bfloat16)
+        model = adapted.unload()
+        reread = PeftModel.from_pretrained(model, folder / name).float().eval()
+        tokens = torch.randint(3, model.config.vocab_size, (FORCED,), generator=generator)
+        out[f"tokens.{name}"] = tokens.int()
+        out[f"logits.{name}"] = forced_logits(reread, tokens)
+        model = reread.unload()
+    save_file(out, folder / "reference.safetensors")
+    (folder / "reference.safetensors").chmod(0o644)
 
 
 def main():
@@ -153,7 +187,9 @@ def main():
     if OUT.exists():
         shutil.rmtree(OUT)
     for seed, (family, model) in enumerate(models()):
-        make(family, model, seed)
+        model = make(family, model, seed)
+        if family == "llama":
+            make_patterns(model, OUT / family / "patterns")
     manifest = {
         "made_by": "scripts/make_fixtures.py",
         "python": platform.python_version(),

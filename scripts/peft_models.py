@@ -85,8 +85,9 @@ def tidy(folder, dtype):
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in folder.glob("adapter_config.json"):
         config = json.loads(path.read_text())
-        # A set: its order changes from run to run.
-        config["target_modules"].sort()
+        # A set, where it is no pattern: its order changes from run to run.
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()
         # Where the base model lay when the adapter was made, which is nobody's business.
         config["base_model_name_or_path"] = None
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -146,15 +146,7 @@ fn step_bench<'a>(
 ) -> Result<StepBench<'a>, BenchError> {
     let resident: Vec<AdapterId> = (0..config.gpu_loras as u32).map(AdapterId).collect();
     executor.preload(&resident)?;
-    let limits = StepLimits {
-        max_num_seqs: config.max_num_seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        max_model_len: config.max_model_len,
-        block_size: config.block_size,
-        kv_blocks: config.kv_blocks,
-        vocab_size: loaded.spec().vocab_size,
-        ranks: config.adapters[..config.gpu_loras].iter().map(|a| a.rank).collect(),
-    };
+    let limits = StepLimits::new(config, loaded.spec().vocab_size, config.gpu_loras);
     let stream = crate::workload::streams::stream(loaded.settings().seed, "bench");
     Ok(StepBench::new(executor, limits, stream))
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::BenchError;
 use crate::engine::setup::Loaded;
 use crate::engine::{GenerateParams, GenerateRequest};
-use crate::report::stats::{percentile, sorted};
+use crate::report::stats::{mean, percentile, sorted};
 use crate::workload::trace::Trace;
 
 /// A trace at one budget.
@@ -81,16 +81,17 @@ pub fn run_trace(
     let makespan_s = begin.elapsed().as_secs_f64();
     let swaps = engine.swap_stats();
     engine.shutdown();
-    let mean = ttft.iter().sum::<f64>() / ttft.len().max(1) as f64;
+    let none = || BenchError::Trace(format!("{name} has no requests"));
+    let ttft_mean_ms = mean(&ttft).ok_or_else(none)?;
     let ttft = sorted(&ttft);
-    let at = |p| percentile(&ttft, p).ok_or_else(|| BenchError::Trace(format!("{name} has no requests")));
+    let at = |p| percentile(&ttft, p).ok_or_else(none);
     Ok(TraceRow {
         trace: name.to_owned(),
         gpu_loras,
         requests: ttft.len(),
         rate: trace.mean_rate(),
         ttft_p50_ms: at(50.0)?,
-        ttft_mean_ms: mean,
+        ttft_mean_ms,
         ttft_p99_ms: at(99.0)?,
         makespan_s,
         swaps: swaps.runtime.swap_count,

@@ -6,11 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::server::LocalServer;
 use crate::engine::setup::{Loaded, SetupError};
-use crate::loadgen::{Endpoint, EndpointError, LoadOptions, prepare, run_load};
+use crate::loadgen::{Endpoint, EndpointError, LoadOptions, PrepareError, prepare, run_load};
 use crate::report::decision_log::DecisionLog;
 use crate::report::record::Status;
 use crate::sim::Recorded;
-use crate::workload::prompts::PromptError;
 use crate::workload::trace::{SCHEMA, Trace, TraceHeader, TraceRequest};
 
 /// One request's host times, in nanoseconds.
@@ -49,7 +48,7 @@ pub enum HostError {
     Endpoint(#[from] EndpointError),
     /// The prompts.
     #[error(transparent)]
-    Prompt(#[from] PromptError),
+    Prepare(#[from] PrepareError),
     /// A request that failed.
     #[error("a calibration request failed: {0}")]
     Request(String),

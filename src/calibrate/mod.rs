@@ -3,6 +3,7 @@
 //! Steps of random compositions, swaps alone and beside steps, and single requests over HTTP are
 //! timed; a non-negative fit turns them into costs. Nothing here looks at a run that it will predict.
 
+mod black_box;
 pub mod fit;
 mod host;
 mod steps;
@@ -14,6 +15,9 @@ use lora_sched::{AdapterId, SlotId};
 use nalgebra::{DMatrix, DVector};
 use serde::Serialize;
 
+pub use black_box::{
+    BlackBoxCalibration, BlackBoxError, BlackBoxOptions, BlackBoxSample, calibrate_black_box,
+};
 pub use host::{HostError, HostSample, HostTimes};
 pub use steps::{StepBench, StepLimits, StepSample};
 pub use swaps::{SwapSample, SwapTimes};
@@ -119,15 +123,7 @@ pub fn calibrate(
     let mut executor = loaded.executor(reading + 1, false)?;
     let resident: Vec<AdapterId> = (0..=reading as u32).map(AdapterId).collect();
     executor.preload(&resident)?;
-    let limits = StepLimits {
-        max_num_seqs: config.max_num_seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        max_model_len: config.max_model_len,
-        block_size: config.block_size,
-        kv_blocks: config.kv_blocks,
-        vocab_size: loaded.spec().vocab_size,
-        ranks: specs[..reading].iter().map(|s| s.rank).collect(),
-    };
+    let limits = StepLimits::new(&config, loaded.spec().vocab_size, reading);
     let memory = loaded.memory_plan(reading + 1);
     let mut bench = StepBench::new(&mut executor, limits, stream(options.seed, "calibrate"));
     let steps = bench.sample(options.step_time, options.longest, |share| progress("steps", share))?;
@@ -260,8 +256,14 @@ fn ranges(knots: &[u64]) -> impl Iterator<Item = (u64, Option<u64>)> + '_ {
 fn fit_steps(samples: &[StepSample], features: &[Feature]) -> StepCosts {
     let weight = |row: usize| 1.0 / samples[row].ns.max(1) as f64;
     let value = |row: usize, column: usize| features[column].of(&samples[row].shape) as f64 * weight(row);
-    let a = DMatrix::from_fn(samples.len(), features.len(), value);
-    let b = DVector::from_element(samples.len(), 1.0);
+    fit_costs(features, samples.len(), value)
+}
+
+/// The costs that give 1 in each row, none of them negative; `value(row, column)` is a feature's count in units of
+/// the row's time.
+fn fit_costs(features: &[Feature], rows: usize, value: impl FnMut(usize, usize) -> f64) -> StepCosts {
+    let a = DMatrix::from_fn(rows, features.len(), value);
+    let b = DVector::from_element(rows, 1.0);
     let costs = fit::nnls(&a, &b);
     StepCosts {
         features: features.iter().map(Feature::to_string).collect(),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use lora_sched::{AdapterId, PlaceId, RequestId, SeqStep, SlotId, StepPlan};
+use lora_sched::{AdapterId, Config, PlaceId, RequestId, SeqStep, SlotId, StepPlan};
 use rand::RngExt as _;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,21 @@ pub struct StepLimits {
     pub vocab_size: usize,
     /// Rank of the adapter in each slot; adapter `i` is in slot `i`.
     pub ranks: Vec<u32>,
+}
+
+impl StepLimits {
+    /// Those of an executor for `config` whose first `adapters` slots are used.
+    pub fn new(config: &Config, vocab_size: usize, adapters: usize) -> Self {
+        Self {
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_model_len: config.max_model_len,
+            block_size: config.block_size,
+            kv_blocks: config.kv_blocks,
+            vocab_size,
+            ranks: config.adapters[..adapters].iter().map(|a| a.rank).collect(),
+        }
+    }
 }
 
 /// One sequence's part in a step to be timed.
@@ -193,10 +208,19 @@ impl<'a> StepBench<'a> {
     }
 
     fn time(&mut self, parts: &[Part]) -> Result<Option<StepSample>, ExecutorError> {
+        self.time_beside(parts, |_, _| Ok(()))
+    }
+
+    /// None if the step does not fit.
+    fn time_beside(
+        &mut self,
+        parts: &[Part],
+        beside: impl FnMut(&mut dyn Executor, Completion) -> Result<(), ExecutorError>,
+    ) -> Result<Option<StepSample>, ExecutorError> {
         if !self.form(parts) {
             return Ok(None);
         }
-        self.run(|_, _| Ok(())).map(Some)
+        self.run(beside).map(Some)
     }
 
     /// A prefill of `tokens` at a free place with the adapter in `slot`, timed; with `beside` told of
@@ -208,10 +232,7 @@ impl<'a> StepBench<'a> {
         beside: impl FnMut(&mut dyn Executor, Completion) -> Result<(), ExecutorError>,
     ) -> Result<Option<StepSample>, ExecutorError> {
         self.places[0].slot = slot;
-        if !self.form(&[Part::Prefill { place: 0, tokens, fresh: true }]) {
-            return Ok(None);
-        }
-        self.run(beside).map(Some)
+        self.time_beside(&[Part::Prefill { place: 0, tokens, fresh: true }], beside)
     }
 
     /// Begins the sequence at `place` anew and brings it to `context` tokens, with the adapter in `slot`;
@@ -237,10 +258,7 @@ impl<'a> StepBench<'a> {
         beside: impl FnMut(&mut dyn Executor, Completion) -> Result<(), ExecutorError>,
     ) -> Result<Option<StepSample>, ExecutorError> {
         let parts: Vec<Part> = (0..seqs).map(|place| Part::Decode { place }).collect();
-        if !self.form(&parts) {
-            return Ok(None);
-        }
-        self.run(beside).map(Some)
+        self.time_beside(&parts, beside)
     }
 
     /// First chunks of `tokens` tokens at the first places, one a slot of `slots`, in one step.

@@ -1,4 +1,6 @@
-//! `lora-hbm bench`: the engine's own speed.
+//! `lora-hbm bench`: the engine's own speed, and the load generator's own error.
+
+mod loadgen;
 
 use std::path::{Path, PathBuf};
 
@@ -6,6 +8,7 @@ use clap::{Args, Subcommand};
 use lora_sched::SwapMode;
 use serde::{Deserialize, Serialize};
 
+use self::loadgen::LoadgenBenchArgs;
 use super::engine_args::{EngineArgs, EngineFlags};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
@@ -28,6 +31,8 @@ enum What {
     Engine(EngineBenchArgs),
     /// Traces in-process, without HTTP and tokenising
     Trace(TraceBenchArgs),
+    /// The load generator's own error, against a server that only waits; exit status 3 if it is too large
+    Loadgen(LoadgenBenchArgs),
 }
 
 #[derive(Args, Debug, Serialize)]
@@ -159,6 +164,7 @@ pub fn run(args: &BenchArgs, ctx: &Context) -> Result<(), Failure> {
     match &args.what {
         What::Engine(args) => engine(args, ctx),
         What::Trace(args) => traces(args, ctx),
+        What::Loadgen(args) => loadgen::run(args, ctx),
     }
 }
 
@@ -216,9 +222,9 @@ fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
             None => &[HostMemory::Pinned],
         };
         drop(loaded);
-        let others = [SwapMode::Blocking, SwapMode::Overlap, SwapMode::Layered]
-            .into_iter()
-            .flat_map(|mode| memories.iter().map(move |memory| (mode, *memory)))
+        let others = SwapMode::ALL
+            .iter()
+            .flat_map(|&mode| memories.iter().map(move |memory| (mode, *memory)))
             .filter(|other| *other != (settings.swap_mode, settings.host_memory))
             // How a mode copies does not depend on the rank: once is enough.
             .filter(|_| s.all_modes && max_r == ranks[ranks.len() / 2]);
@@ -311,36 +317,10 @@ fn print_engine(report: &EngineReport) {
             c.pageable_bytes_s * 1e-9
         );
     }
-    let mut table =
-        ui::table(&["prefill: tokens", "prompts", "adapters", "ms", "quartiles", "floor", "× floor"]);
-    for r in &report.prefill {
-        let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
-        table.add_row([
-            r.tokens.to_string(),
-            r.prompts.to_string(),
-            r.adapters.to_string(),
-            ms,
-            quartiles,
-            floor,
-            ratio,
-        ]);
-    }
-    println!("{table}");
-    let mut table =
-        ui::table(&["decode: batch", "context", "adapters", "ms", "quartiles", "floor", "× floor"]);
-    for r in &report.decode {
-        let [ms, quartiles, floor, ratio] = cells(&r.times, r.floor_ms);
-        table.add_row([
-            r.batch.to_string(),
-            r.context.to_string(),
-            r.adapters.to_string(),
-            ms,
-            quartiles,
-            floor,
-            ratio,
-        ]);
-    }
-    println!("{table}");
+    let prefill = report.prefill.iter().map(|r| ([r.tokens, r.prompts, r.adapters], &r.times, r.floor_ms));
+    print_steps(["prefill: tokens", "prompts", "adapters"], prefill);
+    let decode = report.decode.iter().map(|r| ([r.batch, r.context, r.adapters], &r.times, r.floor_ms));
+    print_steps(["decode: batch", "context", "adapters"], decode);
     let mut table = ui::table(&[
         "swap",
         "host memory",
@@ -363,6 +343,16 @@ fn print_engine(report: &EngineReport) {
         let names = [r.mode.clone(), r.host_memory.clone(), r.beside.clone()];
         let [mode, memory, beside_what] = names;
         table.add_row([mode, memory, beside_what, megabytes, ms, quartiles, floor, ratio, alone, beside]);
+    }
+    println!("{table}");
+}
+
+/// A table of steps: what each was made of, and its times.
+fn print_steps<'a>(composition: [&str; 3], rows: impl Iterator<Item = ([u32; 3], &'a Times, Option<f64>)>) {
+    let [first, second, third] = composition;
+    let mut table = ui::table(&[first, second, third, "ms", "quartiles", "floor", "× floor"]);
+    for (made_of, times, floor_ms) in rows {
+        table.add_row(made_of.map(|n| n.to_string()).into_iter().chain(cells(times, floor_ms)));
     }
     println!("{table}");
 }

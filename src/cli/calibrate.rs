@@ -1,11 +1,14 @@
 //! `lora-hbm calibrate`: a profile of this machine, by micro-benchmarks.
 
-use std::path::PathBuf;
+mod endpoint;
+
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use self::endpoint::{EndpointArgs, EndpointSettings};
 use super::engine_args::{EngineArgs, EngineFlags};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
@@ -14,15 +17,20 @@ use crate::calibrate::{CalibrateOptions, Calibration, calibrate};
 use crate::profile::Profile;
 use crate::report::files::{check_writable, write_atomic};
 
+const DEFAULT_MODEL: &str = "facebook/opt-125m";
+
 #[derive(Args, Debug, Serialize)]
 pub struct CalibrateArgs {
-    /// Base model, as in serve [default: facebook/opt-125m]
+    /// Base model, as in serve [default: facebook/opt-125m; with --endpoint the server's]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<String>,
     #[command(flatten)]
     #[serde(skip)]
     engine: EngineArgs,
+    #[command(flatten)]
+    #[serde(skip)]
+    endpoint: EndpointArgs,
     /// The profile; its samples go beside it [default: profile.json]
     #[arg(short, long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -43,7 +51,7 @@ pub struct CalibrateArgs {
 
 #[derive(Serialize, Deserialize)]
 struct CalibrateSettings {
-    model: String,
+    model: Option<String>,
     out: PathBuf,
     seconds: f64,
     longest: u32,
@@ -52,13 +60,7 @@ struct CalibrateSettings {
 
 impl Default for CalibrateSettings {
     fn default() -> Self {
-        Self {
-            model: "facebook/opt-125m".to_owned(),
-            out: "profile.json".into(),
-            seconds: 30.0,
-            longest: 4096,
-            seed: 0,
-        }
+        Self { model: None, out: "profile.json".into(), seconds: 30.0, longest: 4096, seed: 0 }
     }
 }
 
@@ -72,7 +74,11 @@ pub fn run(args: &CalibrateArgs, ctx: &Context) -> Result<(), Failure> {
         return Err(Failure::usage(format!("--longest is {}: it must be at least 16", settings.longest)));
     }
     check_writable(&settings.out).map_err(Failure::failed)?;
-    let engine = flags.settings(&settings.model, 1, 1)?;
+    let endpoint: EndpointSettings = ctx.resolve("calibrate", &args.endpoint)?;
+    if let Some(url) = &endpoint.endpoint {
+        return endpoint::run(url, &endpoint, (&args.endpoint.api, &flags), &settings, ctx);
+    }
+    let engine = flags.settings(settings.model.as_deref().unwrap_or(DEFAULT_MODEL), 1, 1)?;
     let options = CalibrateOptions {
         engine: engine.for_engine().map_err(Failure::usage)?,
         step_time: Duration::from_secs_f64(settings.seconds),
@@ -80,12 +86,23 @@ pub fn run(args: &CalibrateArgs, ctx: &Context) -> Result<(), Failure> {
         seed: settings.seed,
     };
     let calibration = with_progress(&options)?;
-    let profile = write(calibration, &settings.out)?;
+    conclude(ctx, calibration.profile, &calibration.samples, &settings.out, print)
+}
+
+/// Writes the profile with its samples and says what it is.
+fn conclude(
+    ctx: &Context,
+    profile: Profile,
+    samples: &[impl Serialize],
+    out: &Path,
+    print: impl FnOnce(&Profile),
+) -> Result<(), Failure> {
+    let profile = write(profile, samples, out)?;
     match ctx.format {
         OutputFormat::Json => println!("{}", serde_json::to_string(&profile).map_err(Failure::failed)?),
         OutputFormat::Table => {
             print(&profile);
-            println!("profile: {}", settings.out.display());
+            println!("profile: {}", out.display());
         }
     }
     Ok(())
@@ -103,16 +120,16 @@ pub(super) fn with_progress(options: &CalibrateOptions) -> Result<Calibration, F
 }
 
 /// Writes the samples, then the profile that names them.
-pub(super) fn write(calibration: Calibration, out: &std::path::Path) -> Result<Profile, Failure> {
+pub(super) fn write(profile: Profile, raw: &[impl Serialize], out: &Path) -> Result<Profile, Failure> {
     let samples = out.with_extension("samples.jsonl");
     let mut lines = String::new();
-    for sample in &calibration.samples {
+    for sample in raw {
         lines += &serde_json::to_string(sample).map_err(Failure::failed)?;
         lines.push('\n');
     }
     write_atomic(&samples, lines.as_bytes()).map_err(Failure::failed)?;
     let name = samples.file_name().map(|n| n.to_string_lossy().into_owned());
-    let profile = Profile { samples_file: name, ..calibration.profile }.signed();
+    let profile = Profile { samples_file: name, ..profile }.signed();
     let text = serde_json::to_string_pretty(&profile).map_err(Failure::failed)? + "\n";
     write_atomic(out, text.as_bytes()).map_err(Failure::failed)?;
     Ok(profile)

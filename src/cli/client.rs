@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use tokio_util::sync::CancellationToken;
 
 use super::failure::Failure;
 use super::ui;
 use super::workload::WorkloadSettings;
-use crate::loadgen::{Endpoint, EndpointError, Health, LoadOptions, LoadOutcome, PreparedRequest, run_load};
+use crate::loadgen::{Endpoint, Health, LoadOptions, LoadOutcome, PreparedRequest, run_load};
 use crate::report::digest;
 use crate::report::files::check_writable;
 use crate::report::manifest::{Dataset, path_beside};
@@ -47,10 +48,31 @@ pub struct ClientArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     skip_health_check: Option<bool>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    api: ApiArgs,
+}
+
+/// Which interface is spoken, and what it needs.
+#[derive(Args, Debug, Serialize)]
+pub struct ApiArgs {
     /// HTTP interface [default: generate]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     api: Option<Api>,
+    /// With --api=openai, what adapters are called: a pattern with {} for the number, or names with
+    /// commas [default: lora-{}, else the adapters that the server lists]
+    #[arg(long, value_name = "NAMES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter_names: Option<String>,
+    /// With --api=openai, members added to each request's body; null takes one away
+    #[arg(long, value_name = "JSON")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    extra_body: Option<String>,
+    /// The server's API key; better in LORA_HBM_API_KEY, where others do not see it
+    #[arg(long, value_name = "KEY")]
+    #[serde(skip)]
+    api_key: Option<String>,
 }
 
 /// [`ClientArgs`], resolved.
@@ -66,6 +88,13 @@ pub struct ClientSettings {
     pub skip_health_check: bool,
     /// HTTP interface.
     pub api: Api,
+    /// Names of adapters; none is the default pattern or what the server lists.
+    pub adapter_names: Option<String>,
+    /// Members of bodies, as JSON.
+    pub extra_body: Option<String>,
+    /// Key for the `Authorization` header. Never written down.
+    #[serde(skip)]
+    pub api_key: Option<String>,
 }
 
 impl Default for ClientSettings {
@@ -76,6 +105,9 @@ impl Default for ClientSettings {
             out: None,
             skip_health_check: false,
             api: Api::Generate,
+            adapter_names: None,
+            extra_body: None,
+            api_key: None,
         }
     }
 }
@@ -83,9 +115,14 @@ impl Default for ClientSettings {
 impl ClientSettings {
     /// Refuses what cannot be, and outputs that could not be written, before anything is sent.
     pub fn check(&self, outputs: &[Option<&Path>]) -> Result<(), Failure> {
-        if self.api == Api::Openai {
-            return Err(Failure::usage("--api=openai is not in this version: use --api=generate"));
+        for (flag, given) in
+            [("--adapter-names", self.adapter_names.is_some()), ("--extra-body", self.extra_body.is_some())]
+        {
+            if given && self.api != Api::Openai {
+                return Err(Failure::usage(format!("{flag} goes with --api=openai: give that too")));
+            }
         }
+        self.extra()?;
         if !(self.timeout.is_finite() && self.timeout > 0.0 && self.timeout <= 1e6) {
             return Err(Failure::usage(format!(
                 "--timeout is {}: it must be a positive number of seconds",
@@ -98,47 +135,21 @@ impl ClientSettings {
         Ok(())
     }
 
-    /// The server. Its key, where it wants one, is `LORA_HBM_API_KEY`, as for `serve`.
-    pub fn server(&self) -> Result<Endpoint, Failure> {
-        let key = std::env::var("LORA_HBM_API_KEY").ok().filter(|k| !k.is_empty());
-        Endpoint::new(&self.endpoint, key).map_err(|e| Failure::Usage(e.into()))
+    /// With the key of the flags, else of the environment.
+    pub fn with_key(self, args: &ClientArgs) -> Self {
+        Self { api_key: args.api.key(), ..self }
     }
 
-    /// What the server says about itself, after a look at whether it is the one that was meant; none
-    /// if it was not to be asked.
-    pub async fn health(
-        &self,
-        server: &Endpoint,
-        total_loras: u32,
-        gpu_loras: Option<u32>,
-    ) -> Result<Option<Health>, Failure> {
-        if self.skip_health_check {
-            return Ok(None);
-        }
-        let health = server.health().await.map_err(|e| Failure::Failed(hint(e)))?;
-        if health.status != "ok" {
-            return Err(Failure::failed(format!(
-                "the server at {} says that it is '{}': wait until it is 'ok', or --skip-health-check",
-                server.url(),
-                health.status
-            )));
-        }
-        let meant = [
-            ("total_loras", health.config.total_loras, Some(total_loras)),
-            ("gpu_loras", health.config.gpu_loras, gpu_loras),
-        ];
-        for (name, served, meant) in meant {
-            if let (Some(served), Some(meant)) = (served, meant)
-                && served != meant
-            {
-                return Err(Failure::failed(format!(
-                    "the server at {} has {name} {served} and {meant} was given: give {served}, restart it, or \
-                     --skip-health-check",
-                    server.url()
-                )));
-            }
-        }
-        Ok(Some(health))
+    /// The server.
+    pub fn server(&self) -> Result<Endpoint, Failure> {
+        Endpoint::new(&self.endpoint, self.api_key.clone()).map_err(|e| Failure::Usage(e.into()))
+    }
+
+    /// `--extra-body`, read.
+    pub fn extra(&self) -> Result<Map<String, Value>, Failure> {
+        let Some(text) = &self.extra_body else { return Ok(Map::new()) };
+        serde_json::from_str(text)
+            .map_err(|e| Failure::usage(format!("--extra-body '{text}' is not a JSON object: {e}")))
     }
 
     /// The run, with a progress bar; Ctrl-C ends it early.
@@ -161,9 +172,12 @@ impl ClientSettings {
     }
 }
 
-fn hint(error: EndpointError) -> anyhow::Error {
-    let error = anyhow::Error::from(error);
-    error.context("the server is not healthy (--skip-health-check goes on without asking)")
+impl ApiArgs {
+    /// `--api-key`, else `LORA_HBM_API_KEY`, as for `serve`.
+    pub fn key(&self) -> Option<String> {
+        let key = self.api_key.clone().or_else(|| std::env::var("LORA_HBM_API_KEY").ok());
+        key.filter(|k| !k.is_empty())
+    }
 }
 
 /// The tokenizer that prompts are counted with: the one that was named, else the server's if it can be

@@ -62,7 +62,7 @@ pub fn run(args: &DemoArgs, ctx: &Context) -> Result<(), Failure> {
     println!("\n3. Measure: an engine, its HTTP server and a client, one budget after another.");
     let mut manifest =
         Manifest::begin("demo", &experiment, &experiment.replicate.seeds).map_err(Failure::failed)?;
-    manifest.profile_sha256 = Some(simulator.profile().sha256.clone());
+    manifest.of_profile(simulator.profile());
     let manifest_path = folder.join("results.manifest.json");
     manifest.write(&manifest_path).map_err(Failure::failed)?;
     let run = Sweep {
@@ -110,7 +110,7 @@ fn calibrated(cell: &Cell, folder: &Path) -> Result<Simulator, Failure> {
         seed: 0,
     };
     let calibration = calibrate::with_progress(&options)?;
-    let profile = calibrate::write(calibration, &folder.join("profile.json"))?;
+    let profile = calibrate::write(calibration.profile, &calibration.samples, &folder.join("profile.json"))?;
     println!(
         "   step cost off by {:.1} % on {} held-out steps",
         profile.holdout.mean_abs_error * 100.0,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
 use crate::experiment::EngineSettings;
+use crate::profile::{Kind, Profile};
 
 /// What is served and how it is scheduled; names, defaults and meanings are `serve`'s.
 #[derive(Args, Debug, Default, Serialize)]
@@ -113,6 +114,31 @@ impl EngineFlags {
             device: self.device.clone().unwrap_or(default.device),
             seed: default.seed,
         })
+    }
+
+    /// Where a flag is absent, what a profile says of its engine: its rank, if it has only one, and of a
+    /// server that was seen from outside everything that was known of it. Such a server's swaps are timed
+    /// with nothing beside them, and its steps wait for them.
+    pub fn fill(&self, profile: &Profile, engine: &mut EngineSettings) {
+        if let ([only], false) = (&profile.adapter.ranks[..], self.has_ranks()) {
+            engine.max_r = *only;
+        }
+        if profile.kind != Kind::BlackBox {
+            return;
+        }
+        let of = &profile.engine;
+        engine.max_num_seqs = self.max_num_seqs.unwrap_or(of.max_num_seqs);
+        engine.max_num_batched_tokens = self.max_num_batched_tokens.unwrap_or(of.max_num_batched_tokens);
+        engine.block_size = self.block_size.unwrap_or(of.block_size);
+        if self.swap_mode.is_none() {
+            engine.swap_mode = SwapMode::Blocking;
+        }
+    }
+
+    /// Whether the number of sequences was named.
+    #[cfg(feature = "server")]
+    pub fn has_max_num_seqs(&self) -> bool {
+        self.max_num_seqs.is_some()
     }
 
     /// Whether the ranks were named.

@@ -37,12 +37,24 @@ impl Failure {
     /// Prints it to standard error and gives the exit status.
     pub fn report(&self) -> ExitCode {
         match self {
-            // The alternate form prints the whole chain of causes on one line.
-            Self::Usage(e) | Self::Failed(e) => eprintln!("error: {e:#}"),
+            Self::Usage(e) | Self::Failed(e) => eprintln!("error: {}", with_causes(e)),
             Self::Unmet(message) => eprintln!("{message}"),
         }
         ExitCode::from(self.status())
     }
+}
+
+/// The chain of causes on one line. Many errors tell their cause themselves: nothing is said twice.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 impl From<anyhow::Error> for Failure {
@@ -54,5 +66,21 @@ impl From<anyhow::Error> for Failure {
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         Self::Failed(error.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let missing = || std::io::Error::other("nothing there");
+        let told = crate::profile::ProfileError::Read { path: "p.json".to_owned(), source: missing() };
+        assert_eq!(with_causes(&told.into()), "cannot read the profile p.json: nothing there");
+        let bare = anyhow::Result::<()>::Err(missing().into()).context("reading p.json").unwrap_err();
+        assert_eq!(with_causes(&bare), "reading p.json: nothing there");
     }
 }

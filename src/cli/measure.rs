@@ -6,13 +6,14 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::client::{self, ClientArgs, ClientSettings, budget, is_csv, manifest_path, ranks, verdict};
+use super::client::{self, Api, ClientArgs, ClientSettings, budget, is_csv, manifest_path, ranks, verdict};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
+use super::target::Target;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
 use crate::loadgen::bench::bench_keys;
 use crate::loadgen::summary::print_summary;
-use crate::loadgen::{Health, LoadOutcome, SwapStats, prepare, saturated};
+use crate::loadgen::{Health, LoadOutcome, SwapStats, prepare_for, saturated};
 use crate::report::files;
 use crate::report::manifest::Manifest;
 use crate::report::requests::append_requests;
@@ -124,7 +125,7 @@ pub fn run(args: &MeasureArgs, ctx: &Context) -> Result<(), Failure> {
 impl Measure {
     fn resolve(args: &MeasureArgs, ctx: &Context) -> Result<Self, Failure> {
         let workload: WorkloadSettings = ctx.resolve("measure", &args.workload)?;
-        let client: ClientSettings = ctx.resolve("measure", &args.client)?;
+        let client = ctx.resolve::<ClientSettings, _>("measure", &args.client)?.with_key(&args.client);
         let settings: Settings = ctx.resolve("measure", args)?;
         workload.check()?;
         let (total_loras, gpu_loras) = budget(settings.total_loras, settings.gpu_loras)?;
@@ -133,19 +134,24 @@ impl Measure {
     }
 
     async fn run(&self, ctx: &Context) -> Result<Measured, Failure> {
-        let server = self.client.server()?;
-        let health = self.client.health(&server, self.total_loras, Some(self.gpu_loras)).await?;
+        let Target { server, health, dialect, .. } =
+            Target::find(&self.client, self.total_loras, Some(self.gpu_loras)).await?;
         let (tokenizer, said) = client::tokenizer(self.workload.tokenizer.as_deref(), health.as_ref())?;
         tracing::info!("{said}");
         let (source, said) = self.workload.source(&tokenizer)?;
         tracing::info!("{said}");
         let trace = self.workload.trace(&source, &self.how(health.as_ref()))?;
-        let requests = prepare(&trace, &tokenizer).map_err(|e| Failure::Failed(e.into()))?;
+        let requests = prepare_for(&trace, &tokenizer, &dialect).map_err(|e| Failure::Failed(e.into()))?;
         if !ctx.quiet && ctx.format == OutputFormat::Table {
             self.announce(&trace, &source);
         }
         if let Err(e) = server.reset_swap_stats().await {
-            tracing::warn!("swap statistics could not be reset, so they are left out: {e}");
+            let said = format!("swap statistics could not be reset, so they are left out: {e}");
+            match self.client.api {
+                Api::Generate => tracing::warn!("{said}"),
+                // Only this experiment's servers have them.
+                Api::Openai => tracing::debug!("{said}"),
+            }
         }
         let before = server.swap_stats().await.ok();
         let outcome = self.client.run(&server, &requests).await;
@@ -230,6 +236,7 @@ impl Measure {
             map.insert("type".to_owned(), "measurement".into());
             map.insert("client_lag".to_owned(), json!(measured.outcome.lag));
             map.insert("swap_stats".to_owned(), json!(measured.swaps));
+            map.insert("errors_by_kind".to_owned(), json!(measured.outcome.faults));
             map.insert("cut_short".to_owned(), json!(measured.outcome.cut_short));
             map.extend(bench_keys(&measured.outcome));
         }
@@ -242,7 +249,7 @@ impl Measure {
             return;
         }
         let title = format!("RESULTS: total_loras={}, gpu_loras={}", self.total_loras, self.gpu_loras);
-        print_summary(&title, row, &measured.outcome.lag);
+        print_summary(&title, row, &measured.outcome.lag, &measured.outcome.faults);
         println!("{}\n", "=".repeat(60));
         if self.settings.show_swap_stats {
             match &measured.swaps {

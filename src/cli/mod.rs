@@ -39,6 +39,8 @@ mod simulate;
 #[cfg(feature = "server")]
 mod smoke_test;
 mod sweep;
+#[cfg(feature = "server")]
+mod target;
 mod trace;
 mod validate;
 pub mod workload;

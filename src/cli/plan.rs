@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 use super::engine_args::{EngineArgs, EngineFlags};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
-use super::simulate::{budgets, load_profile, only_rank};
+use super::simulate::{budgets, load_profile};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings};
-use crate::experiment::{Plan, PlanError, Planner, Simulator, Slo, Verdict};
+use crate::experiment::{BudgetPlan, Plan, PlanError, Planner, Simulator, Slo, Verdict};
 use crate::workload::spec::Amount;
 
 #[derive(Args, Debug, Serialize)]
@@ -105,7 +105,7 @@ pub fn run(args: &PlanArgs, ctx: &Context) -> Result<(), Failure> {
     let profile = load_profile("plan", settings.profile.as_deref())?;
     let budgets = budgets(&settings.gpu_loras, settings.total_loras)?;
     let mut engine = flags.settings(&profile.model, settings.total_loras, budgets[0])?;
-    only_rank(&flags, &profile, &mut engine);
+    flags.fill(&profile, &mut engine);
     let (source, said) = workload.source_without_text()?;
     tracing::info!("{said}");
     let Source::Pool(pool) = source else {
@@ -193,6 +193,20 @@ fn print(plan: &Plan, planner: &Planner<'_>, rate: Option<f64>) {
         }
     }
     if let Some(best) = plan.best {
-        println!("best budget: {best}");
+        let alike: Vec<String> = alike(plan, best).map(|b| b.to_string()).collect();
+        if alike.is_empty() {
+            println!("best budget: {best}");
+        } else {
+            println!("best budget: {best}; within its interval: {}", alike.join(", "));
+        }
     }
+}
+
+/// Budgets that do at the rate asked about as well as the best one may do.
+fn alike(plan: &Plan, best: u32) -> impl Iterator<Item = u32> + '_ {
+    let high = plan.budgets.iter().find(|b| b.gpu_loras == best).and_then(|b| b.seen.first());
+    let high = high.map_or(f64::NEG_INFINITY, |s| s.interval_s.high);
+    let sound = move |b: &&BudgetPlan| b.gpu_loras != best && b.verdict != Some(Verdict::Saturated);
+    let within = move |b: &&BudgetPlan| b.seen.first().is_some_and(|s| s.mean_s <= high);
+    plan.budgets.iter().filter(sound).filter(within).map(|b| b.gpu_loras)
 }

@@ -10,9 +10,10 @@ use serde_json::{Map, Value, json};
 use super::client::{self, ClientArgs, ClientSettings, is_csv, manifest_path, ranks, verdict};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
+use super::target::Target;
 use super::workload::{Run, WorkloadArgs, WorkloadSettings, amount, check_rate};
 use crate::loadgen::rates::{self, RateSummary};
-use crate::loadgen::{Health, prepare};
+use crate::loadgen::{Health, prepare_for};
 use crate::report::files;
 use crate::report::manifest::Manifest;
 use crate::workload::spec::Amount;
@@ -103,7 +104,7 @@ pub fn run(args: &ProbeArgs, ctx: &Context) -> Result<(), Failure> {
 impl Probe {
     fn resolve(args: &ProbeArgs, ctx: &Context) -> Result<Self, Failure> {
         let workload: WorkloadSettings = ctx.resolve("probe", &args.workload)?;
-        let client: ClientSettings = ctx.resolve("probe", &args.client)?;
+        let client = ctx.resolve::<ClientSettings, _>("probe", &args.client)?.with_key(&args.client);
         let settings: Settings = ctx.resolve("probe", args)?;
         workload.check()?;
         if settings.total_loras == 0 {
@@ -122,8 +123,8 @@ impl Probe {
 
     /// A summary for each rate, and whether all of them could be tried.
     async fn run(&self, ctx: &Context) -> Result<(Vec<RateSummary>, Result<(), Failure>), Failure> {
-        let server = self.client.server()?;
-        let health = self.client.health(&server, self.settings.total_loras, None).await?;
+        let Target { server, health, dialect, .. } =
+            Target::find(&self.client, self.settings.total_loras, None).await?;
         let (tokenizer, said) = client::tokenizer(self.workload.tokenizer.as_deref(), health.as_ref())?;
         tracing::info!("{said}");
         let (source, said) = self.workload.source(&tokenizer)?;
@@ -132,7 +133,8 @@ impl Probe {
         let mut summaries = Vec::new();
         for (i, &rate) in self.rates.iter().enumerate() {
             let trace = self.workload.trace(&source, &self.how(rate, health.as_ref()))?;
-            let requests = prepare(&trace, &tokenizer).map_err(|e| Failure::Failed(e.into()))?;
+            let requests =
+                prepare_for(&trace, &tokenizer, &dialect).map_err(|e| Failure::Failed(e.into()))?;
             let rate = rate.or(trace.mean_rate()).unwrap_or(DEFAULT_RATE);
             tracing::info!(
                 "{} requests in {:.1} s at {rate:.3}/s ({})",

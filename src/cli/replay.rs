@@ -67,6 +67,9 @@ pub fn run(args: &ReplayArgs, ctx: &Context) -> Result<(), Failure> {
             };
             row("steps", report.steps, report.steps_alike);
             row("swaps", report.swaps, report.swaps_alike);
+            if report.fetches > 0 {
+                row("reads from disk", report.fetches, report.fetches_alike);
+            }
             row("first tokens", report.first_tokens, report.first_tokens_alike);
             println!("{table}");
             println!("largest TTFT difference: {}", ui::seconds(report.worst_ttft_difference_s));

@@ -12,7 +12,7 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
-use crate::experiment::{Cell, EngineSettings, Simulator, is_saturated, seed_budgets};
+use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
 use crate::profile::{Kind, Profile};
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::{ResultRow, RunContext, append_rows};
@@ -128,7 +128,7 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     tracing::info!("{said}");
     let mut manifest =
         Manifest::begin("simulate", &(&settings, &workload, &flags), &[]).map_err(Failure::failed)?;
-    manifest.profile_sha256 = Some(profile.sha256.clone());
+    manifest.of_profile(&profile);
     let simulator = Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))?;
     let simulation = Simulation { simulator, workload, source, flags, settings };
 
@@ -203,19 +203,14 @@ pub(super) fn load_profile(subcommand: &str, named: Option<&str>) -> Result<Prof
         ))
     })?;
     let profile = Profile::named(named).map_err(|e| Failure::Failed(e.into()))?;
-    if profile.kind == Kind::Scaled {
-        tracing::warn!("{named} is a what-if copy of another profile: nothing of it was measured");
+    match profile.kind {
+        Kind::Engine => {}
+        Kind::BlackBox => tracing::warn!("{named} is a black box: fitted to a server's response times"),
+        Kind::Scaled => {
+            tracing::warn!("{named} is a what-if copy of another profile: nothing of it was measured");
+        }
     }
     Ok(profile)
-}
-
-/// Where the profile is of one rank and no flag names another, that is the rank.
-pub(super) fn only_rank(flags: &EngineFlags, profile: &Profile, engine: &mut EngineSettings) {
-    if !flags.has_ranks()
-        && let [only] = profile.adapter.ranks[..]
-    {
-        engine.max_r = only;
-    }
 }
 
 /// `2,8,32`, or `seed` for the reference's budgets.
@@ -249,7 +244,7 @@ impl Simulation {
         let workload = WorkloadSettings { seed: self.workload.seed + seed, ..self.workload.clone() };
         let total = self.settings.total_loras;
         let mut engine = self.flags.settings(&self.simulator.profile().model, total, budget)?;
-        only_rank(&self.flags, self.simulator.profile(), &mut engine);
+        self.flags.fill(self.simulator.profile(), &mut engine);
         let how = Run {
             total_loras: total,
             rate: None,

@@ -82,7 +82,9 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
     let manifest_path = path_beside_mode(&csv, measured);
     let mut manifest = Manifest::begin("sweep", &(&settings, &experiment), &experiment.replicate.seeds)
         .map_err(Failure::failed)?;
-    manifest.profile_sha256 = simulator.as_ref().map(|s| s.profile().sha256.clone());
+    if let Some(simulator) = &simulator {
+        manifest.of_profile(simulator.profile());
+    }
     let sweep = Sweep {
         experiment: &experiment,
         simulator: simulator.as_ref(),

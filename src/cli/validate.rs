@@ -10,6 +10,8 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::experiment::{Experiment, Sources, Target, cost_factor};
+use crate::profile::Kind;
+use crate::report::manifest;
 use crate::report::record::RequestRecord;
 use crate::report::requests::read_requests;
 use crate::report::results::{ResultRow, Source, read_rows};
@@ -129,9 +131,24 @@ pub fn run(args: &ValidateArgs, ctx: &Context) -> Result<(), Failure> {
                 print(validation);
             }
             print_summary(&validations);
+            if let Some(said) = black_box(&settings, &rows) {
+                println!("{said}");
+            }
         }
     }
     verdict(&settings, &validations)
+}
+
+/// Says so if any simulated row was made with a black-box profile.
+fn black_box(settings: &ValidateSettings, rows: &[ResultRow]) -> Option<String> {
+    let csv: Vec<PathBuf> =
+        [&settings.measured, &settings.simulated].into_iter().flatten().cloned().collect();
+    let simulated = rows.iter().filter(|r| r.source == Source::Simulated);
+    let manifests = manifest::of_results(&csv, simulated.filter_map(|r| r.manifest.as_deref()));
+    manifests.iter().any(|m| m.profile_kind == Some(Kind::BlackBox)).then(|| {
+        "Simulated with a black-box profile: fitted to a server's response times, not to its steps."
+            .to_owned()
+    })
 }
 
 fn verdict(settings: &ValidateSettings, validations: &[Validation]) -> Result<(), Failure> {

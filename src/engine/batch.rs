@@ -77,6 +77,13 @@ pub struct BatchLimits {
     pub kv_blocks: usize,
 }
 
+impl BatchLimits {
+    /// KV blocks of one sequence, at most.
+    pub fn blocks_per_seq(&self) -> usize {
+        self.max_model_len.div_ceil(self.block_size)
+    }
+}
+
 /// A plan that does not fit the executor that it was given to: a bug of the driver.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("step {step}: {what}")]
@@ -91,7 +98,7 @@ impl Batch {
     /// Makes the arrays.
     pub fn new(limits: BatchLimits) -> Self {
         let BatchLimits { max_num_seqs: seqs, max_num_batched_tokens: rows, .. } = limits;
-        let blocks_per_seq = limits.max_model_len.div_ceil(limits.block_size);
+        let blocks_per_seq = limits.blocks_per_seq();
         Self {
             block_size: limits.block_size,
             blocks_per_seq,

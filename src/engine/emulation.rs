@@ -6,6 +6,7 @@ use lora_sched::{Config, Nanos, RequestId, StepPlan, SwapPlan};
 
 use super::emulated::{Costs, EmulatedExecutor};
 use super::executor::TokenId;
+use super::model::SamplingDefaults;
 use super::server::ServerInfo;
 use super::{Engine, EngineConfig, StartError};
 use crate::profile::{CostModel, Profile, ProfileError, SeenSlots, StepShape};
@@ -77,7 +78,8 @@ impl Emulation {
             },
             max_r: ranks.iter().copied().max().unwrap_or(0) as usize,
             ranks: super::server::cycle(ranks),
-            adapter_names: (0..c.adapters.len()).map(|i| format!("lora-{i}")).collect(),
+            sampling: SamplingDefaults::default(),
+            template: super::server::chat_template(&self.tokenizer),
         }
     }
 
@@ -100,6 +102,7 @@ impl Emulation {
         let executor = EmulatedExecutor::new(costs, token, layers).map_err(StartError::from)?;
         let config = EngineConfig {
             scheduler: self.config,
+            adapters: None,
             vocab_size,
             eos: Vec::new(),
             seed: self.seed,

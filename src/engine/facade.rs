@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use lora_sched::{Config, ConfigError, EventError, Scheduler};
 
+use super::adapters::{Directory, HostPool};
 use super::channel::channel;
 use super::clock::Clock;
 use super::executor::{Executor, ExecutorError, Sampling, TokenId};
+use super::fetcher::Fetcher;
 use super::gauges::{EngineStats, Gauges, SwapStats};
 use super::handle::GenerateHandle;
 use super::output::{self, OpenGuard, OutQueue, OutState};
@@ -23,6 +25,9 @@ use crate::workload::tokenizer::Tokenizer;
 pub struct EngineConfig {
     /// The scheduler's configuration; adapters `0..gpu_loras` are preloaded.
     pub scheduler: Config,
+    /// The adapters in host memory, those that the executor copies from; none where it computes nothing:
+    /// the adapters are then named `lora-0` and so on.
+    pub adapters: Option<Arc<HostPool>>,
     /// Token ids below this are the model's.
     pub vocab_size: usize,
     /// Tokens that end a sequence.
@@ -53,7 +58,7 @@ pub enum StartError {
 /// A running engine. Dropping it ends it at once; see [`Engine::drain`] for a gentle end.
 #[derive(Debug)]
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -82,6 +87,8 @@ pub(super) struct Shared {
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) outputs: Arc<OutQueue>,
     pub(super) gauges: Arc<Gauges>,
+    pub(super) directory: Arc<Directory>,
+    pub(super) pool: Option<Arc<HostPool>>,
     pub(super) tokenizer: Tokenizer,
     pub(super) clock: Clock,
     pub(super) scheduler: Config,
@@ -91,6 +98,13 @@ pub(super) struct Shared {
     pub(super) open: Arc<AtomicU64>,
     pub(super) draining: AtomicBool,
     pub(super) failure: OnceLock<String>,
+}
+
+impl Shared {
+    /// Why the engine takes no more requests, now that it has stopped.
+    pub(super) fn why_stopped(&self) -> String {
+        self.failure.get().cloned().unwrap_or_else(|| "shut down".into())
+    }
 }
 
 impl std::fmt::Debug for Shared {
@@ -109,7 +123,7 @@ impl Engine {
         mut executor: Box<dyn Executor>,
         tokenizer: Tokenizer,
     ) -> Result<Self, StartError> {
-        let EngineConfig { scheduler: config, vocab_size, eos, seed, warm_up, log } = config;
+        let EngineConfig { scheduler: config, adapters: pool, vocab_size, eos, seed, warm_up, log } = config;
         let scheduler = Scheduler::new(config.clone())?;
         let preload: Vec<_> = (0..config.gpu_loras as u32).map(lora_sched::AdapterId).collect();
         executor.preload(&preload)?;
@@ -118,12 +132,24 @@ impl Engine {
         }
         let gauges = Arc::new(Gauges::default());
         gauges.preloaded(config.gpu_loras);
+        gauges.adapters.store(config.adapters.len() as u64, Ordering::Relaxed);
 
         let clock = Clock::of(executor.as_ref());
+        let named = (0u32..).zip(&config.adapters).map(|(i, &spec)| {
+            let name = pool.as_ref().and_then(|p| p.name(lora_sched::AdapterId(i)));
+            let name = name.unwrap_or_else(|| format!("lora-{i}"));
+            let root = pool.as_ref().and_then(|p| p.root(lora_sched::AdapterId(i)));
+            (name.clone(), root.unwrap_or(name), spec)
+        });
+        let directory = Arc::new(Directory::new(named, config.host_loras));
+        // Whoever asks before the loop's first turn finds what was preloaded.
+        directory.publish(scheduler.slots());
         let shared = Arc::new(Shared {
             mailbox: Arc::new(Mailbox::default()),
             outputs: Arc::new(OutQueue::default()),
             gauges,
+            directory,
+            pool,
             tokenizer,
             clock,
             scheduler: config,
@@ -136,6 +162,13 @@ impl Engine {
         });
         let mailbox = shared.mailbox.clone();
         executor.set_waker(Arc::new(move || mailbox.wake()));
+        let (fetcher, disk) = match &shared.pool {
+            Some(pool) if shared.scheduler.host_loras.is_some() => {
+                let (fetcher, life) = Fetcher::new(pool.clone(), shared.mailbox.clone(), clock);
+                (Some(fetcher), Some(life))
+            }
+            _ => (None, None),
+        };
         let step_loop = StepLoop::new(LoopParts {
             scheduler,
             executor,
@@ -143,10 +176,16 @@ impl Engine {
             mailbox: shared.mailbox.clone(),
             outputs: shared.outputs.clone(),
             gauges: shared.gauges.clone(),
+            directory: shared.directory.clone(),
+            pool: shared.pool.clone(),
+            fetcher,
             log,
             eos,
         });
         let engine = Self { shared, threads: Mutex::new(Vec::with_capacity(2)) };
+        if let Some(life) = disk {
+            engine.spawn("disk", life)?;
+        }
         let shared = engine.shared.clone();
         engine.spawn("output", move || output::run(&shared.outputs, &shared.mailbox, clock))?;
         let shared = engine.shared.clone();
@@ -218,12 +257,12 @@ impl Engine {
         let id = shared
             .mailbox
             .submit(Box::new(Submission { active, out: Box::new(out) }))
-            .map_err(|_| SubmitError::Stopped(self.failure().unwrap_or_else(|| "shut down".into())))?;
+            .map_err(|_| SubmitError::Stopped(shared.why_stopped()))?;
         Ok(GenerateHandle { id, received, receiver, shared: shared.clone(), admitted: false, done: false })
     }
 
     /// What can be told without asking the scheduler.
-    fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
+    pub(super) fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
         let config = &self.shared.scheduler;
         let tokens = request.prompt.len() + request.params.max_tokens as usize;
         if tokens > config.max_model_len {
@@ -231,7 +270,7 @@ impl Engine {
             return Err(SubmitError::Refused(EventError::TooLong { tokens, max_model_len }));
         }
         if let Some(adapter) = request.adapter
-            && adapter.0 as usize >= config.adapters.len()
+            && !self.shared.directory.serves(adapter)
         {
             return Err(SubmitError::Refused(EventError::UnknownAdapter(adapter)));
         }
@@ -259,7 +298,7 @@ impl Engine {
 
     /// A snapshot of its state.
     pub fn stats(&self) -> EngineStats {
-        self.shared.gauges.stats()
+        self.shared.gauges.stats(self.shared.directory.slots())
     }
 
     /// Copies of adapters before and since serving began.

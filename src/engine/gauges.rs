@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-use lora_sched::{AdapterId, Nanos, SwapPlan};
+use lora_sched::{AdapterId, Nanos, SlotState, SwapPlan};
 
 /// Adapters copied into slots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,6 +32,17 @@ pub enum SlotView {
     Loading(AdapterId),
     /// An adapter.
     Resident(AdapterId),
+}
+
+impl From<SlotState> for SlotView {
+    /// An adapter that was unloaded is in its slot until its last step is over.
+    fn from(state: SlotState) -> Self {
+        match state {
+            SlotState::Free => Self::Free,
+            SlotState::Loading(adapter) => Self::Loading(adapter),
+            SlotState::Resident(adapter) | SlotState::Retiring(adapter) => Self::Resident(adapter),
+        }
+    }
 }
 
 /// A snapshot of the engine.
@@ -65,6 +76,8 @@ pub struct EngineStats {
     pub finished_length: u64,
     /// Requests that were cancelled.
     pub cancelled: u64,
+    /// Requests whose adapter could not be read.
+    pub failed: u64,
     /// Preemptions.
     pub preempted: u64,
     /// Prompt tokens of requests taken.
@@ -77,6 +90,18 @@ pub struct EngineStats {
     pub swap_bytes: u64,
     /// Time from submission to completion, summed over swaps, nanoseconds.
     pub swap_ns: u64,
+    /// Adapters that requests may name.
+    pub adapters: u64,
+    /// Reads of adapters from disk that have ended.
+    pub fetches: u64,
+    /// Those among them that failed: the file is not there, or not what it was.
+    pub fetches_failed: u64,
+    /// Reads that are under way.
+    pub fetches_open: u64,
+    /// Bytes read from disk, as they lie in host memory.
+    pub fetch_bytes: u64,
+    /// Time from asking for a read to its end, summed over reads, nanoseconds.
+    pub fetch_ns: u64,
     /// First tokens.
     pub first_tokens: u64,
     /// Sums of TTFT parts up to the step's end, nanoseconds: front, queue, kv, slot, swap, prefill.
@@ -92,19 +117,18 @@ macro_rules! counters {
         pub(super) struct Gauges {
             $(pub(super) $name: AtomicU64,)+
             parts_ns: [AtomicU64; 6],
-            slots: Mutex<Vec<SlotView>>,
             calls: AtomicU64,
             count: AtomicU64,
             init: Mutex<SwapCounts>,
         }
 
         impl Gauges {
-            /// A snapshot.
-            pub(super) fn stats(&self) -> EngineStats {
+            /// A snapshot; `slots` are the directory's.
+            pub(super) fn stats(&self, slots: Vec<SlotView>) -> EngineStats {
                 EngineStats {
                     $($name: self.$name.load(Relaxed),)+
                     parts_ns: std::array::from_fn(|i| self.parts_ns[i].load(Relaxed)),
-                    slots: self.slots.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+                    slots,
                 }
             }
         }
@@ -126,38 +150,37 @@ counters!(
     finished_stop,
     finished_length,
     cancelled,
+    failed,
     preempted,
     prompt_tokens,
     generation_tokens,
     swaps,
     swap_bytes,
     swap_ns,
+    adapters,
+    fetches,
+    fetches_failed,
+    fetches_open,
+    fetch_bytes,
+    fetch_ns,
     first_tokens,
 );
 
 impl Gauges {
     /// Adapters `0..gpu_loras` are in their slots.
     pub(super) fn preloaded(&self, gpu_loras: usize) {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        *slots = (0..gpu_loras).map(|i| SlotView::Resident(AdapterId(i as u32))).collect();
         *self.init.lock().unwrap_or_else(PoisonError::into_inner) =
             SwapCounts { swap_calls: u64::from(gpu_loras > 0), swap_count: gpu_loras as u64 };
     }
 
     /// One decision's swaps have been given to the executor.
-    pub(super) fn swaps_begun(&self, swaps: &[SwapPlan]) {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        for swap in swaps {
-            slots[swap.slot.0 as usize] = SlotView::Loading(swap.adapter);
-        }
+    pub(super) fn swaps_begun(&self, swaps: u64) {
         self.calls.fetch_add(1, Relaxed);
-        self.count.fetch_add(swaps.len() as u64, Relaxed);
+        self.count.fetch_add(swaps, Relaxed);
     }
 
     /// A swap has ended.
     pub(super) fn swap_ended(&self, swap: &SwapPlan, took: Nanos) {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        slots[swap.slot.0 as usize] = SlotView::Resident(swap.adapter);
         self.swaps.fetch_add(1, Relaxed);
         self.swap_bytes.fetch_add(swap.bytes, Relaxed);
         self.swap_ns.fetch_add(took, Relaxed);

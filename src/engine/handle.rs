@@ -62,9 +62,7 @@ impl GenerateHandle {
             // The stream begins with one of the two unless the engine stopped.
             Some(StreamItem::Delta(_)) | None => {
                 self.done = true;
-                Err(SubmitError::Stopped(
-                    self.shared.failure.get().cloned().unwrap_or_else(|| "shut down".into()),
-                ))
+                Err(SubmitError::Stopped(self.shared.why_stopped()))
             }
         }
     }
@@ -107,6 +105,7 @@ impl GenerateHandle {
             text: String::new(),
             tokens: Vec::new(),
             finish: Finish::Abort,
+            failure: None,
             first: None,
             received: self.received,
             ended: 0,
@@ -115,6 +114,7 @@ impl GenerateHandle {
             out.text.push_str(&delta.text);
             out.tokens.extend(delta.token);
             out.first = out.first.or(delta.first);
+            out.failure = out.failure.or(delta.failure);
             if let Some(finish) = delta.finish {
                 out.finish = finish;
                 self.done = true;

@@ -152,6 +152,8 @@ pub(super) enum OutItem {
     First { id: RequestId, parts: Parts, at: Nanos },
     /// A request has ended.
     Ended { id: RequestId, why: Ended },
+    /// A request's adapter could not be had.
+    Failed { id: RequestId, why: String },
     /// The engine stops: every request ends here.
     AbortAll,
 }
@@ -253,6 +255,13 @@ impl OutputSide<'_> {
                     self.finish(id, Finish::Stop);
                 }
                 self.open.remove(&id);
+            }
+            OutItem::Ended { id, why: Ended::Failed } => self.finish(id, Finish::Abort),
+            OutItem::Failed { id, why } => {
+                if let Some(state) = self.open.get_mut(&id) {
+                    state.pending.failure = Some(why);
+                }
+                self.finish(id, Finish::Abort);
             }
             OutItem::AbortAll => self.abort_all(),
         }

@@ -74,6 +74,8 @@ pub struct Delta {
     pub first: Option<FirstToken>,
     /// With the last piece: why it is the last.
     pub finish: Option<Finish>,
+    /// With [`Finish::Abort`]: what was wrong, if it was the request's adapter rather than the engine.
+    pub failure: Option<String>,
 }
 
 /// When the first token was there, and what came before it.
@@ -111,7 +113,8 @@ pub enum Finish {
     Stop,
     /// `max_tokens`.
     Length,
-    /// The engine stopped before the sequence's end.
+    /// It ended before its end: the engine stopped, or its adapter could not be read
+    /// ([`Delta::failure`]).
     Abort,
 }
 
@@ -164,6 +167,8 @@ pub struct Generated {
     pub tokens: Vec<TokenId>,
     /// Why it ended.
     pub finish: Finish,
+    /// See [`Delta::failure`].
+    pub failure: Option<String>,
     /// When the first token was there; none if it ended before.
     pub first: Option<FirstToken>,
     /// When the request was received, on the engine's clock.

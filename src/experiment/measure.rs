@@ -3,10 +3,9 @@
 use super::EngineSettings;
 use crate::engine::server::{LocalError, LocalServer};
 use crate::engine::setup::{self, Loaded, SetupError};
-use crate::loadgen::{Endpoint, EndpointError, Lag, LoadOptions, prepare, run_load};
+use crate::loadgen::{Endpoint, EndpointError, Lag, LoadOptions, PrepareError, prepare, run_load};
 use crate::report::decision_log::DecisionLog;
 use crate::report::record::RequestRecord;
-use crate::workload::prompts::PromptError;
 use crate::workload::trace::Trace;
 
 /// A cell that cannot be measured.
@@ -26,7 +25,7 @@ pub enum MeasureError {
     Endpoint(#[from] EndpointError),
     /// The prompts.
     #[error(transparent)]
-    Prompt(#[from] PromptError),
+    Prepare(#[from] PrepareError),
     /// The run ended before its time.
     #[error("the run was cut short: {0}")]
     CutShort(String),

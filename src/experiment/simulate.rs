@@ -4,7 +4,7 @@ use lora_sched::{AdapterSpec, Config, ConfigError, EventError, Nanos, Scheduler}
 
 use super::tally::Tally;
 use super::{Cell, EngineSettings};
-use crate::profile::{CostModel, Profile, ProfileError, Scale, ScaleError};
+use crate::profile::{CostModel, Profile, ProfileError, Scale, ScaleError, nearest};
 use crate::report::record::{PartsS, RequestRecord, Status};
 use crate::report::results::{ResultRow, RunContext};
 use crate::sim::{FrontEnd, ModelDevice, Observer, Outcome, SimRequest, Totals, run};
@@ -111,6 +111,7 @@ impl Simulator {
             swap_mode: engine.swap_mode,
             prefetch: engine.prefetch as usize,
             max_skip_age: (engine.max_skip_age * 1e9) as Nanos,
+            host_loras: None,
             max_queue: usize::MAX,
         };
         config.validate()?;
@@ -221,7 +222,7 @@ impl Asked {
     pub fn of(request: &TraceRequest) -> Self {
         Self {
             id: request.id,
-            at: (request.arrival_s * 1e9).round() as Nanos,
+            at: nearest(request.arrival_s * 1e9),
             adapter: request.adapter,
             prompt_tokens: request.prompt_tokens,
             output_tokens: request.output_tokens,

@@ -1,9 +1,11 @@
 //! A server's address and its small calls: health and swap statistics.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::{Client, RequestBuilder, StatusCode};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::openai::ModelList;
 
 /// How long a small call may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -176,11 +178,26 @@ impl Endpoint {
         self.call(request, "/generate").await
     }
 
-    /// A `POST /generate` with a body made before, for the caller to send.
-    pub(super) fn generate_request(&self, body: bytes::Bytes) -> RequestBuilder {
-        let request =
-            self.client.post(self.at("/generate")).header("content-type", "application/json").body(body);
+    /// `GET /v1/models`.
+    pub async fn models(&self) -> Result<ModelList, EndpointError> {
+        self.call(self.client.get(self.at("/v1/models")), "/v1/models").await
+    }
+
+    /// A `POST` with a JSON body made before, for the caller to send.
+    pub(super) fn post(&self, path: &str, body: bytes::Bytes) -> RequestBuilder {
+        let request = self.client.post(self.at(path)).header("content-type", "application/json").body(body);
         self.authorised(request)
+    }
+
+    /// Seconds that a `GET` of `path` takes until its answer is whole, whatever the answer.
+    pub async fn round_trip(&self, path: &str) -> Result<f64, EndpointError> {
+        let no_answer =
+            |e: reqwest::Error| EndpointError::NoAnswer { url: self.base.clone(), message: describe(&e) };
+        let request = self.authorised(self.client.get(self.at(path)).timeout(CALL_TIMEOUT));
+        let sent = Instant::now();
+        let response = request.send().await.map_err(no_answer)?;
+        response.bytes().await.map_err(no_answer)?;
+        Ok(sent.elapsed().as_secs_f64())
     }
 
     fn at(&self, path: &str) -> String {

@@ -2,7 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::report::record::RequestRecord;
 use crate::report::stats::{median, percentile, sorted};
 
 /// Seconds from a request's scheduled time to its sending.
@@ -18,8 +17,8 @@ pub struct Lag {
 
 impl Lag {
     /// Of the requests that were sent; zero if none was.
-    pub fn of(records: &[RequestRecord]) -> Self {
-        let lags = sorted(&records.iter().map(|r| r.sent_s - r.scheduled_s).collect::<Vec<_>>());
+    pub fn of(lags: &[f64]) -> Self {
+        let lags = sorted(lags);
         Self {
             median_s: median(&lags).unwrap_or_default(),
             p99_s: percentile(&lags, 99.0).unwrap_or_default(),

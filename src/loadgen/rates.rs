@@ -1,5 +1,6 @@
 //! What `probe` says about arrival rates: summaries in the reference's words, table and file formats.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -67,6 +68,7 @@ pub struct RateSummary {
     rate: f64,
     row: ResultRow,
     lag: Lag,
+    faults: BTreeMap<String, u64>,
     status: RateStatus,
 }
 
@@ -81,7 +83,7 @@ impl RateSummary {
         };
         let row = ResultRow::from_records(&outcome.records, &run);
         let status = RateStatus::of(row.error_rate.unwrap_or(100.0), row.ttft_median, row.ttft_p99);
-        Self { rate, row, lag: outcome.lag, status }
+        Self { rate, row, lag: outcome.lag, faults: outcome.faults.clone(), status }
     }
 
     /// The reference's verdict.
@@ -92,7 +94,7 @@ impl RateSummary {
     /// Prints the summary and what the reference calls the assessment.
     pub fn print(&self) {
         let title = format!("SUMMARY (arrival_rate={} rps, regime={})", self.rate, self.row.prompt_regime);
-        print_summary(&title, &self.row, &self.lag);
+        print_summary(&title, &self.row, &self.lag, &self.faults);
         print!("{}", self.assessment());
     }
 
@@ -146,6 +148,7 @@ impl RateSummary {
             }
         }
         map.insert("client_lag".to_owned(), json!(self.lag));
+        map.insert("errors_by_kind".to_owned(), json!(self.faults));
         map
     }
 
@@ -275,7 +278,14 @@ mod tests {
                 error: None,
             })
             .collect();
-        let outcome = LoadOutcome { lag: Lag::of(&records), records, wall_s: 200.0, cut_short: None };
+        let outcome = LoadOutcome {
+            records,
+            token_times: Vec::new(),
+            faults: BTreeMap::new(),
+            lag: Lag::default(),
+            wall_s: 200.0,
+            cut_short: None,
+        };
         RateSummary::of(&outcome, rate, "short", 128)
     }
 

@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 
+use super::piece::Piece;
 use crate::report::record::PartsS;
 
 /// What the client reads of one object. The text, which repeats the prompt each time, is skipped.
@@ -22,6 +23,20 @@ pub struct Message {
     /// A failure in the middle of the stream.
     #[serde(default)]
     pub error: Option<serde_json::Value>,
+}
+
+impl From<Message> for Piece {
+    fn from(message: Message) -> Self {
+        Self {
+            token: message.ttft.is_some(),
+            ttft: message.ttft,
+            parts: message.ttft_parts,
+            prompt_tokens: None,
+            output_tokens: message.output_tokens,
+            finished: message.finished,
+            error: message.error.map(|e| e.to_string()),
+        }
+    }
 }
 
 /// Takes a stream apart, wherever its chunks begin and end.

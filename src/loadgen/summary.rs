@@ -1,10 +1,12 @@
 //! The reference's printed summary of one run.
 
+use std::collections::BTreeMap;
+
 use super::lag::Lag;
 use crate::report::results::ResultRow;
 
 /// Prints counts, prompt tokens, TTFT and latency under a title, to standard output.
-pub fn print_summary(title: &str, row: &ResultRow, lag: &Lag) {
+pub fn print_summary(title: &str, row: &ResultRow, lag: &Lag, faults: &BTreeMap<String, u64>) {
     let line = "=".repeat(60);
     println!("\n{line}\n{title}\n{line}");
     println!("\nRequest counts:");
@@ -13,6 +15,9 @@ pub fn print_summary(title: &str, row: &ResultRow, lag: &Lag) {
     println!("  Errors:     {}", row.errors);
     println!("  Timeouts:   {}", row.timeouts);
     println!("  Error rate: {:.2}%", row.error_rate.unwrap_or_default());
+    for (kind, count) in faults {
+        println!("    {kind}: {count}");
+    }
     if let (Some(min), Some(max), Some(mean)) =
         (row.prompt_tokens_min, row.prompt_tokens_max, row.prompt_tokens_mean)
     {

@@ -69,28 +69,30 @@ pub struct FeatureError(String);
 impl Feature {
     /// Its value for a step.
     pub fn of(self, shape: &StepShape) -> u64 {
-        match self {
-            Self::Step => 1,
-            Self::Tokens { from, to } => {
-                to.map_or(shape.tokens, |to| shape.tokens.min(to)).saturating_sub(from)
-            }
-            Self::PaddedTokens { from, to } if shape.prefills > 0 => {
-                within(shape.tokens.next_multiple_of(PADDED_TO), from, to)
-            }
-            Self::PaddedTokens { .. } => 0,
-            Self::Mixed => u64::from(shape.prefills > 0),
-            Self::Lora => u64::from(shape.adapters > 0),
-            Self::MixedLora => u64::from(shape.prefills > 0 && shape.adapters > 0),
-            Self::PrefillSpan => shape.prefill_span,
-            Self::Prefills => shape.prefills,
-            Self::PrefillPairs => shape.prefill_pairs,
-            Self::Decodes => shape.decodes,
-            Self::DecodeContext { from, to } => within(shape.decode_context, from, to),
-            Self::Samples => shape.samples,
-            Self::Adapters => shape.adapters,
-            Self::LoraTokens => shape.lora_tokens,
-            Self::LoraTokenRanks => shape.lora_token_ranks,
-        }
+        let (count, from, to) = self.range();
+        within(shape.counts()[count], from, to)
+    }
+
+    /// Which of the shape's counts it looks at, and between which values.
+    fn range(self) -> (usize, u64, u64) {
+        let (count, from, to) = match self {
+            Self::Step => (StepShape::ONE, 0, None),
+            Self::Tokens { from, to } => (StepShape::TOKENS, from, to),
+            Self::PaddedTokens { from, to } => (StepShape::PADDED_TOKENS, from, to),
+            Self::Mixed => (StepShape::MIXED, 0, None),
+            Self::Lora => (StepShape::LORA, 0, None),
+            Self::MixedLora => (StepShape::MIXED_LORA, 0, None),
+            Self::PrefillSpan => (StepShape::PREFILL_SPAN, 0, None),
+            Self::Prefills => (StepShape::PREFILLS, 0, None),
+            Self::PrefillPairs => (StepShape::PREFILL_PAIRS, 0, None),
+            Self::Decodes => (StepShape::DECODES, 0, None),
+            Self::DecodeContext { from, to } => (StepShape::DECODE_CONTEXT, from, to),
+            Self::Samples => (StepShape::SAMPLES, 0, None),
+            Self::Adapters => (StepShape::ADAPTERS, 0, None),
+            Self::LoraTokens => (StepShape::LORA_TOKENS, 0, None),
+            Self::LoraTokenRanks => (StepShape::LORA_TOKEN_RANKS, 0, None),
+        };
+        (count, from, to.unwrap_or(u64::MAX))
     }
 }
 
@@ -98,8 +100,8 @@ impl Feature {
 pub const PADDED_TO: u64 = 64;
 
 /// How far `count` reaches into a range.
-fn within(count: u64, from: u64, to: Option<u64>) -> u64 {
-    to.map_or(count, |to| count.min(to)).saturating_sub(from)
+fn within(count: u64, from: u64, to: u64) -> u64 {
+    count.min(to).saturating_sub(from)
 }
 
 const NAMES: [(Feature, &str); 12] = [
@@ -158,11 +160,22 @@ const FRACTION_BITS: u32 = 20;
 /// Nanoseconds that a unit of a feature may cost, at most: under three hours, and whole in fixed point.
 pub(super) const MOST_NS: f64 = 1e13;
 
+/// A feature and its cost, to be evaluated without a branch.
+#[derive(Clone, Copy, Debug)]
+struct Term {
+    /// Index in [`StepShape::counts`].
+    count: usize,
+    from: u64,
+    to: u64,
+    /// Cost of a unit in fixed point.
+    coef: u64,
+}
+
 /// A profile made ready for evaluation. Every cost is an integer sum, so that it does not depend on
 /// the order of evaluation, nor on the machine.
 #[derive(Clone, Debug)]
 pub struct CostModel {
-    terms: Vec<(Feature, u64)>,
+    terms: Vec<Term>,
     swap_fixed: Nanos,
     ns_per_byte: f64,
     busy_ns_per_byte: f64,
@@ -185,8 +198,9 @@ impl CostModel {
         let terms = profile.step.features.iter().zip(&profile.step.coef_ns);
         let terms = terms
             .map(|(name, &coef)| {
-                let fixed = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u64;
-                Ok((name.parse()?, fixed))
+                let coef = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u64;
+                let (count, from, to) = name.parse::<Feature>()?.range();
+                Ok(Term { count, from, to, coef })
             })
             .collect::<Result<_, FeatureError>>()?;
         let ns = |seconds: f64| (seconds * 1e9).round() as Nanos;
@@ -211,7 +225,9 @@ impl CostModel {
 
     /// A step's duration in fixed point.
     pub(crate) fn step_sum(&self, shape: &StepShape) -> u128 {
-        self.terms.iter().map(|(f, coef)| u128::from(f.of(shape)) * u128::from(*coef)).sum()
+        let counts = shape.counts();
+        let cost = |t: &Term| u128::from(within(counts[t.count], t.from, t.to)) * u128::from(t.coef);
+        self.terms.iter().map(cost).sum()
     }
 
     /// Durations of the steps after a decode step of this shape, which costs `sum`, as long as the same
@@ -223,7 +239,7 @@ impl CostModel {
 
     /// A swap's duration with no step running.
     pub fn swap_ns(&self, bytes: u64) -> Nanos {
-        self.swap_fixed + (bytes as f64 * self.ns_per_byte).round() as Nanos
+        self.swap_fixed + nearest(bytes as f64 * self.ns_per_byte)
     }
 
     /// How much longer copying takes while a step runs, as a factor.
@@ -233,8 +249,16 @@ impl CostModel {
 
     /// From a request's receipt to the queue.
     pub fn front_ns(&self, prompt_tokens: u32) -> Nanos {
-        self.front_ns + (f64::from(prompt_tokens) * self.front_ns_per_token).round() as Nanos
+        self.front_ns + nearest(f64::from(prompt_tokens) * self.front_ns_per_token)
     }
+}
+
+/// What [`f64::round`] gives, of a number that is not negative. On plain x86-64 that is a call of the C
+/// library, twice or three times a request.
+#[inline]
+pub(crate) fn nearest(x: f64) -> u64 {
+    let whole = x as u64;
+    whole + u64::from(x - whole as f64 >= 0.5)
 }
 
 /// Fixed point to nanoseconds.
@@ -278,12 +302,10 @@ impl DecodeRun<'_> {
         let before = self.context;
         self.slope = 0;
         let mut bend = u64::MAX;
-        for &(feature, coef) in &self.cost.terms {
-            let Feature::DecodeContext { from, to } = feature else { continue };
-            let further = within(context, from, to) - within(before, from, to);
-            self.slope += u128::from(further) * u128::from(coef);
-            let ends = [from, to.unwrap_or(u64::MAX)];
-            bend = ends.into_iter().filter(|&end| end > before).fold(bend, u64::min);
+        for term in self.cost.terms.iter().filter(|t| t.count == StepShape::DECODE_CONTEXT) {
+            let further = within(context, term.from, term.to) - within(before, term.from, term.to);
+            self.slope += u128::from(further) * u128::from(term.coef);
+            bend = [term.from, term.to].into_iter().filter(|&end| end > before).fold(bend, u64::min);
         }
         // An end between the two contexts: the step across it has a slope of its own.
         self.bend = bend.max(context);
@@ -324,6 +346,15 @@ mod tests {
         let at = |tokens, prefills| feature.of(&StepShape { tokens, prefills, ..StepShape::default() });
         assert_eq!([at(64, 1), at(65, 1), at(500, 2), at(900, 1)], [0, 64, 448, 448]);
         assert_eq!(at(500, 0), 0);
+    }
+
+    #[test]
+    fn the_nearest_whole_number_is_that_of_the_library() {
+        for base in [0.0, 1.0, 2.0, 1e6, 4503599627370495.0, 9007199254740992.0] {
+            for part in [0.0, 0.25, 0.49999999999999994, 0.5, 0.75, 1.0 - f64::EPSILON] {
+                assert_eq!(nearest(base + part), (base + part).round() as u64, "{base} + {part}");
+            }
+        }
     }
 
     #[test]

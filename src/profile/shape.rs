@@ -3,6 +3,8 @@
 use lora_sched::StepPlan;
 use serde::{Deserialize, Serialize};
 
+use super::cost::PADDED_TO;
+
 /// A step's composition in integers, so that sums come out the same in any order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepShape {
@@ -31,6 +33,44 @@ pub struct StepShape {
 }
 
 impl StepShape {
+    pub(super) const ONE: usize = 0;
+    pub(super) const TOKENS: usize = 1;
+    pub(super) const PREFILLS: usize = 2;
+    pub(super) const PREFILL_PAIRS: usize = 3;
+    pub(super) const DECODES: usize = 4;
+    pub(super) const DECODE_CONTEXT: usize = 5;
+    pub(super) const SAMPLES: usize = 6;
+    pub(super) const ADAPTERS: usize = 7;
+    pub(super) const LORA_TOKENS: usize = 8;
+    pub(super) const LORA_TOKEN_RANKS: usize = 9;
+    pub(super) const PADDED_TOKENS: usize = 10;
+    pub(super) const MIXED: usize = 11;
+    pub(super) const LORA: usize = 12;
+    pub(super) const MIXED_LORA: usize = 13;
+    pub(super) const PREFILL_SPAN: usize = 14;
+
+    /// One, the counts, and what follows from them, in the order of the constants above.
+    pub(super) fn counts(&self) -> [u64; 15] {
+        let (mixed, lora) = (u64::from(self.prefills > 0), u64::from(self.adapters > 0));
+        [
+            1,
+            self.tokens,
+            self.prefills,
+            self.prefill_pairs,
+            self.decodes,
+            self.decode_context,
+            self.samples,
+            self.adapters,
+            self.lora_tokens,
+            self.lora_token_ranks,
+            self.tokens.next_multiple_of(PADDED_TO) * mixed,
+            mixed,
+            lora,
+            mixed * lora,
+            self.prefill_span,
+        ]
+    }
+
     /// The shape of a plan. `rank` gives an adapter's rank.
     pub fn of(plan: &StepPlan, rank: impl Fn(u32) -> u32, seen: &mut SeenSlots) -> Self {
         let mut shape = Self::default();

@@ -1,5 +1,6 @@
 //! The manifest of a run: what a result was made with, as JSON beside it.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,7 @@ use serde_json::Value;
 use super::digest::{canonical_json, sha256};
 use super::files::{self, FileError};
 use super::machine::{Machine, machine};
+use crate::profile::{Kind, Profile};
 
 /// The format's version.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -95,6 +97,9 @@ pub struct Manifest {
     pub machine: Machine,
     /// SHA-256 of the profile that a simulation was made with.
     pub profile_sha256: Option<String>,
+    /// Where that profile's costs come from; older manifests do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile_kind: Option<Kind>,
     /// Local time with its offset, RFC 3339.
     pub started: String,
     /// The same, once the run has ended.
@@ -121,10 +126,17 @@ impl Manifest {
             dataset: None,
             machine: machine(),
             profile_sha256: None,
+            profile_kind: None,
             started: now(),
             ended: None,
             complete: false,
         })
+    }
+
+    /// Notes the profile that the run simulates with.
+    pub fn of_profile(&mut self, profile: &Profile) {
+        self.profile_sha256 = Some(profile.sha256.clone());
+        self.profile_kind = Some(profile.kind);
     }
 
     /// Marks the run as ended now; `complete` if all that was asked for was done.
@@ -146,6 +158,16 @@ impl Manifest {
         let text = files::read_text(path)?;
         serde_json::from_str(&text).map_err(|source| ManifestError::Parse { path: path.to_owned(), source })
     }
+}
+
+/// The manifests beside `csv` that these rows, or the file itself, have. One that cannot be read is left out.
+pub fn of_results<'a>(csv: &[PathBuf], names: impl Iterator<Item = &'a str>) -> Vec<Manifest> {
+    let names: BTreeSet<&str> = names.collect();
+    let paths: BTreeSet<PathBuf> = csv
+        .iter()
+        .flat_map(|p| names.iter().map(|name| p.with_file_name(name)).chain([path_beside(p)]))
+        .collect();
+    paths.iter().filter_map(|p| Manifest::read(p).ok()).collect()
 }
 
 /// Makes absolute paths below `here` relative to it: where a checkout lies says nothing of a run, and

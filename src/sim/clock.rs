@@ -7,8 +7,8 @@
 use std::collections::VecDeque;
 
 use lora_sched::{
-    AdapterId, Arrival, Event, EventError, Nanos, Notice, Outbox, Parts, RequestId, Scheduler, StepPlan,
-    SwapPlan,
+    AdapterId, AdapterSpec, Arrival, Event, EventError, FetchPlan, Nanos, Notice, Outbox, Parts, RequestId,
+    Scheduler, StepPlan, SwapPlan,
 };
 
 use super::device::{Device, Done};
@@ -42,6 +42,24 @@ pub enum Input {
         /// Which.
         arrival: u64,
     },
+    /// Something happens to an adapter.
+    Adapter {
+        /// When.
+        at: Nanos,
+        /// What.
+        change: AdapterChange,
+    },
+}
+
+/// What happens to an adapter from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdapterChange {
+    /// A new one, under the next id.
+    Add(AdapterSpec),
+    /// No new requests for it.
+    Remove(AdapterId),
+    /// The user's pin.
+    Pin(AdapterId, bool),
 }
 
 impl Input {
@@ -49,7 +67,7 @@ impl Input {
     pub fn at(&self) -> Nanos {
         match self {
             Self::Arrive(request) => request.queued,
-            Self::Cancel { at, .. } => *at,
+            Self::Cancel { at, .. } | Self::Adapter { at, .. } => *at,
         }
     }
 }
@@ -81,6 +99,8 @@ pub trait Observer {
     fn step(&mut self, _plan: &StepPlan) {}
     /// A swap is started.
     fn swap(&mut self, _now: Nanos, _swap: &SwapPlan) {}
+    /// A read from disk is started.
+    fn fetch(&mut self, _now: Nanos, _fetch: &FetchPlan) {}
     /// An event has been taken or a plan formed, and this is how things stand.
     fn state(&mut self, _now: Nanos, _scheduler: &Scheduler) {}
 }
@@ -113,6 +133,9 @@ pub struct Totals {
     pub end: Nanos,
 }
 
+/// The time of what does not come. A plain number: the loop compares three of them at each event.
+const NEVER: Nanos = Nanos::MAX;
+
 /// A request that is in the scheduler.
 #[derive(Clone, Copy, Debug)]
 struct Live {
@@ -129,7 +152,7 @@ struct Run<'a, D, O> {
     plan: StepPlan,
     out: Outbox,
     /// When the scheduler is asked for the next plan.
-    plan_at: Option<Nanos>,
+    plan_at: Nanos,
     /// Swaps that the formed step waits for before it is submitted.
     awaited: usize,
     submitted: Nanos,
@@ -158,7 +181,7 @@ pub fn run<D: Device, O: Observer>(
         now: 0,
         plan: StepPlan::default(),
         out: Outbox::default(),
-        plan_at: None,
+        plan_at: NEVER,
         awaited: 0,
         submitted: 0,
         live: VecDeque::new(),
@@ -167,16 +190,18 @@ pub fn run<D: Device, O: Observer>(
     };
     let mut inputs = inputs.into_iter().peekable();
     loop {
-        let input_at = inputs.peek().map(Input::at);
-        let done = run.device.next();
-        let done_at = done.map(|d| d.0);
-        let Some(next) = [input_at, done_at, run.plan_at].into_iter().flatten().min() else { break };
+        let input_at = inputs.peek().map_or(NEVER, Input::at);
+        let (done_at, done) = run.device.next().unwrap_or((NEVER, Done::Step));
+        let next = input_at.min(done_at).min(run.plan_at);
+        if next == NEVER {
+            break;
+        }
         run.now = run.now.max(next);
-        if input_at == Some(next) {
+        if input_at == next {
             if let Some(input) = inputs.next() {
                 run.input(&input)?;
             }
-        } else if let Some((_, done)) = done.filter(|d| d.0 == next) {
+        } else if done_at == next {
             run.complete(done)?;
         } else {
             run.form_step(input_at);
@@ -212,6 +237,14 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
             Input::Cancel { arrival, .. } => {
                 self.scheduler.handle(self.now, Event::Cancel(RequestId(arrival)), &mut self.out)?;
             }
+            Input::Adapter { change, .. } => {
+                let event = match change {
+                    AdapterChange::Add(spec) => Event::AddAdapter(spec),
+                    AdapterChange::Remove(adapter) => Event::RemoveAdapter(adapter),
+                    AdapterChange::Pin(adapter, pinned) => Event::PinAdapter(adapter, pinned),
+                };
+                self.scheduler.handle(self.now, event, &mut self.out)?;
+            }
         }
         self.after_event();
         Ok(())
@@ -224,6 +257,9 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
                 self.totals.busy += self.now - self.submitted;
                 let event = Event::StepDone { stopped: &[], stalled: self.device.stalled() };
                 self.scheduler.handle(self.now, event, &mut self.out)?;
+            }
+            Done::Fetch { adapter, failed } => {
+                self.scheduler.handle(self.now, Event::FetchDone { adapter, failed }, &mut self.out)?;
             }
             Done::Swap(slot) => {
                 self.scheduler.handle(self.now, Event::SwapDone(slot), &mut self.out)?;
@@ -239,8 +275,8 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
         Ok(())
     }
 
-    fn form_step(&mut self, input_at: Option<Nanos>) {
-        self.plan_at = None;
+    fn form_step(&mut self, input_at: Nanos) {
+        self.plan_at = NEVER;
         let formed = self.scheduler.plan(self.now, &mut self.plan, &mut self.out);
         self.submit_swaps();
         if formed {
@@ -249,7 +285,7 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
             self.awaited = if self.plan.wait_for_swaps { self.plan.loading.len() } else { 0 };
             if self.awaited == 0 {
                 self.submit_step();
-                if !O::EVERY_STEP && self.device.may_skip() {
+                if !O::EVERY_STEP && self.device.may_skip(input_at) {
                     self.skip(input_at);
                 }
             }
@@ -263,9 +299,9 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     }
 
     /// Runs through the steps that are sure to follow the one in flight before the next input.
-    fn skip(&mut self, input_at: Option<Nanos>) {
+    fn skip(&mut self, input_at: Nanos) {
         let Some(run) = self.scheduler.steady() else { return };
-        let skipped = self.device.skip(run.steps, input_at.unwrap_or(Nanos::MAX), run.until);
+        let skipped = self.device.skip(run.steps, input_at, run.until);
         if skipped.steps > 0 {
             self.scheduler.skip(skipped.steps, skipped.formed);
             self.totals.steps += skipped.steps;
@@ -276,23 +312,33 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
     }
 
     fn submit_swaps(&mut self) {
+        if self.out.swaps.is_empty() && self.out.fetches.is_empty() {
+            return;
+        }
         self.totals.swap_calls += u64::from(!self.out.swaps.is_empty());
         self.totals.swaps += self.out.swaps.len() as u64;
         for swap in self.out.swaps.drain(..) {
             self.observer.swap(self.now, &swap);
             self.device.submit_swap(self.now, &swap);
         }
+        for fetch in self.out.fetches.drain(..) {
+            self.observer.fetch(self.now, &fetch);
+            self.device.submit_fetch(self.now, &fetch);
+        }
     }
 
     fn after_event(&mut self) {
         self.submit_swaps();
         self.take_notices();
-        if !self.scheduler.step_in_flight() && self.plan_at.is_none() && !self.scheduler.is_idle() {
-            self.plan_at = Some(self.now + self.device.gap());
+        if !self.scheduler.step_in_flight() && self.plan_at == NEVER && !self.scheduler.is_idle() {
+            self.plan_at = self.now + self.device.gap();
         }
     }
 
     fn take_notices(&mut self) {
+        if self.out.notices.is_empty() && !matches!(self.live.front(), Some(None)) {
+            return;
+        }
         let now = self.now;
         for notice in self.out.notices.drain(..) {
             match notice {
@@ -305,7 +351,7 @@ impl<D: Device, O: Observer> Run<'_, D, O> {
                 Notice::Ended { id, why, .. } => {
                     let entry = self.live.get_mut((id.0 - self.first_live) as usize);
                     if let Some(Live { request, first, parts }) = entry.and_then(Option::take)
-                        && why != lora_sched::Ended::Cancelled
+                        && !matches!(why, lora_sched::Ended::Cancelled | lora_sched::Ended::Failed)
                     {
                         self.totals.requests += 1;
                         self.observer.outcome(&Outcome { request, arrival: id.0, first, last: now, parts });

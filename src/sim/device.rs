@@ -1,6 +1,6 @@
 //! What stands where the engine has an executor.
 
-use lora_sched::{Nanos, SlotId, StepPlan, SwapPlan};
+use lora_sched::{AdapterId, FetchPlan, Nanos, SlotId, StepPlan, SwapPlan};
 
 /// Something that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -9,6 +9,13 @@ pub enum Done {
     Step,
     /// The copy into a slot.
     Swap(SlotId),
+    /// A read from disk.
+    Fetch {
+        /// The adapter.
+        adapter: AdapterId,
+        /// Whether it could not be read.
+        failed: bool,
+    },
 }
 
 /// Equal steps that a device has run through.
@@ -34,6 +41,9 @@ pub trait Device {
     /// A swap starts.
     fn submit_swap(&mut self, now: Nanos, swap: &SwapPlan);
 
+    /// A read from disk starts.
+    fn submit_fetch(&mut self, now: Nanos, fetch: &FetchPlan);
+
     /// What ends next, and when: never before the last call's `now`. It may change with every submission.
     fn next(&mut self) -> Option<(Nanos, Done)>;
 
@@ -43,8 +53,8 @@ pub trait Device {
     /// How long the step that has just ended waited for layers of the adapter in each slot.
     fn stalled(&self) -> &[(SlotId, Nanos)];
 
-    /// Whether [`Device::skip`] could skip anything now.
-    fn may_skip(&self) -> bool {
+    /// Whether [`Device::skip`] could skip anything now that ends before `before`.
+    fn may_skip(&self, _before: Nanos) -> bool {
         false
     }
 

@@ -34,8 +34,10 @@ impl<I: Iterator<Item = SimRequest>> Iterator for FrontEnd<I> {
                 Some(request) => {
                     self.received = request.received;
                     let later = self.on_the_way.iter().rev().take_while(|r| r.queued > request.queued);
-                    let at = self.on_the_way.len() - later.count();
-                    self.on_the_way.insert(at, request);
+                    match later.count() {
+                        0 => self.on_the_way.push_back(request),
+                        later => self.on_the_way.insert(self.on_the_way.len() - later, request),
+                    }
                 }
                 None => self.ended = true,
             }

@@ -10,9 +10,9 @@ mod model_device;
 mod recorded;
 mod replay;
 
-pub use clock::{Input, Observer, Outcome, SimRequest, Totals, run};
+pub use clock::{AdapterChange, Input, Observer, Outcome, SimRequest, Totals, run};
 pub use device::{Device, Done, Skipped};
 pub use front_end::FrontEnd;
 pub use model_device::ModelDevice;
-pub use recorded::{RecordError, Recorded, RecordedStep, RecordedSwap};
+pub use recorded::{RecordError, Recorded, RecordedFetch, RecordedStep, RecordedSwap};
 pub use replay::{ReplayError, ReplayReport, replay};

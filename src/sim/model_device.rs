@@ -3,7 +3,7 @@
 //! A step and a copy that run side by side slow each other: both are kept as remaining work and a
 //! rate, and the rates change only when one of them starts or ends.
 
-use lora_sched::{Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
+use lora_sched::{AdapterId, FetchPlan, Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
 use super::device::{Device, Done, Skipped};
 use crate::profile::{CostModel, SeenSlots, StepShape, whole_ns};
@@ -20,6 +20,15 @@ pub struct ModelDevice {
     running: bool,
     step: Step,
     copies: Vec<Copy>,
+    /// Rate of a step beside copies.
+    step_rate: f64,
+    /// Rate of copying beside a step.
+    busy_rate: f64,
+    /// Whether the next two are what ends next while copies are under way.
+    known: bool,
+    next_at: Nanos,
+    next_done: Done,
+    reads: Vec<(Nanos, AdapterId)>,
     stalled: Vec<(SlotId, Nanos)>,
     seen: SeenSlots,
 }
@@ -53,6 +62,11 @@ impl ModelDevice {
     /// A device with these costs; `ranks[a]` is adapter `a`'s rank.
     pub fn new(cost: CostModel, ranks: Vec<u32>, mode: SwapMode) -> Self {
         Self {
+            step_rate: 1.0 / (1.0 + cost.step_slowdown),
+            busy_rate: 1.0 / cost.busy_swap_factor(),
+            known: false,
+            next_at: 0,
+            next_done: Done::Step,
             cost,
             ranks,
             shared: mode == SwapMode::Layered,
@@ -60,21 +74,19 @@ impl ModelDevice {
             running: false,
             step: Step::default(),
             copies: Vec::new(),
+            reads: Vec::new(),
             stalled: Vec::new(),
             seen: SeenSlots::default(),
         }
     }
 
-    /// Of a step beside copies.
-    fn step_rate(&self) -> f64 {
-        1.0 / (1.0 + self.cost.step_slowdown)
-    }
-
     /// Rate of each copy that is being served: those share the copy engine.
     fn copy_rate(&self) -> f64 {
-        let rate = if self.running { 1.0 / self.cost.busy_swap_factor() } else { 1.0 };
-        let served = self.served().count().max(1);
-        rate / served as f64
+        let rate = if self.running { self.busy_rate } else { 1.0 };
+        match self.served().count() {
+            0 | 1 => rate,
+            served => rate / served as f64,
+        }
     }
 
     /// Demand goes before prefetch.
@@ -92,6 +104,7 @@ impl ModelDevice {
 
     /// Lets time pass up to a change of rates.
     fn advance(&mut self, now: Nanos) {
+        self.known = false;
         let passed = now.saturating_sub(self.now) as f64;
         self.now = now;
         if passed == 0.0 || self.copies.is_empty() {
@@ -99,7 +112,7 @@ impl ModelDevice {
         }
         let copy_rate = self.copy_rate();
         if self.running {
-            self.step.left -= passed * self.step_rate();
+            self.step.left -= passed * self.step_rate;
         }
         let kind = self.served_kind();
         let of_kind = self.copies.iter_mut().filter(|c| c.kind == kind);
@@ -149,17 +162,23 @@ impl Device for ModelDevice {
         self.copies.push(Copy { slot: swap.slot, kind: swap.kind, work, left: work });
     }
 
+    /// A profile says nothing of disks, and no command gives the simulator one: a read takes no time.
+    fn submit_fetch(&mut self, now: Nanos, fetch: &FetchPlan) {
+        self.reads.push((now, fetch.adapter));
+    }
+
     #[inline]
     fn next(&mut self) -> Option<(Nanos, Done)> {
+        if let Some(&(at, adapter)) = self.reads.first() {
+            return Some((at, Done::Fetch { adapter, failed: false }));
+        }
         if self.copies.is_empty() {
             return self.running.then_some((self.step.ends, Done::Step));
         }
-        // The last layer waits for the last layer: a step ends after the copies that it reads.
-        let step = (self.running && self.step.loading.is_empty())
-            .then(|| (self.after(self.step.left, self.step_rate()), Done::Step));
-        let rate = self.copy_rate();
-        let copy = self.served().map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot))).min();
-        step.into_iter().chain(copy).min()
+        if !self.known {
+            self.find_next();
+        }
+        Some((self.next_at, self.next_done))
     }
 
     fn complete(&mut self, now: Nanos, done: Done) {
@@ -173,6 +192,7 @@ impl Device for ModelDevice {
                     self.stalled.push((slot, (took as f64 - slowed).max(0.0) as Nanos));
                 }
             }
+            Done::Fetch { adapter, .. } => self.reads.retain(|read| read.1 != adapter),
             Done::Swap(slot) => {
                 self.copies.retain(|c| c.slot != slot);
                 let step = &mut self.step;
@@ -192,12 +212,15 @@ impl Device for ModelDevice {
         &self.stalled
     }
 
-    fn may_skip(&self) -> bool {
-        self.running && self.copies.is_empty()
+    fn may_skip(&self, before: Nanos) -> bool {
+        self.running
+            && self.copies.is_empty()
+            && self.reads.is_empty()
+            && self.step.ends + self.cost.loop_ns < before
     }
 
     fn skip(&mut self, most: u64, before: Nanos, until: Nanos) -> Skipped {
-        if !self.may_skip() {
+        if !self.may_skip(before) {
             return Skipped::default();
         }
         let step = &mut self.step;
@@ -222,6 +245,19 @@ impl Device for ModelDevice {
 }
 
 impl ModelDevice {
+    /// What ends next while copies are under way.
+    fn find_next(&mut self) {
+        // The last layer waits for the last layer: a step ends after the copies that it reads.
+        let step = (self.running && self.step.loading.is_empty())
+            .then(|| (self.after(self.step.left, self.step_rate), Done::Step));
+        let rate = self.copy_rate();
+        let copy = self.served().map(|copy| (self.after(copy.left, rate), Done::Swap(copy.slot)));
+        if let Some((at, done)) = copy.chain(step).min() {
+            (self.next_at, self.next_done) = (at, done);
+        }
+        self.known = true;
+    }
+
     /// Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
     fn wait_for_first_layers(&mut self, plan: &StepPlan) {
         let rate = self.copy_rate();

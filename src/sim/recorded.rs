@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use lora_sched::{Config, Nanos, UnknownChoice};
+use lora_sched::{AdapterId, AdapterSpec, Config, Nanos, UnknownChoice};
 
-use super::clock::{Input, SimRequest};
+use super::clock::{AdapterChange, Input, SimRequest};
 use crate::report::decision_log::{LogHeader, LogLine, LoggedSeq};
 
 /// One step of the engine. Request ids count arrivals from 0.
@@ -37,12 +37,25 @@ pub struct RecordedSwap {
     pub took: Nanos,
 }
 
+/// One read from disk of the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordedFetch {
+    /// The adapter.
+    pub adapter: u32,
+    /// Whose place in host memory it took.
+    pub evicted: Option<u32>,
+    /// From the decision to its end.
+    pub took: Nanos,
+    /// Whether it could not be read.
+    pub failed: bool,
+}
+
 /// What an engine did.
 #[derive(Clone, Debug)]
 pub struct Recorded {
     /// What its scheduler was made with.
     pub config: Config,
-    /// Arrivals and cancels in order of time.
+    /// Arrivals, cancels and changes to the adapters, in order of time.
     pub inputs: Vec<Input>,
     /// From the event that made a plan possible to the plan, of every plan in order: of steps, and of nothing
     /// while all that wait lack something.
@@ -51,6 +64,8 @@ pub struct Recorded {
     pub steps: Vec<RecordedStep>,
     /// Swaps in order of decision.
     pub swaps: Vec<RecordedSwap>,
+    /// Reads from disk in order of decision.
+    pub fetches: Vec<RecordedFetch>,
     /// TTFT of each arrival that got a first token.
     pub ttft: HashMap<u64, Nanos>,
 }
@@ -94,6 +109,7 @@ impl Recorded {
         }
         let mut inputs = requests(lines);
         inputs.extend(cancels);
+        inputs.extend(lines.iter().filter_map(adapter_change));
         inputs.sort_by_key(Input::at);
 
         let (gaps, gap_of) = gaps(lines);
@@ -117,17 +133,49 @@ impl Recorded {
             });
         }
 
-        let mut swaps: Vec<(Nanos, usize, RecordedSwap)> = Vec::new();
+        let mut swaps: Vec<(Nanos, RecordedSwap)> = Vec::new();
         for line in lines {
             if let LogLine::Swap { adapter, slot, evicted, prefetch, decided, done, .. } = *line {
                 let swap = RecordedSwap { adapter, slot, evicted, prefetch, took: done - decided };
-                swaps.push((decided, swaps.len(), swap));
+                swaps.push((decided, swap));
             }
         }
-        swaps.sort_by_key(|s| (s.0, s.1));
-        let swaps = swaps.into_iter().map(|s| s.2).collect();
-        Ok(Self { config, inputs, gaps, steps, swaps, ttft })
+        swaps.sort_by_key(|s| s.0);
+        let swaps = swaps.into_iter().map(|s| s.1).collect();
+        let fetches = fetches(lines);
+        Ok(Self { config, inputs, gaps, steps, swaps, fetches, ttft })
     }
+}
+
+/// What a line says of an adapter from outside, if it does.
+fn adapter_change(line: &LogLine) -> Option<Input> {
+    let (at, change) = match *line {
+        LogLine::AddAdapter { t, rank, bytes, .. } => (t, AdapterChange::Add(AdapterSpec::new(rank, bytes))),
+        LogLine::RemoveAdapter { t, adapter } => (t, AdapterChange::Remove(AdapterId(adapter))),
+        LogLine::PinAdapter { t, adapter, pinned } => (t, AdapterChange::Pin(AdapterId(adapter), pinned)),
+        _ => return None,
+    };
+    Some(Input::Adapter { at, change })
+}
+
+/// Reads from disk in order of decision.
+fn fetches(lines: &[LogLine]) -> Vec<RecordedFetch> {
+    let mut failed = std::collections::HashSet::new();
+    let mut fetches = Vec::new();
+    for line in lines {
+        match *line {
+            LogLine::FetchDone { t, failed: true, .. } => _ = failed.insert(t),
+            LogLine::Fetch { adapter, evicted, decided, done, .. } => {
+                let failed = failed.contains(&done);
+                let fetch = RecordedFetch { adapter, evicted, took: done - decided, failed };
+                fetches.push((decided, fetch));
+            }
+            _ => {}
+        }
+    }
+    // Of those decided at once, the first asked for ends first: the disk's thread keeps to the order.
+    fetches.sort_by_key(|f| f.0);
+    fetches.into_iter().map(|f| f.1).collect()
 }
 
 /// Log id → number of the arrival, counted from 0 over those that were taken.
@@ -194,7 +242,12 @@ fn gaps(lines: &[LogLine]) -> (Vec<Nanos>, HashMap<Nanos, Nanos>) {
     let mark = |line: &LogLine| match *line {
         LogLine::Ended { t, .. } => Some((t, Mark::Ended)),
         LogLine::Arrive { t, refused: None, .. } => Some((t, Mark::Arrived)),
-        LogLine::Cancel { t, .. } | LogLine::SwapDone { t, .. } => Some((t, Mark::Input)),
+        LogLine::Cancel { t, .. }
+        | LogLine::SwapDone { t, .. }
+        | LogLine::AddAdapter { t, .. }
+        | LogLine::RemoveAdapter { t, .. }
+        | LogLine::PinAdapter { t, .. }
+        | LogLine::FetchDone { t, .. } => Some((t, Mark::Input)),
         LogLine::StepDone { t, .. } => Some((t, Mark::StepDone)),
         LogLine::Idle { t } => Some((t, Mark::Plan { formed: false })),
         LogLine::Step { formed, .. } => Some((formed, Mark::Plan { formed: true })),

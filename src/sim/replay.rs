@@ -8,11 +8,14 @@
 
 use std::collections::HashMap;
 
-use lora_sched::{Config, ConfigError, EventError, Nanos, Scheduler, SlotId, StepPlan, SwapKind, SwapPlan};
+use lora_sched::{
+    AdapterId, Config, ConfigError, EventError, FetchPlan, Nanos, Scheduler, SlotId, StepPlan, SwapKind,
+    SwapPlan,
+};
 
 use super::clock::{Observer, Outcome, run};
 use super::device::{Device, Done};
-use super::recorded::{Recorded, RecordedStep, RecordedSwap};
+use super::recorded::{Recorded, RecordedFetch, RecordedStep, RecordedSwap};
 use crate::report::decision_log::LoggedSeq;
 
 /// A TTFT may differ by this share …
@@ -31,6 +34,10 @@ pub struct ReplayReport {
     pub swaps: usize,
     /// Swaps that the simulator decided alike.
     pub swaps_alike: usize,
+    /// Reads from disk of the engine.
+    pub fetches: usize,
+    /// Reads that the simulator decided alike.
+    pub fetches_alike: usize,
     /// First tokens of the engine.
     pub first_tokens: usize,
     /// First tokens within 1 % or 50 µs.
@@ -47,6 +54,7 @@ impl ReplayReport {
         self.first_difference.is_none()
             && self.steps == self.steps_alike
             && self.swaps == self.swaps_alike
+            && self.fetches == self.fetches_alike
             && self.first_tokens == self.first_tokens_alike
     }
 }
@@ -77,11 +85,14 @@ struct RecordedDevice<'a> {
     gaps: std::slice::Iter<'a, Nanos>,
     steps: &'a [RecordedStep],
     swaps: HashMap<u32, std::collections::VecDeque<Nanos>>,
+    fetches: HashMap<u32, std::collections::VecDeque<(Nanos, bool)>>,
     usual_step: Nanos,
     usual_swap: Nanos,
+    usual_fetch: Nanos,
     planned: usize,
     step: Option<Nanos>,
     copies: Vec<(Nanos, SlotId)>,
+    reads: Vec<(Nanos, AdapterId, bool)>,
     stalled: Vec<(SlotId, Nanos)>,
 }
 
@@ -97,15 +108,22 @@ impl<'a> RecordedDevice<'a> {
         for swap in &recorded.swaps {
             swaps.entry(swap.adapter).or_default().push_back(swap.took);
         }
+        let mut fetches: HashMap<_, std::collections::VecDeque<_>> = HashMap::new();
+        for fetch in &recorded.fetches {
+            fetches.entry(fetch.adapter).or_default().push_back((fetch.took, fetch.failed));
+        }
         Self {
             gaps: recorded.gaps.iter(),
             steps: &recorded.steps,
             swaps,
+            fetches,
             usual_step: median(recorded.steps.iter().map(|s| s.took)),
             usual_swap: median(recorded.swaps.iter().map(|s| s.took)),
+            usual_fetch: median(recorded.fetches.iter().map(|f| f.took)),
             planned: 0,
             step: None,
             copies: Vec::new(),
+            reads: Vec::new(),
             stalled: Vec::new(),
         }
     }
@@ -130,15 +148,24 @@ impl Device for RecordedDevice<'_> {
         self.copies.push((now + took, swap.slot));
     }
 
+    fn submit_fetch(&mut self, now: Nanos, fetch: &FetchPlan) {
+        let recorded = self.fetches.get_mut(&fetch.adapter.0).and_then(|q| q.pop_front());
+        let (took, failed) = recorded.unwrap_or((self.usual_fetch, false));
+        self.reads.push((now + took, fetch.adapter, failed));
+    }
+
     fn next(&mut self) -> Option<(Nanos, Done)> {
         let copy = self.copies.iter().min().map(|&(at, slot)| (at, Done::Swap(slot)));
-        self.step.map(|at| (at, Done::Step)).into_iter().chain(copy).min()
+        let read =
+            self.reads.iter().min().map(|&(at, adapter, failed)| (at, Done::Fetch { adapter, failed }));
+        self.step.map(|at| (at, Done::Step)).into_iter().chain(copy).chain(read).min()
     }
 
     fn complete(&mut self, _: Nanos, done: Done) {
         match done {
             Done::Step => self.step = None,
             Done::Swap(slot) => self.copies.retain(|c| c.1 != slot),
+            Done::Fetch { adapter, .. } => self.reads.retain(|r| r.1 != adapter),
         }
     }
 
@@ -152,6 +179,7 @@ impl Device for RecordedDevice<'_> {
 struct Decided {
     steps: Vec<(Vec<LoggedSeq>, Vec<u32>)>,
     swaps: Vec<RecordedSwap>,
+    fetches: Vec<(u32, Option<u32>)>,
     ttft: HashMap<u64, Nanos>,
 }
 
@@ -174,6 +202,10 @@ impl Observer for Decided {
             took: 0,
         });
     }
+
+    fn fetch(&mut self, _: Nanos, fetch: &FetchPlan) {
+        self.fetches.push((fetch.adapter.0, fetch.evicted.map(|a| a.0)));
+    }
 }
 
 impl Decided {
@@ -181,6 +213,7 @@ impl Decided {
         let mut report = ReplayReport {
             steps: recorded.steps.len(),
             swaps: recorded.swaps.len(),
+            fetches: recorded.fetches.len(),
             first_tokens: recorded.ttft.len(),
             ..ReplayReport::default()
         };
@@ -202,6 +235,15 @@ impl Decided {
                 }
                 ours => note(&mut report, || {
                     format!("swap {i}: the engine did {theirs:?}, the simulator {ours:?}")
+                }),
+            }
+        }
+        for (i, theirs) in recorded.fetches.iter().enumerate() {
+            let RecordedFetch { adapter, evicted, .. } = *theirs;
+            match self.fetches.get(i) {
+                Some(&ours) if ours == (adapter, evicted) => report.fetches_alike += 1,
+                ours => note(&mut report, || {
+                    format!("read {i}: the engine did {theirs:?}, the simulator {ours:?}")
                 }),
             }
         }

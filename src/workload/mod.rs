@@ -5,6 +5,8 @@ pub mod atomic;
 pub mod data_folder;
 #[cfg(feature = "engine")]
 pub mod fetch;
+#[cfg(feature = "engine")]
+pub mod gguf;
 pub mod import;
 pub mod lengths;
 pub mod pool;

@@ -132,6 +132,8 @@ pub struct Requests<'a> {
     adapters: AdapterDraw,
     /// Which prompts, in order; over again when they are used up.
     order: Vec<u32>,
+    /// Where in `order` the next request is.
+    at: usize,
     next: u64,
 }
 
@@ -151,6 +153,7 @@ impl<'a> Requests<'a> {
             times: Times::new(spec.arrivals, spec.rate, spec.amount, spec.seed)?,
             adapters: AdapterDraw::new(spec.popularity, spec.total_loras, spec.seed),
             order: pool.order(spec.seed),
+            at: 0,
             next: 0,
             spec: spec.clone(),
             pool,
@@ -165,7 +168,8 @@ impl Iterator for Requests<'_> {
         let arrival_s = self.times.next()?;
         let id = self.next;
         self.next += 1;
-        let prompt = &self.pool.prompts[self.order[(id % self.order.len() as u64) as usize] as usize];
+        let prompt = &self.pool.prompts[self.order[self.at] as usize];
+        self.at = if self.at + 1 == self.order.len() { 0 } else { self.at + 1 };
         let adapter = self.adapters.draw();
         Some(TraceRequest {
             id,
@@ -243,7 +247,11 @@ pub(super) fn check_duration(duration: f64) -> Result<(), WorkloadError> {
 
 pub(super) fn rank_of(adapter: Option<u32>, ranks: &[u32]) -> Option<u32> {
     let adapter = adapter? as usize;
-    (!ranks.is_empty()).then(|| ranks[adapter % ranks.len()])
+    match ranks {
+        [] => None,
+        [only] => Some(*only),
+        _ => Some(ranks[adapter % ranks.len()]),
+    }
 }
 
 #[cfg(test)]

@@ -40,13 +40,9 @@ impl Drop for Worst {
 }
 
 fn check_chunks(rig: &mut Rig, reference: &Reference, who: Option<usize>, chunk: usize, worst: &mut Worst) {
-    let (tokens, want) = (reference.ids("tokens", who), reference.logits(who));
-    let mut start = 0;
-    for piece in tokens.chunks(chunk) {
-        rig.step(&[Share { place: 3, who, start, tokens: Some(piece) }]);
-        start += piece.len();
-        worst.check(&(who, chunk), start - 1, rig.executor.logits(0).unwrap(), &want[start - 1]);
-    }
+    rig.in_chunks(reference, who, chunk, |position, got, want| {
+        worst.check(&(who, chunk), position, got, want);
+    });
 }
 
 #[test]
@@ -69,29 +65,9 @@ fn batches_of_mixed_adapters_ranks_and_lengths_give_the_reference_logits() {
     for family in FAMILIES {
         let (mut rig, reference) = (Rig::on_gpu(family, 4), Reference::open(family));
         let mut worst = Worst::new(&format!("{family}, mixed batches"));
-        let tokens: Vec<_> = EVERYONE.iter().map(|who| reference.ids("tokens", *who)).collect();
-        let want: Vec<_> = EVERYONE.iter().map(|who| reference.logits(*who)).collect();
-        let who = [None, Some(0), Some(1), Some(2), Some(3), Some(1)];
-        let source = [0, 1, 2, 3, 4, 2];
-        let pace = [5, 1, 9, 2, 23, 1];
-        let mut at = [0usize; 6];
-        while at.iter().zip(source).any(|(at, s)| *at < tokens[s].len()) {
-            let running: Vec<usize> = (0..6).filter(|i| at[*i] < tokens[source[*i]].len()).collect();
-            let shares: Vec<_> = running
-                .iter()
-                .map(|&i| {
-                    let all = &tokens[source[i]];
-                    let end = all.len().min(at[i] + pace[i]);
-                    Share { place: i as u32, who: who[i], start: at[i], tokens: Some(&all[at[i]..end]) }
-                })
-                .collect();
-            rig.step(&shares);
-            for (index, &i) in running.iter().enumerate() {
-                at[i] = tokens[source[i]].len().min(at[i] + pace[i]);
-                let want = &want[source[i]][at[i] - 1];
-                worst.check(&who[i], at[i] - 1, rig.executor.logits(index).unwrap(), want);
-            }
-        }
+        rig.in_mixed_batches(&reference, [5, 1, 9, 2, 23, 1], |who, position, got, want| {
+            worst.check(&who, position, got, want);
+        });
     }
 }
 

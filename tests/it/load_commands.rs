@@ -170,7 +170,7 @@ fn impossible_wishes_are_usage_errors() {
         (vec!["--arrivals", "sometimes"], "unknown arrivals 'sometimes'"),
         (vec!["--arrivals", "trace"], "--trace"),
         (vec!["--prompt-regime", "medium"], "unknown prompt regime 'medium'"),
-        (vec!["--api", "openai"], "not in this version"),
+        (vec!["--extra-body", "{}"], "--extra-body goes with --api=openai"),
         (vec!["--trace", trace, "--dataset", "d.json"], "cannot be used with"),
         (vec!["--trace", trace, "-n", "101"], "101 requests were asked for and the trace has 100"),
         (

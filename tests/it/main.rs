@@ -1,7 +1,13 @@
 //! Integration tests: one binary, a file per behaviour.
 
 #[cfg(feature = "server")]
+mod adapter_disk;
+#[cfg(feature = "server")]
+mod adapter_life;
+#[cfg(feature = "server")]
 mod bench;
+#[cfg(feature = "server")]
+mod black_box;
 #[cfg(feature = "server")]
 mod device_choice;
 #[cfg(feature = "server")]
@@ -17,6 +23,14 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod load_support;
+#[cfg(feature = "engine")]
+mod models;
+#[cfg(feature = "server")]
+mod openai;
+#[cfg(feature = "server")]
+mod openai_load;
+#[cfg(feature = "server")]
+mod openai_together;
 mod oracles;
 #[cfg(feature = "engine")]
 mod parity;
@@ -31,8 +45,12 @@ mod rig;
 mod serve_command;
 #[cfg(feature = "server")]
 mod server;
+#[cfg(feature = "server")]
+mod server_robust;
 mod simulate;
 mod skipping;
+#[cfg(feature = "engine")]
+mod smollm2;
 #[cfg(feature = "server")]
 mod soak;
 #[cfg(feature = "server")]

@@ -11,15 +11,11 @@ const TOLERANCE: f32 = 1e-4;
 
 /// Feeds `tokens` in chunks and compares the logits at every chunk's end.
 fn check_chunks(rig: &mut Rig, reference: &Reference, who: Option<usize>, chunk: usize) {
-    let (tokens, want) = (reference.ids("tokens", who), reference.logits(who));
-    let mut start = 0;
-    for piece in tokens.chunks(chunk) {
-        rig.step(&[Share { place: 3, who, start, tokens: Some(piece) }]);
-        start += piece.len();
-        let off = distance(rig.executor.logits(0).unwrap(), &want[start - 1]);
-        let family = reference.family();
-        assert!(off < TOLERANCE, "{family} {who:?}, chunks of {chunk}, position {}: off by {off}", start - 1);
-    }
+    let family = reference.family();
+    rig.in_chunks(reference, who, chunk, |position, got, want| {
+        let off = distance(got, want);
+        assert!(off < TOLERANCE, "{family} {who:?}, chunks of {chunk}, position {position}: off by {off}");
+    });
 }
 
 #[test]
@@ -44,31 +40,10 @@ fn two_threads_give_the_same_logits() {
 fn batches_of_mixed_adapters_ranks_and_lengths_give_the_reference_logits() {
     for family in FAMILIES {
         let (mut rig, reference) = (Rig::new(family, 4, 1), Reference::open(family));
-        let tokens: Vec<_> = EVERYONE.iter().map(|who| reference.ids("tokens", *who)).collect();
-        let want: Vec<_> = EVERYONE.iter().map(|who| reference.logits(*who)).collect();
-        // Each sequence goes on at its own pace, so that single tokens and chunks of all adapters
-        // meet in one step; a sixth sequence is of an adapter that another one has already.
-        let who = [None, Some(0), Some(1), Some(2), Some(3), Some(1)];
-        let source = [0, 1, 2, 3, 4, 2];
-        let pace = [5, 1, 9, 2, 13, 1];
-        let mut at = [0usize; 6];
-        while at.iter().zip(source).any(|(at, s)| *at < tokens[s].len()) {
-            let running: Vec<usize> = (0..6).filter(|i| at[*i] < tokens[source[*i]].len()).collect();
-            let shares: Vec<_> = running
-                .iter()
-                .map(|&i| {
-                    let all = &tokens[source[i]];
-                    let end = all.len().min(at[i] + pace[i]);
-                    Share { place: i as u32, who: who[i], start: at[i], tokens: Some(&all[at[i]..end]) }
-                })
-                .collect();
-            rig.step(&shares);
-            for (index, &i) in running.iter().enumerate() {
-                at[i] = tokens[source[i]].len().min(at[i] + pace[i]);
-                let off = distance(rig.executor.logits(index).unwrap(), &want[source[i]][at[i] - 1]);
-                assert!(off < TOLERANCE, "{family} {:?} position {}: off by {off}", who[i], at[i] - 1);
-            }
-        }
+        rig.in_mixed_batches(&reference, [5, 1, 9, 2, 13, 1], |who, position, got, want| {
+            let off = distance(got, want);
+            assert!(off < TOLERANCE, "{family} {who:?} position {position}: off by {off}");
+        });
     }
 }
 

@@ -45,7 +45,9 @@ fn plan_names_the_smallest_budget_and_the_highest_rates() {
     let budgets = plan["budgets"].as_array().unwrap();
     assert_eq!(plan["smallest"], budgets.iter().find(|b| holds(b)).unwrap()["gpu_loras"], "{plan}");
     assert!(!holds(&budgets[0]) && budgets[0]["binds"] == "slot", "{plan}");
-    program(&args[..args.len() - 2]).assert().success().stdout(contains("smallest budget that holds"));
+    let table = program(&args[..args.len() - 2]).assert().success();
+    // Without contention the largest budgets are as good as one another, and none is called the best alone.
+    table.stdout(contains("smallest budget that holds")).stdout(contains("; within its interval: "));
 }
 
 #[test]

@@ -66,13 +66,15 @@ fn prefetch_and_every_eviction_rule_replay() {
 #[test]
 fn another_rule_does_not_replay() {
     let config = twelve_adapters(SwapMode::Overlap, Policy::Skip);
-    let recorded = record(&config);
+    // How requests bunch is the machine's doing, and on a busy one two eviction rules may happen to have the
+    // same victims all along: one recording of several has to tell each rule from the engine's.
+    let recordings: Vec<_> = (0..5).map(|_| record(&config)).collect();
     for other in [
         Config { evict: Evict::Lfu, ..config.clone() },
         Config { policy: Policy::Fcfs, ..config.clone() },
         Config { swap_mode: SwapMode::Blocking, ..config.clone() },
     ] {
-        let report = replay(&recorded, other.clone()).unwrap();
-        assert!(!report.holds(), "{other:?} replays as if nothing were different: {report:#?}");
+        let same = recordings.iter().all(|r| replay(r, other.clone()).unwrap().holds());
+        assert!(!same, "{other:?} replays as if nothing were different");
     }
 }

@@ -48,6 +48,11 @@ impl Reference {
         Self::read(&folder.display().to_string(), folder, names)
     }
 
+    /// The reference in the folder `inside` a family's fixture, of these adapters.
+    pub fn open_inside(family: &str, inside: &str, adapters: &[&str]) -> Self {
+        Self::read(family, &fixture(family).join(inside), adapters.iter().map(|a| (*a).to_owned()).collect())
+    }
+
     fn read(family: &str, folder: &Path, adapters: Vec<String>) -> Self {
         let path = folder.join("reference.safetensors");
         let tensors = candle_core::safetensors::load(&path, &Device::Cpu)
@@ -147,8 +152,14 @@ impl Rig {
         let folder = fixture(family);
         let model = Self::model(&folder);
         let pool = HostPool::load(&model.spec, 16, &folder.join("adapters"), None).unwrap();
+        Self::of(model, pool, gpu_loras, threads, LIMITS)
+    }
+
+    /// `gpu_loras` slots on the CPU for the adapters of `pool`, the first ones preloaded.
+    pub fn of(model: Model, pool: HostPool, gpu_loras: usize, threads: usize, limits: BatchLimits) -> Self {
+        let preloaded = gpu_loras.min(pool.len());
         let executor = cpu_executor(CpuOptions {
-            limits: LIMITS,
+            limits,
             spec: model.spec,
             weights: model.weights,
             loaded: Default::default(),
@@ -159,10 +170,10 @@ impl Rig {
             allowed_tokens: None,
             keep_logits: true,
         });
-        Self::over(executor.unwrap(), gpu_loras.min(ADAPTERS.len()), &LIMITS)
+        Self::over(executor.unwrap(), preloaded, &limits)
     }
 
-    /// The same on the first GPU.
+    /// As [`Rig::new`], on the first GPU.
     #[cfg(feature = "cuda")]
     pub fn on_gpu(family: &str, gpu_loras: usize) -> Self {
         Self::on_gpu_in(&fixture(family), gpu_loras, 16, LIMITS)
@@ -304,6 +315,57 @@ impl Rig {
     /// Waits until nothing is in flight.
     pub fn drain(&mut self) -> Vec<Completion> {
         std::iter::from_fn(|| self.executor.wait().ok()).collect()
+    }
+
+    /// Runs the reference's tokens of `who` in chunks. `row` gets each chunk's last position, its logits and the
+    /// reference's.
+    pub fn in_chunks(
+        &mut self,
+        reference: &Reference,
+        who: Option<usize>,
+        chunk: usize,
+        mut row: impl FnMut(usize, &[f32], &[f32]),
+    ) {
+        let (tokens, want) = (reference.ids("tokens", who), reference.logits(who));
+        let mut start = 0;
+        for piece in tokens.chunks(chunk) {
+            self.step(&[Share { place: 3, who, start, tokens: Some(piece) }]);
+            start += piece.len();
+            row(start - 1, self.executor.logits(0).unwrap(), &want[start - 1]);
+        }
+    }
+
+    /// Runs the reference's tokens of everyone at once, each sequence going on by its own `pace`, so that single
+    /// tokens and chunks of all adapters meet in one step; a sixth sequence is of an adapter that another one has
+    /// already. `row` gets whose row it is, its position, its logits and the reference's.
+    pub fn in_mixed_batches(
+        &mut self,
+        reference: &Reference,
+        pace: [usize; 6],
+        mut row: impl FnMut(Option<usize>, usize, &[f32], &[f32]),
+    ) {
+        let who = [None, Some(0), Some(1), Some(2), Some(3), Some(1)];
+        let tokens = who.map(|who| reference.ids("tokens", who));
+        let want = who.map(|who| reference.logits(who));
+        let mut at = [0usize; 6];
+        loop {
+            let running: Vec<usize> = (0..6).filter(|i| at[*i] < tokens[*i].len()).collect();
+            if running.is_empty() {
+                return;
+            }
+            let end = |i: usize| tokens[i].len().min(at[i] + pace[i]);
+            let share = |&i: &usize| Share {
+                place: i as u32,
+                who: who[i],
+                start: at[i],
+                tokens: Some(&tokens[i][at[i]..end(i)]),
+            };
+            self.step(&running.iter().map(share).collect::<Vec<_>>());
+            for (index, &i) in running.iter().enumerate() {
+                at[i] = tokens[i].len().min(at[i] + pace[i]);
+                row(who[i], at[i] - 1, self.executor.logits(index).unwrap(), &want[i][at[i] - 1]);
+            }
+        }
     }
 
     /// The greedy continuation of one prompt alone, or of several in one batch.

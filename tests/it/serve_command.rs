@@ -11,9 +11,9 @@ use lora_sched::{AdapterId, SwapMode};
 use serde_json::{Value, json};
 
 /// A `serve` process, killed when the test is done with it.
-struct Serve {
-    child: Child,
-    url: String,
+pub struct Serve {
+    pub child: Child,
+    pub url: String,
 }
 
 impl Drop for Serve {
@@ -37,7 +37,7 @@ fn refused(args: &[&str]) -> (i32, String) {
 }
 
 /// Starts `tiny` with these flags and waits until it serves; the lines that it said are returned.
-fn start(args: &[&str]) -> (Serve, Vec<String>) {
+pub fn start(args: &[&str]) -> (Serve, Vec<String>) {
     let mut all = vec!["--model", "tiny", "--port", "0"];
     all.extend(args);
     let mut child = command(&all).stderr(Stdio::piped()).spawn().unwrap();
@@ -57,7 +57,7 @@ fn start(args: &[&str]) -> (Serve, Vec<String>) {
 }
 
 /// Waits for its end; fails after twenty seconds.
-fn status(serve: &mut Serve) -> i32 {
+pub fn status(serve: &mut Serve) -> i32 {
     let begun = Instant::now();
     loop {
         if let Some(status) = serve.child.try_wait().unwrap() {
@@ -68,7 +68,7 @@ fn status(serve: &mut Serve) -> i32 {
     }
 }
 
-fn signal(serve: &Serve, name: &str) {
+pub fn signal(serve: &Serve, name: &str) {
     let sent = Command::new("kill").args([name, &serve.child.id().to_string()]).status().unwrap();
     assert!(sent.success());
 }
@@ -222,7 +222,7 @@ fn it_says_what_it_serves_and_drains_on_sigterm() {
     assert_eq!(last["line"], "idle", "the log is whole: {last}");
 }
 
-fn metric(url: &str, name: &str) -> f64 {
+pub fn metric(url: &str, name: &str) -> f64 {
     let text = get(&format!("{url}/metrics"));
     let line = text.lines().find(|l| l.starts_with(name)).unwrap();
     line.rsplit(' ').next().unwrap().parse().unwrap()

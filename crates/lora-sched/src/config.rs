@@ -12,6 +12,9 @@ pub struct Config {
     pub adapters: Vec<AdapterSpec>,
     /// Slots in device memory. Adapters `0..gpu_loras` are resident from the start.
     pub gpu_loras: usize,
+    /// Adapters in host memory, at most; the others are read from disk when they are wanted. None: all
+    /// are in host memory. Adapters `0..host_loras` are there from the start.
+    pub host_loras: Option<usize>,
     /// Running sequences at once, at most.
     pub max_num_seqs: usize,
     /// Tokens in one step, at most.
@@ -45,6 +48,7 @@ impl Default for Config {
         Self {
             adapters: Vec::new(),
             gpu_loras: 0,
+            host_loras: None,
             max_num_seqs: 16,
             max_num_batched_tokens: 4096,
             max_model_len: 4352,
@@ -88,6 +92,9 @@ impl Config {
                 gpu_loras: self.gpu_loras,
                 total: self.adapters.len(),
             });
+        }
+        if let Some(host_loras) = self.host_loras.filter(|&host| host < self.gpu_loras.max(1)) {
+            return Err(ConfigError::HostSmallerThanSlots { host_loras, gpu_loras: self.gpu_loras });
         }
         if self.blocks_for(self.max_model_len) > self.kv_blocks {
             return Err(ConfigError::KvTooSmall {
@@ -243,6 +250,13 @@ pub enum ConfigError {
         /// Adapters there are.
         total: usize,
     },
+    /// Fewer places in host memory than slots, which are filled from there.
+    HostSmallerThanSlots {
+        /// Places in host memory.
+        host_loras: usize,
+        /// Slots.
+        gpu_loras: usize,
+    },
     /// One request of `max_model_len` tokens would not fit.
     KvTooSmall {
         /// Blocks that it needs.
@@ -284,6 +298,11 @@ impl fmt::Display for ConfigError {
             Self::MoreSlotsThanAdapters { gpu_loras, total } => {
                 write!(f, "gpu_loras ({gpu_loras}) is greater than total_loras ({total}): lower gpu_loras")
             }
+            Self::HostSmallerThanSlots { host_loras, gpu_loras } => write!(
+                f,
+                "host_loras ({host_loras}) is less than gpu_loras ({gpu_loras}): slots are filled from host memory, \
+                 so raise the first or lower the second"
+            ),
             Self::KvTooSmall { needed, available, max_model_len } => write!(
                 f,
                 "a request of max_model_len {max_model_len} tokens needs {needed} KV blocks and there are {available}: \

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::AdapterSpec;
 use crate::parts::Parts;
-use crate::plan::SwapPlan;
+use crate::plan::{FetchPlan, SwapPlan};
 use crate::types::{AdapterId, Nanos, PlaceId, RequestId, SlotId};
 
 /// A request as it enters the queue.
@@ -40,13 +40,23 @@ pub enum Event<'a> {
     },
     /// The copy into this slot has ended.
     SwapDone(SlotId),
-    /// A new adapter, which gets the next id.
+    /// A new adapter, which gets the next id ([`Scheduler::next_adapter`](crate::Scheduler::next_adapter)).
+    /// Where host memory does not hold all, its bytes are on disk.
     AddAdapter(AdapterSpec),
     /// No new requests for this adapter; when the ones it has have ended it gives up its slot
     /// ([`Notice::AdapterGone`]).
     RemoveAdapter(AdapterId),
-    /// Pin an adapter for good, or let go of it again.
+    /// Pin an adapter for good, or let go of it again. One that has no slot is given the next that can
+    /// be had.
     PinAdapter(AdapterId, bool),
+    /// A [`FetchPlan`] has been carried out, or could not be. In that case every waiting request of the
+    /// adapter ends ([`Ended::Failed`]) and new ones are refused until it is removed.
+    FetchDone {
+        /// The adapter.
+        adapter: AdapterId,
+        /// Whether its bytes could not be had.
+        failed: bool,
+    },
 }
 
 /// An event that could not be taken. The scheduler's state is as before it.
@@ -79,8 +89,12 @@ pub enum EventError {
     NoStep,
     /// `SwapDone` for a slot that is not loading.
     NotLoading(SlotId),
-    /// The pin would leave no slot for other adapters.
+    /// The pin would leave no slot for other adapters, or the adapter would find every slot pinned.
     AllPinned,
+    /// The adapter's bytes could not be read.
+    AdapterFailed(AdapterId),
+    /// `FetchDone` for an adapter that is not being read.
+    NotFetching(AdapterId),
     /// An index in `stopped` outside the plan.
     NoSuchSequence(u32),
 }
@@ -97,7 +111,13 @@ impl fmt::Display for EventError {
             Self::IdOrder { id, at_least } => write!(f, "request id {id} comes after {at_least} was due"),
             Self::NoStep => write!(f, "no step is running"),
             Self::NotLoading(slot) => write!(f, "slot {slot} is not loading"),
-            Self::AllPinned => write!(f, "one more pinned adapter would leave no slot for the others"),
+            Self::AllPinned => {
+                write!(f, "pinned adapters would leave no slot for the others: unpin one first")
+            }
+            Self::AdapterFailed(id) => {
+                write!(f, "adapter {id} could not be read: unload it and load it again")
+            }
+            Self::NotFetching(id) => write!(f, "adapter {id} is not being read"),
             Self::NoSuchSequence(i) => write!(f, "the running step has no sequence {i}"),
         }
     }
@@ -114,6 +134,8 @@ pub enum Ended {
     Length,
     /// Cancelled.
     Cancelled,
+    /// Its adapter could not be read.
+    Failed,
 }
 
 /// Something that a driver may want to act on.
@@ -151,14 +173,17 @@ pub enum Notice {
 pub struct Outbox {
     /// Copies to start, in order.
     pub swaps: Vec<SwapPlan>,
+    /// Reads to start, in order.
+    pub fetches: Vec<FetchPlan>,
     /// News, in order.
     pub notices: Vec<Notice>,
 }
 
 impl Outbox {
-    /// Empties both lists and keeps their memory.
+    /// Empties the lists and keeps their memory.
     pub fn clear(&mut self) {
         self.swaps.clear();
+        self.fetches.clear();
         self.notices.clear();
     }
 }

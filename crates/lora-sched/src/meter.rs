@@ -71,8 +71,11 @@ pub(crate) enum Readiness {
     Ready,
     /// It has no slot.
     NeedsSlot,
-    /// It is being copied and the swap mode makes requests wait for that.
+    /// It is being copied and the swap mode makes requests wait for that, or it is being read into host
+    /// memory.
     Loading,
+    /// It is neither in a slot nor in host memory, and is not being read.
+    OnDisk,
 }
 
 /// One adapter's share of open-gate time, by its state.
@@ -99,7 +102,8 @@ impl AdapterMeter {
                 // A slot could be had: only the next plan is missing.
                 self.queue += with;
             }
-            Readiness::Loading => self.swap += without + with,
+            // More of the way to a slot; waiting for a place in host memory, too, is mended by more of it.
+            Readiness::Loading | Readiness::OnDisk => self.swap += without + with,
         }
     }
 

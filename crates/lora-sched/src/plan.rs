@@ -90,3 +90,14 @@ pub struct SwapPlan {
     /// Demand goes before prefetch.
     pub kind: SwapKind,
 }
+
+/// One adapter to read from disk into host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FetchPlan {
+    /// The adapter.
+    pub adapter: AdapterId,
+    /// The adapter whose place in host memory it takes: nothing is copied from there.
+    pub evicted: Option<AdapterId>,
+    /// Bytes to read.
+    pub bytes: u64,
+}

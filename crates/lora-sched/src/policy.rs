@@ -15,7 +15,7 @@ pub struct QueueView {
     pub base: Option<RequestId>,
     /// The oldest whose adapter has no slot.
     pub needs_slot: Option<NeedsSlot>,
-    /// The oldest whose adapter is still being copied.
+    /// The oldest whose adapter is still being copied, or has to come from disk first.
     pub loading: Option<RequestId>,
 }
 

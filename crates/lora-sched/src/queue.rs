@@ -1,12 +1,13 @@
 //! The waiting queue, indexed by adapter.
 //!
 //! Each group (the base model, or one adapter) has its own list, oldest first; the groups with waiting
-//! requests stand in one of three heaps by what they lack, keyed by their oldest request. So the
+//! requests stand in one of four heaps by what they lack, keyed by their oldest request. So the
 //! oldest request of each kind is found in O(1) and every change costs O(log groups), whatever the
 //! queue's length. A second list holds all waiting requests in order, for prefetch.
 
 use crate::config::AdapterSpec;
 use crate::heap::IndexedHeap;
+use crate::host::HostState;
 use crate::meter::{AdapterMeter, GateClock, Readiness, Reading};
 use crate::requests::{NONE, Requests};
 use crate::types::{RequestId, SlotId};
@@ -19,6 +20,7 @@ pub(crate) const BASE: u32 = 0;
 pub(crate) struct Group {
     pub(crate) spec: AdapterSpec,
     pub(crate) slot: Option<SlotId>,
+    pub(crate) host: HostState,
     pub(crate) removed: bool,
     /// Requests since the start.
     pub(crate) uses: u64,
@@ -27,6 +29,8 @@ pub(crate) struct Group {
     pub(crate) live: u32,
     pub(crate) readiness: Readiness,
     head: u32,
+    /// Id of `head`, if there is one: in a long queue the request itself is far from the processor.
+    head_id: RequestId,
     tail: u32,
     meter: AdapterMeter,
 }
@@ -34,6 +38,11 @@ pub(crate) struct Group {
 impl Group {
     pub(crate) fn head(&self) -> Option<u32> {
         (self.head != NONE).then_some(self.head)
+    }
+
+    /// [`Self::head`]'s id.
+    pub(crate) fn head_id(&self) -> Option<RequestId> {
+        (self.head != NONE).then_some(self.head_id)
     }
 }
 
@@ -43,6 +52,7 @@ pub(crate) struct Queue {
     ready: IndexedHeap<RequestId>,
     needs_slot: IndexedHeap<RequestId>,
     loading: IndexedHeap<RequestId>,
+    on_disk: IndexedHeap<RequestId>,
     head: u32,
     tail: u32,
     /// Whether the list of all is kept.
@@ -60,6 +70,7 @@ impl Queue {
             ready: IndexedHeap::new(groups),
             needs_slot: IndexedHeap::new(groups),
             loading: IndexedHeap::new(groups),
+            on_disk: IndexedHeap::new(groups),
             head: NONE,
             tail: NONE,
             in_order,
@@ -77,16 +88,18 @@ impl Queue {
         self.groups.push(Group {
             spec,
             slot: None,
+            host: HostState::Host,
             removed: false,
             uses: 0,
             waiting: 0,
             live: 0,
             readiness,
             head: NONE,
+            head_id: RequestId(0),
             tail: NONE,
             meter: AdapterMeter::default(),
         });
-        for heap in [&mut self.ready, &mut self.needs_slot, &mut self.loading] {
+        for heap in [&mut self.ready, &mut self.needs_slot, &mut self.loading, &mut self.on_disk] {
             heap.grow(self.groups.len());
         }
     }
@@ -119,7 +132,13 @@ impl Queue {
             Readiness::Ready => self.ready.peek(),
             Readiness::NeedsSlot => self.needs_slot.peek(),
             Readiness::Loading => self.loading.peek(),
+            Readiness::OnDisk => self.on_disk.peek(),
         }
+    }
+
+    /// The groups that lack a slot, with the oldest waiting request of each, in no order.
+    pub(crate) fn needing_slot(&self) -> impl Iterator<Item = (RequestId, u32)> + '_ {
+        self.needs_slot.iter()
     }
 
     /// The oldest waiting request of all; none where the list of all is not kept.
@@ -132,27 +151,22 @@ impl Queue {
             Readiness::Ready => &mut self.ready,
             Readiness::NeedsSlot => &mut self.needs_slot,
             Readiness::Loading => &mut self.loading,
+            Readiness::OnDisk => &mut self.on_disk,
         }
     }
 
     /// Tells the heaps what the group's oldest request is now.
-    fn rekey(&mut self, group: u32, requests: &Requests) {
+    fn rekey(&mut self, group: u32) {
         let g = &self.groups[group as usize];
-        let (readiness, head) = (g.readiness, g.head());
+        let (readiness, head, id) = (g.readiness, g.head(), g.head_id);
         match head {
-            Some(head) => self.heap(readiness).set(group, requests[head].id),
+            Some(_) => self.heap(readiness).set(group, id),
             None => self.heap(readiness).remove(group),
         }
     }
 
     /// What the group lacks has changed.
-    pub(crate) fn set_readiness(
-        &mut self,
-        group: u32,
-        readiness: Readiness,
-        clock: &GateClock,
-        requests: &Requests,
-    ) {
+    pub(crate) fn set_readiness(&mut self, group: u32, readiness: Readiness, clock: &GateClock) {
         let g = &mut self.groups[group as usize];
         if g.readiness == readiness {
             return;
@@ -167,7 +181,7 @@ impl Queue {
             self.ready_len += waiting;
         }
         self.heap(before).remove(group);
-        self.rekey(group, requests);
+        self.rekey(group);
     }
 
     /// The group's meter, read now.
@@ -230,19 +244,28 @@ impl Queue {
         requests[index].prev_in_group = after;
         requests[index].next_in_group = next;
         match after {
-            NONE => g.head = index,
-            after => requests[after].next_in_group = index,
+            NONE => (g.head, g.head_id) = (index, id),
+            after => {
+                requests[after].next_in_group = index;
+                requests[after].next_id_in_group = id;
+            }
         }
         match next {
             NONE => g.tail = index,
-            next => requests[next].prev_in_group = index,
+            next => {
+                requests[index].next_id_in_group = requests[next].id;
+                requests[next].prev_in_group = index;
+            }
         }
         g.waiting += 1;
         self.len += 1;
+        let first = g.head == index;
         if g.readiness == Readiness::Ready {
             self.ready_len += 1;
         }
-        self.rekey(group, requests);
+        if first {
+            self.rekey(group);
+        }
     }
 
     /// Takes a request out of line.
@@ -260,10 +283,14 @@ impl Queue {
             }
         }
         let (prev, next) = (requests[index].prev_in_group, requests[index].next_in_group);
+        let next_id = requests[index].next_id_in_group;
         let g = &mut self.groups[group as usize];
         match prev {
-            NONE => g.head = next,
-            prev => requests[prev].next_in_group = next,
+            NONE => (g.head, g.head_id) = (next, next_id),
+            prev => {
+                requests[prev].next_in_group = next;
+                requests[prev].next_id_in_group = next_id;
+            }
         }
         match next {
             NONE => g.tail = prev,
@@ -274,6 +301,8 @@ impl Queue {
         if g.readiness == Readiness::Ready {
             self.ready_len -= 1;
         }
-        self.rekey(group, requests);
+        if prev == NONE {
+            self.rekey(group);
+        }
     }
 }

@@ -23,40 +23,69 @@ pub(crate) enum Phase {
 }
 
 /// One request.
+///
+/// Laid out as written, on cache lines of its own: a decode step touches the first one alone. That has its
+/// place in its group's list too: what is written there when a request becomes the oldest brings the line
+/// from memory by the time that the request is admitted.
 #[derive(Clone, Debug)]
+#[repr(C, align(64))]
 pub(crate) struct Request {
-    pub(crate) id: RequestId,
-    /// Index of its group: 0 is the base model, adapter `a` is `a + 1`.
-    pub(crate) group: u32,
-    pub(crate) prompt: u32,
-    pub(crate) max_tokens: u32,
-    pub(crate) generated: u32,
+    pub(crate) phase: Phase,
     /// Tokens in the KV cache.
     pub(crate) computed: u32,
     /// Tokens that the driver feeds: those known when it was last admitted.
     pub(crate) fed: u32,
-    pub(crate) phase: Phase,
+    pub(crate) generated: u32,
+    pub(crate) max_tokens: u32,
+    pub(crate) prompt: u32,
+    /// Index of its group: 0 is the base model, adapter `a` is `a + 1`.
+    pub(crate) group: u32,
     /// While it runs: its adapter's slot, which it pins.
-    pub(crate) slot: Option<SlotId>,
+    pub(crate) slot: PinnedSlot,
+    /// While it runs: tokens that its blocks hold, or the most that can be told.
+    pub(crate) capacity: u32,
+    pub(crate) id: RequestId,
+    /// Id of `next_in_group`, if there is one: who comes next is known without a look at it.
+    pub(crate) next_id_in_group: RequestId,
+    pub(crate) prev_in_group: u32,
+    pub(crate) next_in_group: u32,
+
     /// When it entered the queue.
     pub(crate) arrived: Nanos,
-    /// A demand load of its adapter pins the slot for it until it starts.
-    pub(crate) holds_slot: bool,
-
-    pub(crate) parts: Parts,
     /// Since when the present cause is being counted where no meter does it: a fresh arrival's
     /// queueing for the running step's end, a running request's time between its chunks.
     pub(crate) since: Nanos,
     /// Meter readings when its metered wait began.
     pub(crate) reading: Reading,
-
-    pub(crate) prev_in_group: u32,
-    pub(crate) next_in_group: u32,
     pub(crate) prev: u32,
     pub(crate) next: u32,
+
+    pub(crate) parts: Parts,
+    /// A demand load of its adapter pins the slot for it until it starts.
+    pub(crate) holds_slot: bool,
+}
+
+/// A slot or none, in four bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PinnedSlot(u32);
+
+impl PinnedSlot {
+    pub(crate) fn new(slot: Option<SlotId>) -> Self {
+        Self(slot.map_or(NONE, |slot| slot.0))
+    }
+
+    pub(crate) fn get(self) -> Option<SlotId> {
+        (self.0 != NONE).then_some(SlotId(self.0))
+    }
 }
 
 impl Request {
+    /// Takes `blocks` of `size` tokens into its capacity.
+    pub(crate) fn add_blocks(&mut self, blocks: usize, size: usize) {
+        let tokens = u32::try_from(blocks * size).unwrap_or(u32::MAX);
+        self.capacity = self.capacity.saturating_add(tokens);
+    }
+
     /// Prompt and output so far.
     pub(crate) fn known(&self) -> u32 {
         self.prompt + self.generated

@@ -1,14 +1,16 @@
 //! The state machine: events in, decisions out.
 //!
-//! This file takes events and keeps the books; `admit.rs` forms steps and starts swaps.
+//! This file takes events and keeps the books; `admit.rs` forms steps and starts swaps, `adapters.rs` lets
+//! adapters come and go.
 
-use crate::config::{AdapterSpec, Config, ConfigError, SwapMode};
+use crate::config::{Config, ConfigError, SwapMode};
 use crate::event::{Arrival, Ended, Event, EventError, Notice, Outbox};
+use crate::host::{HostPlaces, HostState};
 use crate::kv::BlockPool;
 use crate::meter::{GateClock, Readiness, Reading};
 use crate::parts::Parts;
 use crate::queue::{BASE, Queue};
-use crate::requests::{NONE, Phase, Request, Requests};
+use crate::requests::{NONE, Phase, PinnedSlot, Request, Requests};
 use crate::slots::{AdapterUse, SlotState, SlotView, Slots};
 use crate::types::{AdapterId, Nanos, PlaceId, RequestId, SlotId};
 
@@ -22,6 +24,8 @@ pub struct Scheduler {
     pub(crate) requests: Requests,
     pub(crate) queue: Queue,
     pub(crate) slots: Slots,
+    /// None where host memory holds all adapters.
+    pub(crate) host: Option<HostPlaces>,
     pub(crate) kv: BlockPool,
     pub(crate) clock: GateClock,
     /// Running requests in order of admission.
@@ -30,6 +34,8 @@ pub struct Scheduler {
     pub(crate) places: Vec<PlaceId>,
     /// Waiting requests for which a demand load pins a slot.
     pub(crate) holders: Vec<u32>,
+    /// Adapters that the user has pinned and that have no slot yet, in order of pinning.
+    pub(crate) wanted: Vec<u32>,
     /// Arrivals during the step in flight: their meters start with the next plan.
     pub(crate) fresh: Vec<(u32, RequestId)>,
     pub(crate) step: StepInFlight,
@@ -66,16 +72,19 @@ impl Scheduler {
             // Only prefetching looks at requests in order of arrival whatever they lack.
             queue: Queue::new(&config.adapters, config.prefetch > 0),
             slots: Slots::new(config.gpu_loras, config.evict),
+            host: config.host_loras.map(HostPlaces::new),
             kv: BlockPool::new(config.kv_blocks, config.max_num_seqs),
             clock: GateClock::new(),
             running: Vec::with_capacity(config.max_num_seqs),
             places: (0..config.max_num_seqs as u32).rev().map(PlaceId).collect(),
             holders: Vec::new(),
+            wanted: Vec::new(),
             fresh: Vec::new(),
             step: StepInFlight::default(),
             next_step: 0,
             config,
         };
+        scheduler.fill_host();
         for adapter in 0..scheduler.config.gpu_loras as u32 {
             if let Some((slot, _)) = scheduler.slots.take() {
                 scheduler.begin_load(slot, AdapterId(adapter));
@@ -148,17 +157,20 @@ impl Scheduler {
             Event::Cancel(id) => self.cancel(id, out),
             Event::StepDone { stopped, stalled } => self.step_done(stopped, stalled, out)?,
             Event::SwapDone(slot) => self.swap_done(slot, out)?,
-            Event::AddAdapter(spec) => self.queue.add_group(spec, Readiness::NeedsSlot),
-            Event::RemoveAdapter(adapter) => {
-                let group = self.adapter_group(adapter)?;
-                self.queue.group_mut(group).removed = true;
-                self.retire_if_drained(group, out);
-            }
+            Event::AddAdapter(spec) => self.add_adapter(spec)?,
+            Event::RemoveAdapter(adapter) => self.remove_adapter(adapter, out)?,
             Event::PinAdapter(adapter, pinned) => self.pin_adapter(adapter, pinned)?,
+            Event::FetchDone { adapter, failed } => self.fetch_done(adapter, failed, out)?,
+        }
+        if !self.wanted.is_empty() {
+            self.start_pinned(out);
         }
         // While a step runs, slots that can be had are used at once; without one the driver plans.
         if self.step.active {
             self.start_swaps(out);
+        }
+        if self.host.is_some() {
+            self.start_fetches(out);
         }
         self.clock.slot_available = self.slots.available();
         Ok(())
@@ -168,7 +180,7 @@ impl Scheduler {
         self.clock.now()
     }
 
-    fn adapter_group(&self, adapter: AdapterId) -> Result<u32, EventError> {
+    pub(crate) fn adapter_group(&self, adapter: AdapterId) -> Result<u32, EventError> {
         match self.queue.groups().get(adapter.0 as usize + 1) {
             Some(group) if !group.removed => Ok(adapter.0 + 1),
             _ => Err(EventError::UnknownAdapter(adapter)),
@@ -180,6 +192,9 @@ impl Scheduler {
             Some(adapter) => self.adapter_group(adapter)?,
             None => BASE,
         };
+        if self.queue.group(group).host == HostState::Failed {
+            return Err(EventError::AdapterFailed(AdapterId(group - 1)));
+        }
         if arrival.prompt_tokens == 0 || arrival.max_tokens == 0 {
             return Err(EventError::Empty(arrival.id));
         }
@@ -206,7 +221,8 @@ impl Scheduler {
             computed: 0,
             fed: 0,
             phase: Phase::Waiting,
-            slot: None,
+            capacity: 0,
+            slot: PinnedSlot::new(None),
             arrived: now,
             holds_slot: false,
             parts: Parts { front: now.saturating_sub(arrival.received), ..Parts::default() },
@@ -214,6 +230,7 @@ impl Scheduler {
             reading,
             prev_in_group: NONE,
             next_in_group: NONE,
+            next_id_in_group: RequestId(0),
             prev: NONE,
             next: NONE,
         });
@@ -268,10 +285,21 @@ impl Scheduler {
         for (i, seq) in seqs.iter().enumerate() {
             let request = &mut self.requests[seq.index];
             request.computed += seq.len;
+            // The most common case first: a token on the way from the first to the last.
+            if let Phase::Running { in_step, cancelled: false, .. } = &mut request.phase
+                && seq.samples
+                && request.generated > 0
+                && request.generated + 1 < request.max_tokens
+                && stopped.is_empty()
+            {
+                *in_step = false;
+                request.generated += 1;
+                continue;
+            }
             if request.before_first_token() {
                 let step = &self.step;
                 let took = now.saturating_sub(step.formed);
-                let waited = request.slot.map_or(0, |slot| {
+                let waited = request.slot.get().map_or(0, |slot| {
                     if step.waits && step.loading.contains(&slot) {
                         step.swaps_done.saturating_sub(step.formed)
                     } else {
@@ -323,23 +351,6 @@ impl Scheduler {
         Ok(())
     }
 
-    fn pin_adapter(&mut self, adapter: AdapterId, pinned: bool) -> Result<(), EventError> {
-        let group = self.adapter_group(adapter)?;
-        let groups = &self.queue.groups()[1..];
-        let held = groups.iter().filter(|g| g.spec.pinned && !g.removed).count();
-        let newly = pinned && !self.queue.group(group).spec.pinned;
-        let total = groups.iter().filter(|g| !g.removed).count();
-        if newly && held + 1 >= self.config.gpu_loras && total > self.config.gpu_loras {
-            return Err(EventError::AllPinned);
-        }
-        let g = self.queue.group_mut(group);
-        g.spec.pinned = pinned;
-        if let Some(slot) = g.slot {
-            self.slots.set_user_pinned(slot, pinned);
-        }
-        Ok(())
-    }
-
     /// Ends a running request and gives back what it holds.
     fn end(&mut self, index: u32, why: Ended, out: &mut Outbox) {
         let place = self.stop_running(index);
@@ -356,7 +367,9 @@ impl Scheduler {
         let Phase::Running { place, .. } = self.requests[index].phase else { return None };
         self.kv.release(place);
         self.places.push(place);
-        self.running.retain(|&r| r != index);
+        if let Some(at) = self.running.iter().position(|&r| r == index) {
+            self.running.remove(at);
+        }
         Some(place)
     }
 
@@ -390,6 +403,7 @@ impl Scheduler {
 
     /// Eviction rules look at an adapter's use and demand.
     fn tell_slot(&mut self, group: u32) {
+        self.settle_host(group);
         let g = self.queue.group(group);
         if let Some(slot) = g.slot {
             self.slots.set_usage(slot, g.uses, u64::from(g.waiting));
@@ -412,14 +426,17 @@ impl Scheduler {
             // The request can be in a step at once; the step does the waiting.
             SwapMode::Blocking | SwapMode::Layered => Readiness::Ready,
         };
-        self.queue.set_readiness(group, readiness, &self.clock, &self.requests);
+        self.queue.set_readiness(group, readiness, &self.clock);
+        self.wanted.retain(|&w| w != group);
+        self.settle_host(group);
     }
 
     fn end_load(&mut self, slot: SlotId) {
         let adapter = self.slots.view(slot).and_then(|v| v.state.adapter());
         self.slots.end_load(slot);
         if let Some(adapter) = adapter {
-            self.queue.set_readiness(adapter.0 + 1, Readiness::Ready, &self.clock, &self.requests);
+            self.queue.set_readiness(adapter.0 + 1, Readiness::Ready, &self.clock);
+            self.settle_host(adapter.0 + 1);
         }
     }
 
@@ -427,32 +444,7 @@ impl Scheduler {
     pub(crate) fn unload(&mut self, adapter: AdapterId) {
         let group = adapter.0 + 1;
         self.queue.group_mut(group).slot = None;
-        self.queue.set_readiness(group, Readiness::NeedsSlot, &self.clock, &self.requests);
-    }
-
-    /// A removed adapter that nobody uses any more gives up its slot.
-    fn retire_if_drained(&mut self, group: u32, out: &mut Outbox) {
-        let g = self.queue.group(group);
-        if !g.removed || g.live > 0 {
-            return;
-        }
-        let adapter = AdapterId(group - 1);
-        match g.slot {
-            None => out.notices.push(Notice::AdapterGone(adapter)),
-            // The copy under way completes first.
-            Some(slot) if self.slots.is_loading(slot) => {}
-            Some(slot) => {
-                self.unload(adapter);
-                if self.slots.retire(slot) {
-                    out.notices.push(Notice::AdapterGone(adapter));
-                }
-            }
-        }
-    }
-
-    /// Adapters that new requests may name.
-    pub fn adapters(&self) -> impl Iterator<Item = (AdapterId, AdapterSpec)> + '_ {
-        let groups = self.queue.groups()[1..].iter().enumerate();
-        groups.filter(|(_, g)| !g.removed).map(|(i, g)| (AdapterId(i as u32), g.spec))
+        self.set_readiness_without_slot(group);
+        self.settle_host(group);
     }
 }

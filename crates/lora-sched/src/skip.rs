@@ -60,8 +60,7 @@ impl Scheduler {
     /// Plans from now on until a decoding request needs a block: the first is 1.
     fn next_block(&self, index: u32) -> u64 {
         let request = &self.requests[index];
-        let Phase::Running { place, .. } = request.phase else { return u64::MAX };
-        (self.kv.held(place) * self.config.block_size) as u64 - u64::from(request.computed)
+        u64::from(request.capacity - request.computed)
     }
 
     /// Blocks that the next `plans` plans would take.
@@ -103,6 +102,7 @@ impl Scheduler {
                     && let Phase::Running { place, .. } = self.requests[index].phase
                 {
                     self.kv.grow(place);
+                    self.requests[index].add_blocks(1, self.config.block_size);
                 }
             }
         }

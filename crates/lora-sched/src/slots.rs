@@ -204,6 +204,7 @@ impl Slots {
     }
 
     /// The step about to be submitted reads this slot. True the first time.
+    #[inline]
     pub(crate) fn read_in_step(&mut self, slot: SlotId) -> bool {
         let view = &mut self.slots[slot.0 as usize].view;
         let first = !view.in_step;
@@ -221,6 +222,7 @@ impl Slots {
             view.in_step = false;
             if let SlotState::Retiring(adapter) = view.state {
                 view.state = SlotState::Free;
+                view.user_pinned = false;
                 self.free.push(slot);
                 retired(adapter);
             } else if view.pins == 0 {
@@ -242,6 +244,7 @@ impl Slots {
             }
             _ => {
                 view.state = SlotState::Free;
+                view.user_pinned = false;
                 self.free.push(slot.0);
                 true
             }

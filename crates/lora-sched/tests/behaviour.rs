@@ -211,6 +211,182 @@ fn an_adapter_pinned_by_the_user_stays() {
 }
 
 #[test]
+fn a_pin_loads_what_is_not_there_as_soon_as_a_slot_can_be_had() {
+    for &swap_mode in SwapMode::ALL {
+        let mut b = Bench::new(Config { swap_mode, ..config(4, 2) });
+        b.event(Event::PinAdapter(AdapterId(3), true));
+        assert_eq!(b.out.swaps.len(), 1, "{swap_mode}: at once where nobody runs");
+        b.event(Event::SwapDone(b.out.swaps[0].slot));
+        b.event(Event::PinAdapter(AdapterId(3), false));
+
+        // Both slots are in use: the pin waits, and comes before the request that has waited longer.
+        let mut b = Bench::new(Config { swap_mode, ..config(4, 2) });
+        b.arrive(0, 0);
+        b.arrive(1, 1);
+        b.plan();
+        b.arrive(2, 2);
+        b.event(Event::PinAdapter(AdapterId(3), true));
+        assert!(b.out.swaps.is_empty(), "{swap_mode}");
+        for _ in 0..2 {
+            b.step_done();
+            b.plan();
+        }
+        b.out.clear();
+        b.step_done();
+        assert_eq!(b.out.swaps[0].adapter, AdapterId(3), "{swap_mode}");
+        b.scheduler.audit().unwrap();
+    }
+}
+
+#[test]
+fn a_pin_leaves_a_slot_to_an_adapter_that_is_being_drained() {
+    let mut b = Bench::new(Config { max_num_seqs: 1, ..config(2, 1) });
+    b.arrive(0, 0);
+    b.plan();
+    b.arrive(1, 0);
+    b.event(Event::RemoveAdapter(AdapterId(0)));
+    let pin = Event::PinAdapter(AdapterId(1), true);
+    assert_eq!(b.scheduler.handle(b.now, pin, &mut b.out), Err(EventError::AllPinned));
+    for _ in 0..6 {
+        b.step_done();
+        b.plan();
+    }
+    assert!(b.scheduler.is_idle());
+    b.event(pin);
+    assert_eq!(b.out.swaps[0].adapter, AdapterId(1), "when the last request has ended, there is room");
+}
+
+#[test]
+fn a_pin_waits_for_the_end_of_the_step_when_a_preemption_frees_the_slot() {
+    // Blocks for little more than one request: 0's decodes take them from 1, whose slot the pin wants.
+    let mut b = Bench::new(Config { block_size: 1, kv_blocks: 21, max_model_len: 13, ..config(3, 2) });
+    b.arrive(0, 0);
+    b.arrive(1, 1);
+    assert_eq!(b.plan(), [0, 1]);
+    b.event(Event::PinAdapter(AdapterId(2), true));
+    b.step_done();
+    assert_eq!(b.plan(), [0], "1 has lost its blocks");
+    assert!(b.out.swaps.is_empty(), "a plan takes no slot that it began with a pin on");
+    b.step_done();
+    assert_eq!(b.out.swaps.iter().map(|s| s.adapter).collect::<Vec<_>>(), [AdapterId(2)]);
+    b.scheduler.audit().unwrap();
+}
+
+#[test]
+fn an_adapter_that_would_find_every_slot_pinned_is_not_added() {
+    let mut b = Bench::new(config(2, 2));
+    b.event(Event::PinAdapter(AdapterId(0), true));
+    b.event(Event::PinAdapter(AdapterId(1), true));
+    let add = Event::AddAdapter(AdapterSpec::new(8, 1000));
+    assert_eq!(b.scheduler.handle(b.now, add, &mut b.out), Err(EventError::AllPinned));
+    b.event(Event::PinAdapter(AdapterId(1), false));
+    assert_eq!(b.scheduler.next_adapter(), AdapterId(2));
+    b.event(add);
+    b.arrive(0, 2);
+    assert_eq!(b.plan(), [0]);
+    assert_eq!(b.evicted(), [1]);
+}
+
+#[test]
+fn an_adapter_on_disk_is_read_ahead_and_swapped_in_when_it_is_there() {
+    let mut b = Bench::new(Config { host_loras: Some(3), ..config(6, 1) });
+    b.arrive(0, 0);
+    assert_eq!(b.plan(), [0]);
+    b.now += 5;
+    b.arrive(1, 4);
+    // 0 is idle in host memory, since it is in a slot; it has been so longest but for 1 and 2.
+    let fetch = b.out.fetches[0];
+    assert_eq!((fetch.adapter, b.out.fetches.len()), (AdapterId(4), 1));
+    let evicted = fetch.evicted.unwrap();
+    assert_eq!(b.scheduler.host_state(evicted), Some(lora_sched::HostState::Disk));
+    for _ in 0..3 {
+        b.step_done();
+        assert!(b.plan().iter().all(|&id| id == 0), "not before it is in host memory");
+    }
+    b.out.clear();
+    b.event(Event::FetchDone { adapter: AdapterId(4), failed: false });
+    assert_eq!(b.plan(), [1]);
+    assert_eq!((b.evicted(), b.plan.loading.len()), (vec![0], 1));
+    b.event(Event::SwapDone(SlotId(0)));
+    b.out.clear();
+    b.step_done();
+    let parts = b.out.notices.iter().find_map(|n| match n {
+        Notice::FirstToken { parts, .. } => Some(*parts),
+        _ => None,
+    });
+    // The wait for the disk is swap, as that for the slot's copy is.
+    assert!(parts.is_some_and(|p| p.swap > 0 && p.slot == 0), "{parts:?}");
+}
+
+#[test]
+fn a_read_that_fails_ends_its_requests_and_marks_the_adapter() {
+    let mut b = Bench::new(Config { host_loras: Some(2), ..config(4, 1) });
+    b.arrive(0, 3);
+    b.arrive(1, 0);
+    b.event(Event::FetchDone { adapter: AdapterId(3), failed: true });
+    let ended = Notice::Ended { id: RequestId(0), place: None, why: Ended::Failed };
+    assert!(b.out.notices.contains(&ended));
+    assert_eq!(b.try_arrive(2, 3), Err(EventError::AdapterFailed(AdapterId(3))));
+    assert_eq!(b.plan(), [1], "others go on");
+    b.event(Event::RemoveAdapter(AdapterId(3)));
+    assert!(b.out.notices.contains(&Notice::AdapterGone(AdapterId(3))));
+    b.scheduler.audit().unwrap();
+}
+
+#[test]
+fn an_older_request_gets_the_place_in_host_memory_that_a_younger_one_waits_with() {
+    let mut b = Bench::new(Config {
+        host_loras: Some(2),
+        policy: Policy::Fcfs,
+        swap_mode: SwapMode::Blocking,
+        max_num_seqs: 1,
+        ..config(4, 1)
+    });
+    b.arrive(0, 0);
+    b.plan();
+    for (id, adapter) in [(1, 2), (2, 0), (3, 3)] {
+        b.arrive(id, adapter);
+    }
+    let places = |b: &Bench| -> Vec<_> {
+        b.out.fetches.iter().map(|f| (f.adapter.0, f.evicted.map(|e| e.0))).collect()
+    };
+    // 1 is idle, and then 0, which is in the slot.
+    assert_eq!(places(&b), [(2, Some(1)), (3, Some(0))]);
+    b.out.clear();
+    for adapter in [2, 3] {
+        b.event(Event::FetchDone { adapter: AdapterId(adapter), failed: false });
+    }
+    for _ in 0..3 {
+        b.step_done();
+        b.plan();
+    }
+    // Request 1 took the slot from 0, for which request 2 waits: it comes before request 3, which may not
+    // pass it, and whose adapter holds the only place that is not being copied from.
+    assert_eq!((b.plan.seqs[0].id, places(&b)), (RequestId(1), vec![(0, Some(3))]));
+    let mut order = vec![RequestId(1)];
+    for _ in 0..20 {
+        for slot in b.plan.loading.clone() {
+            b.event(Event::SwapDone(slot));
+        }
+        let mut fetches = std::mem::take(&mut b.out.fetches);
+        if b.scheduler.step_in_flight() {
+            b.step_done();
+        }
+        fetches.append(&mut b.out.fetches);
+        for fetch in fetches {
+            b.event(Event::FetchDone { adapter: fetch.adapter, failed: false });
+        }
+        let more = std::mem::take(&mut b.out.fetches);
+        b.plan();
+        b.out.fetches.extend(more);
+        b.scheduler.audit().unwrap();
+        order.extend(b.plan.seqs.first().map(|s| s.id));
+    }
+    order.dedup();
+    assert_eq!(order, [1, 2, 3].map(RequestId));
+}
+
+#[test]
 fn what_cannot_be_served_is_refused() {
     let mut b = Bench::new(Config { max_queue: 1, ..config(2, 1) });
     b.arrive(4, 0);
@@ -228,6 +404,7 @@ fn what_cannot_be_served_is_refused() {
     assert_eq!(refuse(Event::StepDone { stopped: &[], stalled: &[] }), EventError::NoStep);
     assert!(Scheduler::new(config(2, 3)).is_err());
     assert!(Scheduler::new(config(2, 0)).is_err());
+    assert!(Scheduler::new(Config { host_loras: Some(1), ..config(4, 2) }).is_err());
 }
 
 #[test]

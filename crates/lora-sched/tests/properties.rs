@@ -2,7 +2,7 @@
 
 mod driver;
 
-use driver::{Driver, Load, load};
+use driver::{Driver, Load, changing_load, load};
 use lora_sched::{Ended, Policy, SwapMode};
 use proptest::prelude::*;
 
@@ -29,6 +29,32 @@ proptest! {
         }
         prop_assert_eq!(run.kv_used_at_end, 0);
         prop_assert_eq!(run.pins_at_end, 0);
+    }
+
+    /// The same while adapters come, go, are pinned and cannot be read: who was taken ends, whoever was
+    /// removed goes, and whoever is pinned has a slot in the end.
+    #[test]
+    fn adapters_come_and_go(load in changing_load()) {
+        let run = Driver::new(&load).run()?;
+        for request in &load.requests {
+            let ended = run.ended.get(&request.id);
+            prop_assert_eq!(ended.is_none(), run.refused.contains(&request.id), "{:?}", request);
+            let failed = ended == Some(&Ended::Failed);
+            prop_assert!(!failed || run.fetches_failed > 0);
+            if ended.is_some() && !failed && !load.is_cancelled(request.id) {
+                prop_assert_ne!(ended, Some(&Ended::Cancelled));
+                prop_assert!(run.first_token.contains_key(&request.id));
+            }
+        }
+        prop_assert_eq!(&run.removed, &run.gone);
+        prop_assert_eq!(run.kv_used_at_end, 0);
+        prop_assert_eq!(run.pins_at_end, 0);
+        for (id, (at, parts)) in &run.first_token {
+            let received = load.requests.iter().find(|r| r.id == *id).map_or(0, |r| r.received);
+            prop_assert_eq!(parts.total(), at - received, "request {}: {:?}", id, parts);
+        }
+        let again = Driver::new(&load).run()?;
+        prop_assert_eq!(run.decisions, again.decisions);
     }
 
     /// The parts of a TTFT sum to it, to the nanosecond.
@@ -73,6 +99,7 @@ proptest! {
     #[test]
     fn all_resident_means_no_swaps(mut load in load()) {
         load.config.gpu_loras = load.config.adapters.len();
+        load.config.host_loras = None;
         let run = Driver::new(&load).run()?;
         prop_assert_eq!(run.swaps, 0);
         for (_, parts) in run.first_token.values() {
@@ -96,7 +123,22 @@ fn the_generator_reaches_every_corner() {
         cancelled += run.ended.values().filter(|&&e| e == Ended::Cancelled).count();
         chunked += run.chunks;
     }
+    let (mut fetches, mut failed, mut gone, mut pinned, mut refused) = (0, 0, 0, 0, 0);
+    for _ in 0..200 {
+        let load: Load = changing_load().new_tree(&mut runner).unwrap().current();
+        let run = Driver::new(&load).run().unwrap();
+        fetches += run.fetches;
+        failed += run.ended.values().filter(|&&e| e == Ended::Failed).count();
+        gone += run.gone.len();
+        pinned += run.pinned;
+        refused += run.refused.len();
+    }
     for (what, count) in [
+        ("reads from disk", fetches),
+        ("requests whose adapter could not be read", failed),
+        ("adapters removed", gone),
+        ("pins", pinned),
+        ("requests for adapters that are not there", refused),
         ("preemptions", preempted),
         ("swaps", swaps),
         ("prefetches", prefetched),

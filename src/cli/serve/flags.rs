@@ -16,7 +16,7 @@ use crate::engine::setup::EngineSettings;
 /// Flags; every one is optional, see `settings`.
 #[derive(Args, Debug, Serialize)]
 pub struct ServeArgs {
-    /// Base model: a folder with config.json, or tiny, facebook/opt-125m, meta-llama/Llama-2-7b-hf,
+    /// Base model: a folder with config.json, a .gguf file, or tiny, facebook/opt-125m, meta-llama/Llama-2-7b-hf,
     /// NousResearch/Llama-2-7b-hf [default: facebook/opt-125m]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -117,10 +117,15 @@ pub struct ServeArgs {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     host_memory: Option<String>,
-    /// Adapters kept in host memory: all [default: all]
+    /// Adapters in host memory, at most; the others are on disk and read ahead: all, or a number
+    /// [default: all]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     host_loras: Option<String>,
+    /// Folder for generated adapters that are on disk [default: a temporary one, removed at the end]
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    spill_folder: Option<PathBuf>,
     /// Folder of PEFT adapter folders, taken in order of name [default: adapters are generated]
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -205,6 +210,7 @@ pub(super) struct ServeSettings {
     host_memory: String,
     #[serde(deserialize_with = "lenient::text")]
     host_loras: Option<String>,
+    spill_folder: Option<PathBuf>,
     adapters: Option<PathBuf>,
     #[serde(deserialize_with = "lenient::list")]
     ranks: Vec<usize>,
@@ -252,6 +258,7 @@ impl Default for ServeSettings {
             prefetch: engine.prefetch,
             host_memory: "pinned".into(),
             host_loras: None,
+            spill_folder: None,
             adapters: None,
             ranks: engine.ranks,
             max_model_len: engine.max_model_len,
@@ -282,11 +289,6 @@ impl ServeSettings {
                 return Err(Failure::usage(format!("{flag} {size} is not supported: only 1 is")));
             }
         }
-        if let Some(count) = self.host_loras.as_deref().filter(|&c| c != "all") {
-            return Err(Failure::usage(format!(
-                "--host-loras {count} is not in this version: every adapter is kept in host memory (all)"
-            )));
-        }
         let policy = if self.policy == "credit" {
             tracing::warn!("policy 'credit' is the reference's: taken as 'skip'");
             "skip"
@@ -311,6 +313,8 @@ impl ServeSettings {
             },
             total_loras: required(self.total_loras, "--total-loras")?,
             gpu_loras: required(self.gpu_loras, "--gpu-loras")?,
+            host_loras: self.host_places()?,
+            spill_folder: self.spill_folder.clone(),
             max_r: self.max_r,
             ranks: self.ranks.clone(),
             adapters: self.adapters.clone(),
@@ -332,6 +336,18 @@ impl ServeSettings {
             max_queue: self.max_queue,
             threads: self.threads,
         })
+    }
+
+    /// Adapters in host memory, at most; none is all.
+    fn host_places(&self) -> Result<Option<usize>, Failure> {
+        match self.host_loras.as_deref() {
+            None | Some("all") => Ok(None),
+            Some(count) => count.parse().map(Some).map_err(|_| {
+                Failure::usage(format!(
+                    "--host-loras '{count}': use all, or a number of at least --gpu-loras"
+                ))
+            }),
+        }
     }
 }
 

@@ -13,11 +13,14 @@ use super::failure::Failure;
 use super::settings::Context;
 use crate::engine::Engine;
 use crate::engine::emulation::Emulation;
-use crate::engine::server::{Ended, Server, ServerInfo, ServerOptions};
+use crate::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
 pub use flags::ServeArgs;
 use flags::{ServeSettings, seconds};
+
+/// Open files that are asked for; the system's hard limit is never passed.
+const OPEN_FILES: u64 = 1 << 16;
 
 pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
     let mut settings: ServeSettings = ctx.resolve("serve", args)?;
@@ -38,7 +41,13 @@ pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
         port: settings.port,
         api_key: settings.api_key.clone(),
         shutdown_timeout: seconds("--shutdown-timeout", settings.shutdown_timeout)?,
+        limits: Limits::default(),
     };
+    // A connection is an open file, and many systems begin with room for a thousand.
+    match rlimit::increase_nofile_limit(OPEN_FILES) {
+        Ok(files) => tracing::debug!("up to {files} open files"),
+        Err(e) => tracing::warn!("the limit on open files stays as it is: {e}"),
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let ended = runtime.block_on(serve(options, what, settings.decision_log.clone()));
     // Tokenising that is under way is nobody's any more.
@@ -151,6 +160,11 @@ fn load(
     );
     tracing::info!("device: {}", loaded.device_said());
     tracing::info!("tokenizer: {}", loaded.tokenizer_said);
+    let info = ServerInfo::of(&loaded, gpu_loras);
+    match &info.template {
+        Ok(template) => tracing::info!("chat template: {}", template.said()),
+        Err(e) => tracing::warn!("no chat: {e}"),
+    }
     tracing::info!(
         "{} adapters of rank up to {}, {gpu_loras} slots; policy {}, eviction {}, swaps {}",
         s.total_loras,
@@ -159,6 +173,9 @@ fn load(
         s.evict,
         s.swap_mode
     );
+    for field in loaded.generation_ignored() {
+        tracing::warn!("generation_config.json asks for {field}, which is not implemented");
+    }
     tracing::info!("memory:\n{}", loaded.memory_table(gpu_loras));
     let log = match decision_log {
         Some(path) => {
@@ -167,7 +184,6 @@ fn load(
         }
         None => None,
     };
-    let info = ServerInfo::of(&loaded, gpu_loras);
     let engine = loaded.start(gpu_loras, log).map_err(failure)?;
     tracing::info!("adapters 0 to {} are in their slots; warm", gpu_loras - 1);
     Ok((engine, info))

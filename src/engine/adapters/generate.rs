@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use super::kept::HostAdapter;
 use super::layout::AdapterLayout;
-use super::pool::HostAdapter;
 use super::slab::{SlabMaker, drawn_parts};
 use crate::engine::model::{ModelSpec, Uniform};
 
@@ -26,7 +26,7 @@ pub(super) fn generate(
     let bounds = |inputs: usize, rank: usize| {
         ((3.0 / inputs as f32).sqrt(), STRENGTH / scale * (3.0 / rank as f32).sqrt())
     };
-    let parts = drawn_parts(&layout, spec.modules().len(), stream, bounds);
+    let parts = drawn_parts(&layout, stream, bounds);
     let slab = slabs.draw(layout.elements(), &parts)?;
     Ok(HostAdapter { name: format!("lora-{index}"), layout: Arc::new(layout), slab })
 }

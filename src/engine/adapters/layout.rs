@@ -26,6 +26,7 @@ pub struct AdapterLayout {
     parts: Vec<Option<Part>>,
     /// `[layers + 1]` where each layer begins.
     layer_starts: Vec<usize>,
+    full: bool,
 }
 
 impl AdapterLayout {
@@ -46,7 +47,8 @@ impl AdapterLayout {
             }
             layer_starts.push(offset);
         }
-        Self { rank, scale, modules: modules.len(), parts, layer_starts }
+        let full = parts.iter().all(Option::is_some);
+        Self { rank, scale, modules: modules.len(), parts, layer_starts, full }
     }
 
     /// Rank of every part.
@@ -83,7 +85,7 @@ impl AdapterLayout {
     /// Whether every module of every layer is adapted: a part then begins at the rank times the widths of
     /// the modules before it.
     pub fn is_full(&self) -> bool {
-        self.parts.iter().all(Option::is_some)
+        self.full
     }
 
     /// `[layers, modules]` the parts.

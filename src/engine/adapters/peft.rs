@@ -1,12 +1,12 @@
 //! Reading PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`.
 
-use std::path::{Path, PathBuf};
+mod config;
 
-use serde::Deserialize;
-use serde_json::Value;
+use std::path::{Path, PathBuf};
 
 use super::layout::AdapterLayout;
 use crate::engine::model::{Family, ModelSpec, TensorFiles, WeightError};
+use config::LoraConfig;
 
 /// An adapter folder that cannot be used. Every message names the folder.
 #[derive(Debug, thiserror::Error)]
@@ -47,26 +47,35 @@ pub enum PeftError {
         /// What is wrong with it.
         what: String,
     },
-    /// A tensor that is missing or has another shape: another base model, most likely.
+    /// A tensor of another shape: another base model, or another rank.
+    #[error(transparent)]
+    Shape(Box<WrongShape>),
+    /// A tensor that cannot be read.
     #[error(transparent)]
     Weights(#[from] WeightError),
 }
 
-#[derive(Deserialize)]
-struct Config {
-    peft_type: Option<String>,
-    r: usize,
-    lora_alpha: f32,
-    #[serde(default)]
-    use_rslora: bool,
-    #[serde(default)]
-    use_dora: bool,
-    bias: Option<String>,
-    modules_to_save: Option<Value>,
-    rank_pattern: Option<Value>,
-    alpha_pattern: Option<Value>,
-    #[serde(default)]
-    fan_in_fan_out: bool,
+/// An adapter's tensor whose shape is not that of its module.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{}: tensor {tensor} has shape {found:?}; rank {rank} on {model} makes it {expected:?}: the adapter is for \
+     another base model{}", path.display(), base.as_ref().map(|b| format!(" ({b})")).unwrap_or_default()
+)]
+pub struct WrongShape {
+    /// The adapter's folder.
+    pub path: PathBuf,
+    /// The tensor.
+    pub tensor: String,
+    /// Its shape.
+    pub found: Vec<usize>,
+    /// What it should be.
+    pub expected: Vec<usize>,
+    /// The rank that the configuration gives the module.
+    pub rank: usize,
+    /// The model that is served.
+    pub model: String,
+    /// The base that the adapter names.
+    pub base: Option<String>,
 }
 
 /// The adapter folders inside `folder`, in name order.
@@ -91,15 +100,20 @@ pub fn adapter_folders(folder: &Path) -> Result<Vec<PathBuf>, PeftError> {
 }
 
 /// Reads one adapter: its layout and its matrices in that; `max_rank` is what a slot holds.
+///
+/// Modules may have ranks and scales of their own (`rank_pattern`, `alpha_pattern`). A slab has one of each:
+/// the largest rank, smaller matrices being filled up with zeros, and scale 1, `B` being multiplied by the
+/// module's own scale as it is read.
+///
+/// # Errors
+/// If a file is missing or broken, the adapter is of a kind that is not implemented, too large for a slot, or
+/// made for another model.
 pub fn read_peft(
     spec: &ModelSpec,
     max_rank: usize,
     folder: &Path,
 ) -> Result<(AdapterLayout, Vec<f32>), PeftError> {
-    let config = read_config(folder)?;
-    if config.r == 0 || config.r > max_rank {
-        return Err(PeftError::Rank { path: folder.to_owned(), rank: config.r, max_rank });
-    }
+    let config = LoraConfig::read(folder)?;
     let path = folder.join("adapter_model.safetensors");
     if !path.is_file() {
         return Err(PeftError::Unreadable {
@@ -108,86 +122,87 @@ pub fn read_peft(
         });
     }
     let files = TensorFiles::open(folder, &[path])?;
-    let present = pairs(spec, folder, &files)?;
+    let found = adapted(spec, folder, &config, &files)?;
 
-    let rank = config.r;
-    let divisor = if config.use_rslora { (rank as f32).sqrt() } else { rank as f32 };
+    let (mut rank, mut scales) = (0, Vec::new());
+    for module in found.iter().flatten() {
+        if module.rank == 0 || module.rank > max_rank {
+            return Err(PeftError::Rank { path: folder.to_owned(), rank: module.rank, max_rank });
+        }
+        rank = rank.max(module.rank);
+        scales.push(module.scale);
+    }
+    let common = scales.first().copied().filter(|first| scales.iter().all(|s| s == first));
     let modules = spec.modules();
-    let layout = AdapterLayout::new(spec, rank, config.lora_alpha / divisor, |layer, module| {
-        present[layer * modules.len() + module].is_some()
+    let layout = AdapterLayout::new(spec, rank, common.unwrap_or(1.0), |layer, module| {
+        found[layer * modules.len() + module].is_some()
     });
     let mut slab = vec![0.0; layout.elements()];
-    for (index, stem) in present.iter().enumerate() {
-        let Some(stem) = stem else { continue };
-        let (layer, module) = (index / modules.len(), index % modules.len());
-        let Some(part) = layout.part(layer, module) else { continue };
-        let a = files.read(&format!("{stem}.lora_A.weight"), &[rank, part.inputs])?;
-        let b = files.read(&format!("{stem}.lora_B.weight"), &[part.outputs, rank])?;
+    for (index, adapted) in found.iter().enumerate() {
+        let Some(adapted) = adapted else { continue };
+        let Some(part) = layout.part(index / modules.len(), index % modules.len()) else { continue };
+        let read = |half: usize, expected: [usize; 2]| {
+            let tensor = &adapted.tensors[half];
+            let found = files.shape(tensor)?;
+            if found == expected {
+                return Ok(files.read(tensor, &expected)?);
+            }
+            Err(PeftError::Shape(Box::new(WrongShape {
+                path: folder.to_owned(),
+                tensor: tensor.clone(),
+                found,
+                expected: expected.to_vec(),
+                rank: adapted.rank,
+                model: spec.name.clone(),
+                base: config.base.clone(),
+            })))
+        };
+        let a = read(0, [adapted.rank, part.inputs])?;
+        let b = read(1, [part.outputs, adapted.rank])?;
+        let factor = if common.is_some() { 1.0 } else { adapted.scale };
         let at = part.offset;
         slab[at..at + a.len()].copy_from_slice(&a);
-        let transposed = &mut slab[at + a.len()..at + a.len() + b.len()];
-        for (row, values) in b.chunks_exact(rank).enumerate() {
+        let begin = at + rank * part.inputs;
+        let transposed = &mut slab[begin..begin + adapted.rank * part.outputs];
+        for (row, values) in b.chunks_exact(adapted.rank).enumerate() {
             for (column, value) in values.iter().enumerate() {
-                transposed[column * part.outputs + row] = *value;
+                transposed[column * part.outputs + row] = value * factor;
             }
         }
     }
     Ok((layout, slab))
 }
 
-fn read_config(folder: &Path) -> Result<Config, PeftError> {
-    let path = folder.join("adapter_config.json");
-    let text = std::fs::read_to_string(&path)
-        .map_err(|e| PeftError::Unreadable { path: path.clone(), message: e.to_string() })?;
-    let config: Config =
-        serde_json::from_str(&text).map_err(|e| PeftError::Unreadable { path, message: e.to_string() })?;
-
-    let empty = |value: &Value| match value {
-        Value::Null => true,
-        Value::Array(a) => a.is_empty(),
-        Value::Object(o) => o.is_empty(),
-        _ => false,
-    };
-    let lists = [
-        ("modules_to_save", &config.modules_to_save),
-        ("rank_pattern", &config.rank_pattern),
-        ("alpha_pattern", &config.alpha_pattern),
-    ];
-    let unsupported = if let Some(kind) = config.peft_type.as_deref().filter(|k| *k != "LORA") {
-        Some(format!("peft_type {kind}"))
-    } else if config.use_dora {
-        Some("use_dora".into())
-    } else if config.fan_in_fan_out {
-        Some("fan_in_fan_out".into())
-    } else if let Some(bias) = config.bias.as_deref().filter(|b| *b != "none") {
-        Some(format!("bias {bias:?}"))
-    } else {
-        lists.iter().find_map(|(field, v)| v.as_ref().filter(|v| !empty(v)).map(|v| format!("{field} {v}")))
-    };
-    match unsupported {
-        Some(what) => Err(PeftError::Unsupported { path: folder.to_owned(), what }),
-        None => Ok(config),
-    }
+/// One adapted module.
+struct Module {
+    /// Names of its `A` and `B`.
+    tensors: [String; 2],
+    rank: usize,
+    scale: f32,
 }
 
-/// For each `[layer, module]`, the common part of its two tensors' names, if the file has them.
-fn pairs(spec: &ModelSpec, folder: &Path, files: &TensorFiles) -> Result<Vec<Option<String>>, PeftError> {
+/// For each `[layer, module]`, what the file has of it; checked against what the configuration says.
+fn adapted(
+    spec: &ModelSpec,
+    folder: &Path,
+    config: &LoraConfig,
+    files: &TensorFiles,
+) -> Result<Vec<Option<Module>>, PeftError> {
     let modules = spec.modules();
-    let mut present: Vec<Option<String>> = vec![None; spec.layers * modules.len()];
+    let mut found: Vec<Option<Module>> = (0..spec.layers * modules.len()).map(|_| None).collect();
+    let mut root = None;
     for tensor in files.names() {
         let wrong =
             |what: String| PeftError::Tensor { path: folder.to_owned(), tensor: tensor.to_owned(), what };
-        let Some((stem, other)) = tensor
-            .strip_suffix(".lora_A.weight")
-            .map(|stem| (stem, "lora_B"))
-            .or_else(|| tensor.strip_suffix(".lora_B.weight").map(|stem| (stem, "lora_A")))
-        else {
-            return Err(wrong("only lora_A and lora_B weights are supported".into()));
-        };
-        if !files.has(&format!("{stem}.{other}.weight")) {
+        let (stem, half, infix) = split(tensor).ok_or_else(|| wrong(why_not(tensor).into()))?;
+        let [this, other] = if half == 0 { ["lora_A", "lora_B"] } else { ["lora_B", "lora_A"] };
+        let partner = format!("{stem}.{other}{infix}.weight");
+        if !files.has(&partner) {
             return Err(wrong(format!("its {other} is missing")));
         }
-        let (layer, module) = locate(spec, stem).ok_or_else(|| {
+        // Names in PEFT's files begin with where its wrapper holds the model.
+        let key = stem.strip_prefix("base_model.model.").unwrap_or(stem);
+        let (layer, module, inner) = locate(spec, key).ok_or_else(|| {
             let known: Vec<_> = modules.iter().map(|m| m.name).collect();
             wrong(format!(
                 "it belongs to none of the model's {} layers and linear modules ({})",
@@ -195,105 +210,87 @@ fn pairs(spec: &ModelSpec, folder: &Path, files: &TensorFiles) -> Result<Vec<Opt
                 known.join(", ")
             ))
         })?;
-        present[layer * modules.len() + module] = Some(stem.to_owned());
+        if config.adapts(key, layer)? == Some(false) {
+            return Err(wrong(
+                "adapter_config.json does not name its module, so PEFT would leave it out: they belong to \
+                 different adapters"
+                    .into(),
+            ));
+        }
+        root.get_or_insert_with(|| key[..key.len() - inner.len()].to_owned());
+        let slot = &mut found[layer * modules.len() + module];
+        let mine = format!("{stem}.{this}{infix}.weight");
+        match slot {
+            Some(module) if !module.tensors.contains(&mine) => {
+                return Err(wrong("its module has another pair of matrices under another name".into()));
+            }
+            // Its other half came first.
+            Some(_) => {}
+            None => {
+                let tensors = if half == 0 { [mine, partner] } else { [partner, mine] };
+                *slot = Some(Module { tensors, rank: config.rank(key)?, scale: config.scale(key)? });
+            }
+        }
     }
-    if present.iter().all(Option::is_none) {
+    let Some(root) = root else {
         return Err(PeftError::Unreadable {
             path: folder.to_owned(),
             message: "adapter_model.safetensors holds no LoRA tensors".into(),
         });
+    };
+    for (index, _) in found.iter().enumerate().filter(|(_, module)| module.is_none()) {
+        let (layer, module) = (index / modules.len(), &modules[index % modules.len()]);
+        let key = format!("{root}layers.{layer}.{}", module.path);
+        if config.adapts(&key, layer)? == Some(true) {
+            return Err(PeftError::Tensor {
+                path: folder.to_owned(),
+                tensor: format!("{key}.lora_A.weight"),
+                what: "it is missing, and adapter_config.json names its module: the file is not whole".into(),
+            });
+        }
     }
-    Ok(present)
+    Ok(found)
 }
 
-/// Layer and module of `base_model.model.model.layers.3.self_attn.q_proj` and the like.
-fn locate(spec: &ModelSpec, stem: &str) -> Option<(usize, usize)> {
-    let inner = stem.strip_prefix("base_model.model.").unwrap_or(stem);
-    let inner = inner.strip_prefix("model.").unwrap_or(inner);
+/// Module, half (0 is `A`) and infix of a tensor's name; files saved from a live model have the adapter's
+/// name, `default`, in it.
+fn split(tensor: &str) -> Option<(&str, usize, &'static str)> {
+    let halves = [(0, "", ".lora_A.weight"), (1, "", ".lora_B.weight")];
+    let live = [(0, ".default", ".lora_A.default.weight"), (1, ".default", ".lora_B.default.weight")];
+    let mut all = halves.into_iter().chain(live);
+    all.find_map(|(half, infix, end)| Some((tensor.strip_suffix(end)?, half, infix)))
+}
+
+/// Why a tensor that is no `A` or `B` of a linear module is refused.
+fn why_not(tensor: &str) -> &'static str {
+    let has = |part: &str| tensor.contains(part);
+    if has("lora_embedding_") {
+        "LoRA on embeddings is not supported: all adapters share them"
+    } else if has("lora_magnitude_vector") {
+        "it is DoRA's, which is not supported: it rescales the base weights, which all adapters share"
+    } else if has("modules_to_save") {
+        "it would replace a module of the base, which all adapters share"
+    } else if tensor.ends_with("bias") {
+        "biases are not supported: all adapters share the base's"
+    } else if has(".lora_A.") || has(".lora_B.") {
+        "its adapter is not called default: save it under that name, or with save_pretrained"
+    } else {
+        "only lora_A and lora_B weights are supported"
+    }
+}
+
+/// Layer and module of `model.layers.3.self_attn.q_proj` and the like, and the name from `layers` on.
+fn locate<'a>(spec: &ModelSpec, key: &'a str) -> Option<(usize, usize, &'a str)> {
+    let inner = key.strip_prefix("model.").unwrap_or(key);
     let inner = match spec.family {
-        Family::Llama => inner.strip_prefix("layers.")?,
-        Family::Opt => inner.strip_prefix("decoder.layers.")?,
+        Family::Llama => inner,
+        Family::Opt => inner.strip_prefix("decoder.")?,
     };
-    let (layer, path) = inner.split_once('.')?;
+    let (layer, path) = inner.strip_prefix("layers.")?.split_once('.')?;
     let layer: usize = layer.parse().ok().filter(|l| *l < spec.layers)?;
     let module = spec.modules().iter().position(|m| m.path == path)?;
-    Some((layer, module))
+    Some((layer, module, inner))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::engine::model::preset;
-    use candle_core::{Device, Tensor};
-    use std::collections::HashMap;
-
-    fn folder(config: &str, tensors: &[(&str, [usize; 2])]) -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("adapter_config.json"), config).unwrap();
-        let tensors: HashMap<String, Tensor> = tensors
-            .iter()
-            .map(|(name, [rows, cols])| {
-                let t = Tensor::arange(0f32, (rows * cols) as f32, &Device::Cpu).unwrap();
-                ((*name).to_owned(), t.reshape((*rows, *cols)).unwrap())
-            })
-            .collect();
-        candle_core::safetensors::save(&tensors, dir.path().join("adapter_model.safetensors")).unwrap();
-        dir
-    }
-
-    const Q: &str = "base_model.model.model.layers.1.self_attn.q_proj";
-
-    fn read(config: &str, tensors: &[(&str, [usize; 2])]) -> Result<(AdapterLayout, Vec<f32>), String> {
-        let dir = folder(config, tensors);
-        read_peft(&preset("tiny").unwrap(), 4, dir.path()).map_err(|e| {
-            let message = e.to_string();
-            assert!(message.contains(dir.path().to_str().unwrap()), "no folder in: {message}");
-            message
-        })
-    }
-
-    #[test]
-    fn matrices_and_scale_are_read_and_b_is_transposed() {
-        let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
-        let (layout, slab) = read(r#"{"r":2,"lora_alpha":8}"#, &[(&a, [2, 256]), (&b, [128, 2])]).unwrap();
-        assert_eq!((layout.scale(), slab.len()), (4.0, 2 * 384));
-        let part = layout.part(1, 0).unwrap();
-        let (a, b) = layout.matrices(part, 0, &slab);
-        assert_eq!((a[1], b[0], b[1], b[128]), (1.0, 0.0, 2.0, 1.0));
-        let tensors = [("decoy", [1, 1])];
-        assert!(read(r#"{"r":2,"lora_alpha":8}"#, &tensors).unwrap_err().contains("decoy"));
-    }
-
-    #[test]
-    fn rank_stabilised_adapters_scale_by_the_root() {
-        let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
-        let config = r#"{"r":4,"lora_alpha":8,"use_rslora":true,"peft_type":"LORA","bias":"none"}"#;
-        assert_eq!(read(config, &[(&a, [4, 256]), (&b, [128, 4])]).unwrap().0.scale(), 4.0);
-    }
-
-    #[test]
-    fn what_cannot_be_served_is_named() {
-        let (a, b) = (format!("{Q}.lora_A.weight"), format!("{Q}.lora_B.weight"));
-        let pair = [(a.as_str(), [2, 256]), (b.as_str(), [128, 2])];
-        for (config, said) in [
-            (r#"{"r":8,"lora_alpha":8}"#, "rank 8"),
-            (r#"{"r":2,"lora_alpha":8,"use_dora":true}"#, "use_dora"),
-            (r#"{"r":2,"lora_alpha":8,"bias":"all"}"#, "bias"),
-            (r#"{"r":2,"lora_alpha":8,"modules_to_save":["lm_head"]}"#, "modules_to_save"),
-            (r#"{"r":2,"lora_alpha":8,"rank_pattern":{"q_proj":4}}"#, "rank_pattern"),
-            (r#"{"r":2,"lora_alpha":8,"peft_type":"IA3"}"#, "IA3"),
-            (r#"{"r":2}"#, "lora_alpha"),
-            (r#"{"r":3,"lora_alpha":8}"#, "shape"),
-        ] {
-            let message = read(config, &pair).unwrap_err();
-            assert!(message.contains(said), "{config}: {message}");
-        }
-        let good = r#"{"r":2,"lora_alpha":8}"#;
-        assert!(read(good, &pair[..1]).unwrap_err().contains("lora_B is missing"));
-        let stray = "base_model.model.model.layers.9.self_attn.q_proj";
-        let (a, b) = (format!("{stray}.lora_A.weight"), format!("{stray}.lora_B.weight"));
-        let message = read(good, &[(&a, [2, 256]), (&b, [128, 2])]).unwrap_err();
-        assert!(message.contains("layers.9") && message.contains("3 layers"), "{message}");
-        assert!(read(good, &[("x.lora_C.weight", [1, 1])]).unwrap_err().contains("lora_C"));
-    }
-}
+mod tests;

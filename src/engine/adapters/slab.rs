@@ -1,6 +1,10 @@
 //! What holds an adapter's matrices on the host: memory that suits the device that copies it.
 
+use std::io::Read;
 use std::ops::Range;
+
+#[cfg(feature = "cuda")]
+use half::slice::HalfFloatSliceExt;
 
 use super::layout::AdapterLayout;
 use crate::engine::model::Uniform;
@@ -30,6 +34,17 @@ impl Slab {
         }
     }
 
+    /// The bytes, in this machine's order.
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::F32(values) => bytemuck::cast_slice(values),
+            #[cfg(feature = "cuda")]
+            Self::Pageable(values) => bytemuck::cast_slice(values.reinterpret_cast()),
+            #[cfg(feature = "cuda")]
+            Self::Pinned(values) => bytemuck::cast_slice((**values).reinterpret_cast()),
+        }
+    }
+
     /// The values of a slab in f32.
     ///
     /// # Panics
@@ -54,6 +69,12 @@ pub trait SlabMaker: std::fmt::Debug + Send + Sync {
     /// If there is no memory for it.
     fn hold(&self, values: Vec<f32>) -> Result<Slab, String>;
 
+    /// A slab of `elements` read from `from`, which has the bytes of one of the same format.
+    ///
+    /// # Errors
+    /// If there is no memory for it, or reading fails.
+    fn read(&self, elements: usize, from: &mut dyn Read) -> Result<Slab, String>;
+
     /// A slab of `elements` whose parts are drawn.
     ///
     /// # Errors
@@ -74,6 +95,12 @@ impl SlabMaker for HostSlabs {
         Ok(Slab::F32(values))
     }
 
+    fn read(&self, elements: usize, from: &mut dyn Read) -> Result<Slab, String> {
+        let mut values = vec![0.0f32; elements];
+        from.read_exact(bytemuck::cast_slice_mut(&mut values)).map_err(|e| e.to_string())?;
+        Ok(Slab::F32(values))
+    }
+
     fn draw(&self, elements: usize, parts: &[(Range<usize>, Uniform)]) -> Result<Slab, String> {
         let mut values = vec![0.0; elements];
         for (range, from) in parts {
@@ -86,20 +113,16 @@ impl SlabMaker for HostSlabs {
 /// How the parts of a generated adapter are drawn: one stream after the other, in the slab's order.
 pub(super) fn drawn_parts(
     layout: &AdapterLayout,
-    modules: usize,
     stream: Uniform,
     bounds: impl Fn(usize, usize) -> (f32, f32),
 ) -> Vec<(Range<usize>, Uniform)> {
-    let mut parts = Vec::with_capacity(2 * layout.layers() * modules);
-    for layer in 0..layout.layers() {
-        for module in 0..modules {
-            let Some(part) = layout.part(layer, module) else { continue };
-            let (a, b) = bounds(part.inputs, layout.rank());
-            let middle = part.offset + layout.rank() * part.inputs;
-            let end = middle + layout.rank() * part.outputs;
-            parts.push((part.offset..middle, Uniform { skip: part.offset, bound: a, ..stream }));
-            parts.push((middle..end, Uniform { skip: middle, bound: b, ..stream }));
-        }
+    let mut parts = Vec::with_capacity(2 * layout.parts().len());
+    for part in layout.parts().iter().flatten() {
+        let (a, b) = bounds(part.inputs, layout.rank());
+        let middle = part.offset + layout.rank() * part.inputs;
+        let end = middle + layout.rank() * part.outputs;
+        parts.push((part.offset..middle, Uniform { skip: part.offset, bound: a, ..stream }));
+        parts.push((middle..end, Uniform { skip: middle, bound: b, ..stream }));
     }
     parts
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use gemm::Parallelism;
-use lora_sched::{AdapterId, Nanos, SlotId};
+use lora_sched::{Nanos, SlotId};
 
 use super::attention::{Rows, Scratch, attend};
 use super::kv::{KvLayer, KvShape};
@@ -15,38 +15,9 @@ use super::slots::Slots;
 use super::step::Step;
 use crate::engine::backend::{Adapted, Backend, BackendShape, HostMatrix, Norm, StepBackend};
 use crate::engine::batch::Batch;
-use crate::engine::device::SeqSampler;
+use crate::engine::device::{SeqSampler, StepError};
 use crate::engine::executor::{Sampling, TokenId};
 use crate::engine::model::{Family, ModelSpec, Values};
-
-/// A plan that the CPU backend cannot carry out: a bug of the driver.
-#[derive(Debug, thiserror::Error)]
-pub enum CpuError {
-    /// The slot holds another adapter than the plan says.
-    #[error("the plan wants adapter {wanted} in slot {slot}, which holds {}", held.map_or("none".into(), |h| format!("adapter {h}")))]
-    WrongAdapter {
-        /// The slot.
-        slot: SlotId,
-        /// The plan's adapter.
-        wanted: AdapterId,
-        /// What is there.
-        held: Option<AdapterId>,
-    },
-    /// A token id outside the vocabulary.
-    #[error("token id {token} is outside the vocabulary of {vocab}")]
-    UnknownToken {
-        /// The id.
-        token: TokenId,
-        /// Size of the vocabulary.
-        vocab: usize,
-    },
-    /// A sequence samples that was never begun.
-    #[error("place {place} samples, and no sequence has begun there")]
-    NotBegun {
-        /// The place.
-        place: u32,
-    },
-}
 
 /// The weight of a linear layer, packed for reading.
 pub struct CpuMatrix(Packed);
@@ -97,7 +68,9 @@ impl CpuBackend {
             blocks: limits.kv_blocks,
         };
         let (cos, sin) = match spec.family {
-            Family::Llama => math::rope_tables(limits.max_model_len, spec.head_dim, spec.rope_theta),
+            Family::Llama => {
+                math::rope_tables(limits.max_model_len, spec.head_dim, spec.rope_theta, &spec.rope_scaling)
+            }
             Family::Opt => (Vec::new(), Vec::new()),
         };
         Self {
@@ -164,21 +137,21 @@ impl Backend for CpuBackend {
     type Buffer = Vec<f32>;
     type Wide = Vec<f32>;
     type Matrix = CpuMatrix;
-    type Error = CpuError;
+    type Error = StepError;
 
-    fn buffer(&mut self, elements: usize) -> Result<Vec<f32>, CpuError> {
+    fn buffer(&mut self, elements: usize) -> Result<Vec<f32>, StepError> {
         Ok(committed(elements))
     }
 
-    fn wide(&mut self, elements: usize) -> Result<Vec<f32>, CpuError> {
+    fn wide(&mut self, elements: usize) -> Result<Vec<f32>, StepError> {
         Ok(committed(elements))
     }
 
-    fn upload(&mut self, values: Values) -> Result<Vec<f32>, CpuError> {
+    fn upload(&mut self, values: Values) -> Result<Vec<f32>, StepError> {
         Ok(values.into_host())
     }
 
-    fn upload_matrix(&mut self, matrix: HostMatrix) -> Result<CpuMatrix, CpuError> {
+    fn upload_matrix(&mut self, matrix: HostMatrix) -> Result<CpuMatrix, StepError> {
         let HostMatrix { weight, bias, outputs, inputs } = matrix;
         let bias = (!bias.is_empty()).then(|| joined(bias));
         Ok(CpuMatrix(Packed::new(&joined(weight), bias.as_deref(), outputs, inputs)))
@@ -190,7 +163,7 @@ impl Backend for CpuBackend {
         width: usize,
         table: &Vec<f32>,
         out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         for (token, out) in self.step.tokens[..n].iter().zip(out.chunks_exact_mut(width)) {
             out.copy_from_slice(row(table, *token as usize, width));
         }
@@ -204,7 +177,7 @@ impl Backend for CpuBackend {
         offset: usize,
         table: &Vec<f32>,
         x: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         for (position, x) in self.step.positions[..n].iter().zip(x.chunks_exact_mut(width)) {
             math::add(x, row(table, *position as usize + offset, width));
         }
@@ -217,7 +190,7 @@ impl Backend for CpuBackend {
         norm: &Norm<Vec<f32>>,
         x: &Vec<f32>,
         out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         let rows = x.chunks_exact(norm.width).zip(out.chunks_exact_mut(norm.width));
         for (x, out) in rows.take(n) {
             math::rms_norm_row(x, &norm.weight, norm.eps, out);
@@ -231,7 +204,7 @@ impl Backend for CpuBackend {
         norm: &Norm<Vec<f32>>,
         x: &Vec<f32>,
         out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         let bias = norm.bias.as_deref().unwrap_or(&[]);
         assert_eq!(bias.len(), norm.width, "a LayerNorm has a bias");
         let rows = x.chunks_exact(norm.width).zip(out.chunks_exact_mut(norm.width));
@@ -241,7 +214,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn await_adapters(&mut self, layer: usize) -> Result<(), CpuError> {
+    fn await_adapters(&mut self, layer: usize) -> Result<(), StepError> {
         self.slots.await_layer(layer, &mut self.step.loads);
         Ok(())
     }
@@ -253,7 +226,7 @@ impl Backend for CpuBackend {
         adapted: Adapted<'_>,
         x: &Vec<f32>,
         out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         matrix.0.multiply(n, x, &mut self.interleaved, out, self.threads);
         self.lora(adapted, x, matrix.0.outputs(), out);
         Ok(())
@@ -266,7 +239,7 @@ impl Backend for CpuBackend {
         adapted: Adapted<'_>,
         x: &Vec<f32>,
         residual: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         let width = matrix.0.outputs();
         let mut delta = std::mem::take(&mut self.delta);
         matrix.0.multiply(n, x, &mut self.interleaved, &mut delta, self.threads);
@@ -282,12 +255,12 @@ impl Backend for CpuBackend {
         matrix: &CpuMatrix,
         x: &Vec<f32>,
         out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         matrix.0.multiply(n, x, &mut self.interleaved, out, self.threads);
         Ok(())
     }
 
-    fn rope_and_write_kv(&mut self, layer: usize, n: usize, qkv: &mut Vec<f32>) -> Result<(), CpuError> {
+    fn rope_and_write_kv(&mut self, layer: usize, n: usize, qkv: &mut Vec<f32>) -> Result<(), StepError> {
         let spec = &self.shape.spec;
         let half = spec.head_dim / 2;
         for (position, row) in self.step.positions[..n].iter().zip(qkv.chunks_exact_mut(spec.qkv_dim())) {
@@ -300,7 +273,7 @@ impl Backend for CpuBackend {
         self.write_kv(layer, n, qkv)
     }
 
-    fn write_kv(&mut self, layer: usize, n: usize, qkv: &mut Vec<f32>) -> Result<(), CpuError> {
+    fn write_kv(&mut self, layer: usize, n: usize, qkv: &mut Vec<f32>) -> Result<(), StepError> {
         let spec = &self.shape.spec;
         let (q, kv) = (spec.q_dim(), spec.kv_dim());
         for (at, row) in self.step.kv_rows[..n].iter().zip(qkv.chunks_exact(spec.qkv_dim())) {
@@ -316,7 +289,7 @@ impl Backend for CpuBackend {
         _n: usize,
         qkv: &Vec<f32>,
         out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         let spec = &self.shape.spec;
         let (width, stride) = (spec.q_dim(), spec.qkv_dim());
         let step = &self.step;
@@ -344,7 +317,7 @@ impl Backend for CpuBackend {
         width: usize,
         gate_up: &Vec<f32>,
         out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         let rows = gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width));
         for (gate_up, out) in rows.take(n) {
             let (gate, up) = gate_up.split_at(width);
@@ -353,7 +326,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn relu(&mut self, n: usize, width: usize, x: &mut Vec<f32>) -> Result<(), CpuError> {
+    fn relu(&mut self, n: usize, width: usize, x: &mut Vec<f32>) -> Result<(), StepError> {
         math::relu(&mut x[..n * width]);
         Ok(())
     }
@@ -364,17 +337,17 @@ impl Backend for CpuBackend {
         width: usize,
         x: &Vec<f32>,
         out: &mut Vec<f32>,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         for (from, out) in self.step.sample_rows[..samples].iter().zip(out.chunks_exact_mut(width)) {
             out.copy_from_slice(row(x, *from as usize, width));
         }
         Ok(())
     }
 
-    fn sample(&mut self, samples: usize, logits: &Vec<f32>) -> Result<(), CpuError> {
+    fn sample(&mut self, samples: usize, logits: &Vec<f32>) -> Result<(), StepError> {
         let rows = logits.chunks_exact(self.shape.spec.vocab_size);
         for (&place, logits) in self.step.sample_places[..samples].iter().zip(rows) {
-            let sampler = self.samplers[place as usize].as_mut().ok_or(CpuError::NotBegun { place })?;
+            let sampler = self.samplers[place as usize].as_mut().ok_or(StepError::NotBegun { place })?;
             self.logits.copy_from_slice(logits);
             let token = sampler.sample(&mut self.logits, self.allowed.as_deref(), &mut self.candidates);
             self.last_tokens[place as usize] = token;
@@ -392,23 +365,23 @@ impl StepBackend for CpuBackend {
     fn run(
         &mut self,
         batch: &Batch,
-        mut work: impl FnMut(&mut Self, usize, usize) -> Result<(), CpuError>,
-    ) -> Result<(), CpuError> {
+        mut work: impl FnMut(&mut Self, usize, usize) -> Result<(), StepError>,
+    ) -> Result<(), StepError> {
         self.step.take(batch, &self.last_tokens, self.shape.spec.vocab_size, &self.slots)?;
         self.sampled.clear();
         work(self, batch.rows(), batch.sample_rows.len())
     }
 
-    fn sampled(&mut self) -> Result<&[TokenId], CpuError> {
+    fn sampled(&mut self) -> Result<&[TokenId], StepError> {
         Ok(&self.sampled)
     }
 
-    fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), CpuError> {
+    fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), StepError> {
         to.extend(self.step.loads.iter().map(|load| (load.slot, load.stalled)));
         Ok(())
     }
 
-    fn download(&mut self, from: &Vec<f32>, out: &mut [f32]) -> Result<(), CpuError> {
+    fn download(&mut self, from: &Vec<f32>, out: &mut [f32]) -> Result<(), StepError> {
         out.copy_from_slice(&from[..out.len()]);
         Ok(())
     }

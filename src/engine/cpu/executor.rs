@@ -10,8 +10,8 @@ use super::slots::Slots;
 use crate::engine::adapters::HostPool;
 use crate::engine::backend::BackendShape;
 use crate::engine::batch::BatchLimits;
-use crate::engine::device::{Compute, DeviceExecutor, LoadedModel, Parts};
-use crate::engine::model::{Decoder, Family, ModelSpec, WeightError, Weights};
+use crate::engine::device::{Compute, DeviceExecutor, LoadedModel, Parts, check_options};
+use crate::engine::model::{Decoder, ModelSpec, WeightError, Weights};
 
 /// What a CPU executor is made with.
 pub struct CpuOptions {
@@ -116,17 +116,5 @@ fn check(options: &CpuOptions) -> Result<(), CpuStartError> {
     if limits.block_size == 0 || !limits.block_size.is_multiple_of(8) {
         return fail(format!("block size {} is not a multiple of 8: use 8, 16 or 32", limits.block_size));
     }
-    if spec.family == Family::Opt && limits.max_model_len > spec.max_positions {
-        return fail(format!(
-            "max_model_len {} is over {}'s {} learned positions: lower it",
-            limits.max_model_len, spec.name, spec.max_positions
-        ));
-    }
-    match &options.allowed_tokens {
-        Some(mask) if mask.len() != spec.vocab_size => {
-            fail(format!("a mask of {} tokens for a vocabulary of {}", mask.len(), spec.vocab_size))
-        }
-        Some(mask) if !mask.contains(&true) => fail("no token may be sampled".into()),
-        _ => Ok(()),
-    }
+    check_options(spec, limits, options.allowed_tokens.as_deref()).map_err(CpuStartError::Options)
 }

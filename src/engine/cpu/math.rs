@@ -2,6 +2,7 @@
 //! vector instructions: no branches, no calls, sums in independent lanes.
 
 use super::simd::{MulAdd, vectorised};
+use crate::engine::model::RopeScaling;
 
 /// Lanes of a sum: enough for two AVX-512 or four AVX2 registers.
 const LANES: usize = 32;
@@ -127,13 +128,23 @@ pub(super) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
 }
 
 /// Cosines and sines `[positions, head_dim / 2]` of the rotary embedding.
-pub(super) fn rope_tables(positions: usize, head_dim: usize, theta: f32) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn rope_tables(
+    positions: usize,
+    head_dim: usize,
+    theta: f32,
+    scaling: &RopeScaling,
+) -> (Vec<f32>, Vec<f32>) {
     let half = head_dim / 2;
+    let frequencies: Vec<f32> = (0..half)
+        .map(|i| {
+            let unscaled = 1.0 / theta.powf((2 * i) as f32 / head_dim as f32);
+            scaling.scale(i, f64::from(unscaled)) as f32
+        })
+        .collect();
     let mut cos = Vec::with_capacity(positions * half);
     let mut sin = Vec::with_capacity(positions * half);
     for position in 0..positions {
-        for i in 0..half {
-            let frequency = 1.0 / theta.powf((2 * i) as f32 / head_dim as f32);
+        for frequency in &frequencies {
             let angle = position as f32 * frequency;
             cos.push(angle.cos());
             sin.push(angle.sin());
@@ -213,7 +224,7 @@ mod tests {
 
     #[test]
     fn rotation_keeps_length_and_turns_by_the_angle() {
-        let (cos, sin) = rope_tables(4, 4, 10_000.0);
+        let (cos, sin) = rope_tables(4, 4, 10_000.0, &RopeScaling::None);
         let mut head = [1.0, 0.0, 0.0, 0.0];
         rotate(&mut head, &cos[3 * 2..4 * 2], &sin[3 * 2..4 * 2]);
         assert_relative_eq!(head[0], 3f32.cos());

@@ -14,7 +14,7 @@ mod simd;
 mod slots;
 mod step;
 
-pub use backend::{CpuBackend, CpuError};
+pub use backend::CpuBackend;
 pub use executor::{CpuOptions, CpuStartError, cpu_executor};
 
 pub(super) use memory::plan;

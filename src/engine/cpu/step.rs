@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use lora_sched::SlotId;
 
-use super::backend::CpuError;
 use super::slots::{Load, Slots};
 use crate::engine::adapters::AdapterLayout;
-use crate::engine::batch::{Batch, BatchLimits, LAST_TOKEN};
+use crate::engine::batch::{Batch, BatchLimits};
+use crate::engine::device::{StepError, input_ids, wanted};
 use crate::engine::executor::TokenId;
 
 /// A segment of the running step with its adapter's offset table.
@@ -44,7 +44,7 @@ impl Step {
             kv_rows: Vec::with_capacity(rows),
             starts: Vec::with_capacity(seqs + 1),
             contexts: Vec::with_capacity(seqs),
-            blocks: Vec::with_capacity(seqs * limits.max_model_len.div_ceil(limits.block_size)),
+            blocks: Vec::with_capacity(seqs * limits.blocks_per_seq()),
             block_starts: Vec::with_capacity(seqs + 1),
             sample_rows: Vec::with_capacity(seqs),
             sample_places: Vec::with_capacity(seqs),
@@ -60,7 +60,7 @@ impl Step {
         last_tokens: &[TokenId],
         vocab: usize,
         slots: &Slots,
-    ) -> Result<(), CpuError> {
+    ) -> Result<(), StepError> {
         for (to, from) in [
             (&mut self.positions, &batch.positions),
             (&mut self.kv_rows, &batch.kv_rows),
@@ -79,35 +79,20 @@ impl Step {
         for seq in 0..batch.seqs() {
             self.blocks.extend_from_slice(batch.seq_blocks(seq));
             self.block_starts.push(self.blocks.len() as u32);
-            let last = last_tokens[batch.places[seq] as usize];
-            let ids = &batch.tokens[batch.seq_rows(seq)];
-            self.tokens.extend(ids.iter().map(|id| if *id == LAST_TOKEN { last } else { *id }));
         }
-        if let Some(&token) = self.tokens.iter().find(|t| **t as usize >= vocab) {
-            return Err(CpuError::UnknownToken { token, vocab });
+        for token in input_ids(batch, last_tokens, vocab) {
+            self.tokens.push(token?);
         }
         self.loads.clear();
         self.loads.extend(batch.loading.iter().map(|slot| Load::new(*slot)));
         self.segments.clear();
         for segment in &batch.segments {
-            let held = slots.held(segment.slot);
-            match held {
-                Some((adapter, layout)) if adapter == segment.adapter => {
-                    self.segments.push(ActiveSegment {
-                        slot: segment.slot,
-                        layout,
-                        start: segment.start as usize,
-                        rows: segment.rows as usize,
-                    });
-                }
-                held => {
-                    return Err(CpuError::WrongAdapter {
-                        slot: segment.slot,
-                        wanted: segment.adapter,
-                        held: held.map(|(adapter, _)| adapter),
-                    });
-                }
-            }
+            self.segments.push(ActiveSegment {
+                slot: segment.slot,
+                layout: wanted(segment, slots.held(segment.slot))?,
+                start: segment.start as usize,
+                rows: segment.rows as usize,
+            });
         }
         Ok(())
     }

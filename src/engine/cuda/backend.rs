@@ -1,24 +1,25 @@
-//! The backend trait on a GPU.
+//! The backend on a GPU: its memory, how a step is run. What a layer is made of is in `operations`.
+
+mod operations;
 
 use std::sync::Arc;
 
 use half::bf16;
 use lora_kernels::{
     Argmax, Attention, AttentionShape, CudaError, DecodeWorkspace, Device, DeviceBuffer, Draw, Elementwise,
-    Event, Gemm, KvCache, KvCacheMut, Lora, LoraLimits, LoraScratch, LoraStep, Out, PinnedBuffer, Product,
-    Queries, RopeKv, Rotation, Stream, Target, View, Weight, rope_frequencies, rope_table,
+    Event, Gemm, Lora, LoraLimits, LoraScratch, PinnedBuffer, Product, RopeKv, Stream, rope_frequencies,
+    rope_table,
 };
-use lora_sched::{AdapterId, Nanos, SlotId};
+use lora_sched::{Nanos, SlotId};
 
 use super::graphs::{GraphKey, Graphs, padded, rounded, shapes};
 use super::meta::Meta;
-use super::slabs::on_device;
 use super::slots::CudaSlots;
-use crate::engine::backend::{Adapted, Backend, BackendShape, HostMatrix, LoraTarget, Norm, StepBackend};
+use crate::engine::backend::{BackendShape, StepBackend};
 use crate::engine::batch::{Batch, BatchLimits};
-use crate::engine::device::SeqSampler;
+use crate::engine::device::{SeqSampler, StepError};
 use crate::engine::executor::{Sampling, TokenId};
-use crate::engine::model::{Decoder, Destination, Family, ModelSpec, Values};
+use crate::engine::model::{Decoder, Destination, Family, ModelSpec};
 
 /// A step that a GPU cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -26,30 +27,9 @@ pub enum CudaStepError {
     /// The device.
     #[error(transparent)]
     Device(#[from] CudaError),
-    /// The slot holds another adapter than the plan says: a bug of the driver.
-    #[error("the plan wants adapter {wanted} in slot {slot}, which holds {}", held.map_or("none".into(), |h| format!("adapter {h}")))]
-    WrongAdapter {
-        /// The slot.
-        slot: SlotId,
-        /// The plan's adapter.
-        wanted: AdapterId,
-        /// What is there.
-        held: Option<AdapterId>,
-    },
-    /// A token id outside the vocabulary.
-    #[error("token id {token} is outside the vocabulary of {vocab}")]
-    UnknownToken {
-        /// The id.
-        token: TokenId,
-        /// Size of the vocabulary.
-        vocab: usize,
-    },
-    /// A sequence samples that was never begun.
-    #[error("place {place} samples, and no sequence has begun there")]
-    NotBegun {
-        /// The place.
-        place: u32,
-    },
+    /// The plan.
+    #[error(transparent)]
+    Step(#[from] StepError),
 }
 
 /// A GPU with its KV cache, slots and scratch memory.
@@ -91,9 +71,6 @@ pub struct CudaBackend {
     stalls: Stalls,
 }
 
-/// Modules that share an input, at most: query, key and value.
-const MOST_TARGETS: usize = 3;
-
 /// Where a module's part begins in an adapter that adapts all.
 struct ModuleWidths {
     /// `inputs + outputs` of the modules before it in a layer.
@@ -131,12 +108,6 @@ struct Stalls {
     events: Vec<(Event, Event)>,
     /// The loading slot of each pair that is in use.
     used: Vec<SlotId>,
-}
-
-/// One layer's cache.
-fn kv_layer(kv: &DeviceBuffer<bf16>, half: usize, layer: usize) -> KvCache<'_> {
-    let (at, all) = (2 * layer * half, kv.view());
-    KvCache { keys: all.slice(at..at + half), values: all.slice(at + half..at + 2 * half) }
 }
 
 /// What a backend is made with, besides its shape.
@@ -185,7 +156,10 @@ impl CudaBackend {
             Family::Opt => 0,
         })?;
         if !rope.is_empty() {
-            let frequencies = rope_frequencies(spec.head_dim, f64::from(spec.rope_theta));
+            let mut frequencies = rope_frequencies(spec.head_dim, f64::from(spec.rope_theta));
+            for (index, frequency) in frequencies.iter_mut().enumerate() {
+                *frequency = spec.rope_scaling.scale(index, *frequency);
+            }
             rope.upload(&stream, &rope_table(limits.max_model_len, &frequencies))?;
         }
         let mut mask = None;
@@ -320,7 +294,7 @@ impl CudaBackend {
         let Pending { ended, ids, logits, logits_at, places, .. } = &mut self.pending;
         places.clear();
         for &place in &batch.sample_places {
-            let sampler = self.samplers[place as usize].as_ref().ok_or(CudaStepError::NotBegun { place })?;
+            let sampler = self.samplers[place as usize].as_ref().ok_or(StepError::NotBegun { place })?;
             places.push((place, !sampler.is_plain()));
         }
         let samples = places.len();
@@ -334,299 +308,6 @@ impl CudaBackend {
             }
         }
         Ok(self.stream.record(ended)?)
-    }
-
-    /// Elements of one layer's keys, or values.
-    fn kv_half(&self) -> usize {
-        self.limits.kv_blocks * self.limits.block_size * self.spec.kv_dim()
-    }
-
-    fn write(
-        &mut self,
-        layer: usize,
-        n: usize,
-        qkv: &mut DeviceBuffer<bf16>,
-        rotate: bool,
-    ) -> Result<(), CudaStepError> {
-        let half = self.kv_half();
-        let at = 2 * layer * half;
-        let (before, from) = (at..at + half, at + half..at + 2 * half);
-        let (keys, values) = self.kv.view_mut().split(before, from);
-        let rotation = Rotation { table: self.rope.view(), positions: self.meta.positions() };
-        let rotation = rotate.then_some(rotation);
-        let cache = KvCacheMut { keys, values };
-        Ok(self.rope_kv.apply(&self.stream, n, qkv.view_mut(), rotation, self.meta.kv_rows(), cache)?)
-    }
-
-    fn lora(
-        &mut self,
-        adapted: Adapted<'_>,
-        inputs: usize,
-        width: usize,
-        x: View<'_, bf16>,
-        out: Out<'_>,
-    ) -> Result<(), CudaStepError> {
-        let counts = self.meta.counts;
-        if self.shape.small == 0 && counts.large == 0 {
-            return Ok(());
-        }
-        let of = |target: &LoraTarget| Target {
-            index: adapted.layer * self.modules.len() + target.module,
-            elements_before: adapted.layer * self.per_layer + self.modules[target.module].before,
-            column: target.column,
-            outputs: self.modules[target.module].outputs,
-        };
-        let (mut targets, count) = ([Target::default(); MOST_TARGETS], adapted.targets.len());
-        for (to, from) in targets.iter_mut().zip(adapted.targets) {
-            *to = of(from);
-        }
-        let step = LoraStep {
-            small: self.meta.small(self.shape.small),
-            small_count: self.meta.small_count(),
-            large: self.meta.large(),
-            tiles: self.meta.lora_tiles(),
-            max_rank: self.max_rank,
-        };
-        let scratch = &mut self.lora_scratch;
-        Ok(self.lora.apply(&self.stream, scratch, &step, &targets[..count], inputs, x, width, out)?)
-    }
-
-    fn held(&mut self, values: Vec<Values>) -> Result<DeviceBuffer<bf16>, CudaError> {
-        let len = values.iter().map(Values::len).sum();
-        let mut buffer = self.device.buffer(len)?;
-        let mut at = 0;
-        for part in values {
-            let to = buffer.view_mut().slice(at..at + part.len());
-            at += part.len();
-            match part {
-                Values::Drawn { from, .. } => self.draw.fill(&self.stream, &on_device(&from), to)?,
-                Values::Read(values) => {
-                    let narrow: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-                    to.upload(&self.stream, &narrow)?;
-                }
-            }
-        }
-        self.stream.synchronize()?;
-        Ok(buffer)
-    }
-}
-
-impl Backend for CudaBackend {
-    type Buffer = DeviceBuffer<bf16>;
-    type Wide = DeviceBuffer<f32>;
-    type Matrix = Weight;
-    type Error = CudaStepError;
-
-    fn buffer(&mut self, elements: usize) -> Result<DeviceBuffer<bf16>, CudaStepError> {
-        Ok(self.device.buffer(elements)?)
-    }
-
-    fn wide(&mut self, elements: usize) -> Result<DeviceBuffer<f32>, CudaStepError> {
-        Ok(self.device.buffer(elements)?)
-    }
-
-    fn upload(&mut self, values: Values) -> Result<DeviceBuffer<bf16>, CudaStepError> {
-        Ok(self.held(vec![values])?)
-    }
-
-    fn upload_matrix(&mut self, matrix: HostMatrix) -> Result<Weight, CudaStepError> {
-        let HostMatrix { weight, bias, outputs, inputs } = matrix;
-        let bias = if bias.is_empty() {
-            None
-        } else {
-            let host: Vec<f32> = bias.iter().cloned().flat_map(Values::into_host).collect();
-            let mut wide = self.device.buffer(outputs)?;
-            wide.upload(&self.stream, &host)?;
-            Some((self.held(bias)?, wide))
-        };
-        Ok(Weight { values: self.held(weight)?, bias, outputs, inputs })
-    }
-
-    fn embed(
-        &mut self,
-        n: usize,
-        width: usize,
-        table: &DeviceBuffer<bf16>,
-        out: &mut DeviceBuffer<f32>,
-    ) -> Result<(), CudaStepError> {
-        let tokens = self.meta.tokens();
-        Ok(self.elementwise.embed(&self.stream, n, width, tokens, table.view(), out.view_mut())?)
-    }
-
-    fn add_positions(
-        &mut self,
-        n: usize,
-        width: usize,
-        offset: usize,
-        table: &DeviceBuffer<bf16>,
-        x: &mut DeviceBuffer<f32>,
-    ) -> Result<(), CudaStepError> {
-        let positions = self.meta.positions();
-        let (stream, x) = (&self.stream, x.view_mut());
-        Ok(self.elementwise.add_positions(stream, n, width, offset, positions, table.view(), x)?)
-    }
-
-    fn rms_norm(
-        &mut self,
-        n: usize,
-        norm: &Norm<DeviceBuffer<bf16>>,
-        x: &DeviceBuffer<f32>,
-        out: &mut DeviceBuffer<bf16>,
-    ) -> Result<(), CudaStepError> {
-        let (stream, weight) = (&self.stream, norm.weight.view());
-        Ok(self.elementwise.rms_norm(stream, n, norm.eps, weight, x.view(), out.view_mut())?)
-    }
-
-    fn layer_norm(
-        &mut self,
-        n: usize,
-        norm: &Norm<DeviceBuffer<bf16>>,
-        x: &DeviceBuffer<f32>,
-        out: &mut DeviceBuffer<bf16>,
-    ) -> Result<(), CudaStepError> {
-        let (stream, weight) = (&self.stream, norm.weight.view());
-        let bias = norm
-            .bias
-            .as_ref()
-            .ok_or(CudaError::Shape { kernel: "layer_norm", what: "a LayerNorm has a bias".into() })?;
-        let out = out.view_mut();
-        Ok(self.elementwise.layer_norm(stream, n, norm.eps, weight, bias.view(), x.view(), out)?)
-    }
-
-    fn await_adapters(&mut self, layer: usize) -> Result<(), CudaStepError> {
-        for i in 0..self.stalls.loading.len() {
-            let slot = self.stalls.loading[i];
-            if self.slots.has_all(slot) {
-                continue;
-            }
-            let used = self.stalls.used.len();
-            if used == self.stalls.events.len() {
-                self.stalls.events.push((self.device.event(true)?, self.device.event(true)?));
-            }
-            self.stalls.used.push(slot);
-            let (before, after) = &self.stalls.events[used];
-            self.stream.record(before)?;
-            self.slots.await_layer(&self.stream, slot, layer)?;
-            self.stream.record(after)?;
-        }
-        Ok(())
-    }
-
-    fn linear(
-        &mut self,
-        n: usize,
-        matrix: &Weight,
-        adapted: Adapted<'_>,
-        x: &DeviceBuffer<bf16>,
-        out: &mut DeviceBuffer<bf16>,
-    ) -> Result<(), CudaStepError> {
-        self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::Store(out.view_mut()))?;
-        self.lora(adapted, matrix.inputs, matrix.outputs, x.view(), Out::Bf16(out.view_mut()))
-    }
-
-    fn linear_add(
-        &mut self,
-        n: usize,
-        matrix: &Weight,
-        adapted: Adapted<'_>,
-        x: &DeviceBuffer<bf16>,
-        residual: &mut DeviceBuffer<f32>,
-    ) -> Result<(), CudaStepError> {
-        self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::Add(residual.view_mut()))?;
-        self.lora(adapted, matrix.inputs, matrix.outputs, x.view(), Out::F32(residual.view_mut()))
-    }
-
-    fn linear_wide(
-        &mut self,
-        n: usize,
-        matrix: &Weight,
-        x: &DeviceBuffer<bf16>,
-        out: &mut DeviceBuffer<f32>,
-    ) -> Result<(), CudaStepError> {
-        // Sampling rows come in any number; their buffers have room for the shape above it.
-        let n = rounded(n);
-        Ok(self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::StoreWide(out.view_mut()))?)
-    }
-
-    fn rope_and_write_kv(
-        &mut self,
-        layer: usize,
-        n: usize,
-        qkv: &mut DeviceBuffer<bf16>,
-    ) -> Result<(), CudaStepError> {
-        self.write(layer, n, qkv, true)
-    }
-
-    fn write_kv(
-        &mut self,
-        layer: usize,
-        n: usize,
-        qkv: &mut DeviceBuffer<bf16>,
-    ) -> Result<(), CudaStepError> {
-        self.write(layer, n, qkv, false)
-    }
-
-    fn attention(
-        &mut self,
-        layer: usize,
-        n: usize,
-        qkv: &DeviceBuffer<bf16>,
-        out: &mut DeviceBuffer<bf16>,
-    ) -> Result<(), CudaStepError> {
-        let (counts, width) = (self.meta.counts, self.spec.qkv_dim());
-        let queries = Queries { rows: qkv.view(), width };
-        let half = self.kv_half();
-        let cache = kv_layer(&self.kv, half, layer);
-        if self.shape.singles > 0 {
-            self.attention.decode(
-                &self.stream,
-                self.shape.singles,
-                self.shape.longest,
-                self.meta.singles(),
-                &self.meta.sequences(self.shape.singles),
-                queries,
-                cache,
-                &mut self.attention_scratch,
-                out.view_mut(),
-            )?;
-        }
-        if counts.attention_tiles > 0 {
-            let (tiles, sequences) = (self.meta.attention_tiles(), self.meta.sequences(counts.seqs));
-            self.attention.prefill(&self.stream, n, tiles, &sequences, queries, cache, out.view_mut())?;
-        }
-        Ok(())
-    }
-
-    fn silu_mul(
-        &mut self,
-        n: usize,
-        width: usize,
-        gate_up: &DeviceBuffer<bf16>,
-        out: &mut DeviceBuffer<bf16>,
-    ) -> Result<(), CudaStepError> {
-        Ok(self.elementwise.silu_mul(&self.stream, n, width, gate_up.view(), out.view_mut())?)
-    }
-
-    fn relu(&mut self, n: usize, width: usize, x: &mut DeviceBuffer<bf16>) -> Result<(), CudaStepError> {
-        Ok(self.elementwise.relu(&self.stream, n, width, x.view_mut())?)
-    }
-
-    fn gather_samples(
-        &mut self,
-        samples: usize,
-        width: usize,
-        x: &DeviceBuffer<f32>,
-        out: &mut DeviceBuffer<f32>,
-    ) -> Result<(), CudaStepError> {
-        let rows = self.meta.sample_rows();
-        Ok(self.elementwise.gather(&self.stream, samples, width, rows, x.view(), out.view_mut())?)
-    }
-
-    fn sample(&mut self, samples: usize, logits: &DeviceBuffer<f32>) -> Result<(), CudaStepError> {
-        self.pending.logits_at = logits.view().address();
-        let (vocab, allowed) = (self.spec.vocab_size, self.allowed.as_ref().map(DeviceBuffer::view));
-        let (stream, ids) = (&self.stream, self.ids.view_mut());
-        Ok(self.argmax.run(stream, samples, vocab, logits.view(), allowed, ids)?)
     }
 }
 
@@ -672,7 +353,7 @@ impl StepBackend for CudaBackend {
         tokens.clear();
         let vocab = self.spec.vocab_size;
         for (i, &(place, on_host)) in places.iter().enumerate() {
-            let sampler = self.samplers[place as usize].as_mut().ok_or(CudaStepError::NotBegun { place })?;
+            let sampler = self.samplers[place as usize].as_mut().ok_or(StepError::NotBegun { place })?;
             let token = if on_host {
                 row.copy_from_slice(&logits[i * vocab..(i + 1) * vocab]);
                 sampler.sample(row, self.allowed_host.as_deref(), scratch)

@@ -12,8 +12,8 @@ use super::slots::CudaSlots;
 use crate::engine::adapters::{HostPool, SlabMaker};
 use crate::engine::backend::BackendShape;
 use crate::engine::batch::BatchLimits;
-use crate::engine::device::{Ceilings, Compute, DeviceExecutor, LoadedModel, Parts};
-use crate::engine::model::{Decoder, Family, ModelSpec, WeightError, Weights};
+use crate::engine::device::{Ceilings, Compute, DeviceExecutor, LoadedModel, Parts, check_options};
+use crate::engine::model::{Decoder, ModelSpec, WeightError, Weights};
 use crate::engine::setup::HostMemory;
 
 /// Layers of a piece of a copy. Each piece costs some 8 µs of the bus's time beside its bytes, so that one
@@ -189,17 +189,5 @@ fn check(options: &CudaOptions) -> Result<(), CudaStartError> {
             spec.name, module.name, module.outputs, module.inputs
         ));
     }
-    if spec.family == Family::Opt && limits.max_model_len > spec.max_positions {
-        return fail(format!(
-            "max_model_len {} is over {}'s {} learned positions: lower it",
-            limits.max_model_len, spec.name, spec.max_positions
-        ));
-    }
-    match &options.allowed_tokens {
-        Some(mask) if mask.len() != spec.vocab_size => {
-            fail(format!("a mask of {} tokens for a vocabulary of {}", mask.len(), spec.vocab_size))
-        }
-        Some(mask) if !mask.contains(&true) => fail("no token may be sampled".into()),
-        _ => Ok(()),
-    }
+    check_options(spec, limits, options.allowed_tokens.as_deref()).map_err(CudaStartError::Options)
 }

@@ -10,7 +10,8 @@ use lora_kernels::{
 
 use super::backend::CudaStepError;
 use super::slots::{CudaSlots, Resident};
-use crate::engine::batch::{Batch, BatchLimits, LAST_TOKEN};
+use crate::engine::batch::{Batch, BatchLimits};
+use crate::engine::device::{input_ids, wanted};
 use crate::engine::executor::TokenId;
 
 const SEGMENT_WORDS: usize = size_of::<Segment>() / 4;
@@ -44,7 +45,7 @@ impl MetaLayout {
     /// The layout for steps of up to `rows` rows; `limits` are rounded up.
     pub fn new(limits: &BatchLimits, rows: usize) -> Self {
         let seqs = limits.max_num_seqs;
-        let blocks = limits.max_model_len.div_ceil(limits.block_size);
+        let blocks = limits.blocks_per_seq();
         let mut words = COUNTS;
         let mut array = |len: usize| {
             let start = words;
@@ -126,7 +127,7 @@ impl Meta {
             device: device.buffer(layouts[0].words())?,
             layouts,
             decode: false,
-            blocks_per_seq: limits.max_model_len.div_ceil(limits.block_size),
+            blocks_per_seq: limits.blocks_per_seq(),
             lens: Vec::with_capacity(limits.max_num_seqs),
             small: Vec::with_capacity(limits.max_num_seqs),
             large: Vec::with_capacity(limits.max_num_seqs),
@@ -161,15 +162,8 @@ impl Meta {
         put(host, &at.positions, &batch.positions);
         put(host, &at.kv_rows, &batch.kv_rows);
         let real = batch.rows();
-        for seq in 0..batch.seqs() {
-            let last = last_tokens[batch.places[seq] as usize];
-            for row in batch.seq_rows(seq) {
-                let token = if batch.tokens[row] == LAST_TOKEN { last } else { batch.tokens[row] };
-                if token as usize >= vocab {
-                    return Err(CudaStepError::UnknownToken { token, vocab });
-                }
-                host[at.tokens.start + row] = token;
-            }
+        for (to, token) in host[at.tokens.clone()].iter_mut().zip(input_ids(batch, last_tokens, vocab)) {
+            *to = token?;
         }
         // Rows of padding: any token, at no place.
         host[at.tokens.start + real..at.tokens.start + rows].fill(0);
@@ -181,16 +175,8 @@ impl Meta {
         self.small.clear();
         self.large.clear();
         for segment in &batch.segments {
-            let resident = match slots.resident(segment.slot) {
-                Some(resident) if resident.adapter == segment.adapter => resident,
-                held => {
-                    return Err(CudaStepError::WrongAdapter {
-                        slot: segment.slot,
-                        wanted: segment.adapter,
-                        held: held.map(|r| r.adapter),
-                    });
-                }
-            };
+            let held = slots.resident(segment.slot).map(|resident| (resident.adapter, resident));
+            let resident = wanted(segment, held)?;
             let of_its_size =
                 if segment.rows as usize <= SMALL_ROWS { &mut self.small } else { &mut self.large };
             of_its_size.push(on_device(&resident, segment.start, segment.rows));

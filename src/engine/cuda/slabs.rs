@@ -1,9 +1,11 @@
 //! Host copies of adapters, in bf16.
 
+use std::io::Read;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use lora_kernels::{CudaError, Device, DeviceBuffer, Draw, Stream};
 
 use crate::engine::adapters::{Slab, SlabMaker};
@@ -40,11 +42,11 @@ impl CudaSlabs {
     fn slab(
         &self,
         elements: usize,
-        fill: impl FnOnce(&mut [bf16]) -> Result<(), CudaError>,
-    ) -> Result<Slab, CudaError> {
+        fill: impl FnOnce(&mut [bf16]) -> Result<(), String>,
+    ) -> Result<Slab, String> {
         match self.memory {
             HostMemory::Pinned => {
-                let mut pinned = self.device.pinned(elements)?;
+                let mut pinned = self.device.pinned(elements).map_err(|e| e.to_string())?;
                 fill(&mut pinned)?;
                 Ok(Slab::Pinned(pinned))
             }
@@ -87,10 +89,16 @@ impl SlabMaker for CudaSlabs {
             out.iter_mut().zip(&values).for_each(|(to, from)| *to = bf16::from_f32(*from));
             Ok(())
         })
-        .map_err(|e| e.to_string())
+    }
+
+    fn read(&self, elements: usize, from: &mut dyn Read) -> Result<Slab, String> {
+        self.slab(elements, |out| {
+            let bytes = bytemuck::cast_slice_mut(out.reinterpret_cast_mut());
+            from.read_exact(bytes).map_err(|e| e.to_string())
+        })
     }
 
     fn draw(&self, elements: usize, parts: &[(Range<usize>, Uniform)]) -> Result<Slab, String> {
-        self.slab(elements, |out| self.draw_into(parts, out)).map_err(|e| e.to_string())
+        self.slab(elements, |out| self.draw_into(parts, out).map_err(|e| e.to_string()))
     }
 }

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::rope::{RopeError, RopeScaling};
 use super::spec::{Dtype, Family, ModelSpec};
 
 /// A configuration that the engine cannot run.
@@ -62,6 +63,7 @@ struct Raw {
     rope_theta: Option<f32>,
     rope_scaling: Option<Value>,
     rope_parameters: Option<Value>,
+    partial_rotary_factor: Option<f32>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
 
@@ -80,6 +82,16 @@ pub fn parse(name: &str, text: &str) -> Result<ModelSpec, ConfigError> {
     let raw: Raw = serde_json::from_str(text)
         .map_err(|source| ConfigError::Malformed { model: name.to_owned(), source })?;
     Reader { name, raw }.spec()
+}
+
+/// The ids of an `eos_token_id`: one, a list or null. None if it is something else.
+pub(super) fn token_ids(value: Option<&Value>) -> Option<Vec<u32>> {
+    let id = |v: &Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
+    match value {
+        None | Some(Value::Null) => Some(Vec::new()),
+        Some(Value::Array(all)) => all.iter().map(id).collect(),
+        Some(one) => Some(vec![id(one)?]),
+    }
 }
 
 struct Reader<'a> {
@@ -141,13 +153,8 @@ impl Reader<'_> {
     }
 
     fn eos(&self) -> Result<Vec<u32>, ConfigError> {
-        let id = |v: &Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
-        let ids = match &self.raw.eos_token_id {
-            None => Some(Vec::new()),
-            Some(Value::Array(all)) => all.iter().map(id).collect(),
-            Some(one) => id(one).map(|one| vec![one]),
-        };
-        ids.ok_or_else(|| self.inconsistent("eos_token_id is neither a token id nor a list of them".into()))
+        token_ids(self.raw.eos_token_id.as_ref())
+            .ok_or_else(|| self.inconsistent("eos_token_id is neither a token id nor a list of them".into()))
     }
 
     /// The fields that both families share; the rest is filled in by each.
@@ -167,6 +174,7 @@ impl Reader<'_> {
             max_positions: raw.max_position_embeddings,
             norm_eps: 1e-5,
             rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::None,
             tie_embeddings: false,
             attention_bias: false,
             mlp_bias: false,
@@ -189,7 +197,7 @@ impl Reader<'_> {
         spec.kv_heads = raw.num_key_value_heads.unwrap_or(spec.heads);
         spec.head_dim = raw.head_dim.unwrap_or(spec.head_dim);
         spec.norm_eps = raw.rms_norm_eps.unwrap_or(1e-6);
-        spec.rope_theta = self.rope_theta()?;
+        (spec.rope_theta, spec.rope_scaling) = self.rope()?;
         spec.tie_embeddings = raw.tie_word_embeddings.unwrap_or(false);
         spec.attention_bias = raw.attention_bias.unwrap_or(false);
         spec.mlp_bias = raw.mlp_bias.unwrap_or(false);
@@ -197,18 +205,29 @@ impl Reader<'_> {
     }
 
     /// Older files have `rope_theta` and `rope_scaling`, newer ones both inside `rope_parameters`.
-    fn rope_theta(&self) -> Result<f32, ConfigError> {
+    fn rope(&self) -> Result<(f32, RopeScaling), ConfigError> {
+        if let Some(part) = self.raw.partial_rotary_factor.filter(|p| *p != 1.0) {
+            return Err(
+                self.unsupported(format!("partial_rotary_factor {part}"), "positions must turn whole heads")
+            );
+        }
+        let mut scaling = RopeScaling::None;
         for rope in [&self.raw.rope_scaling, &self.raw.rope_parameters].into_iter().flatten() {
-            let kind = rope.get("rope_type").or_else(|| rope.get("type")).and_then(Value::as_str);
-            if let Some(kind) = kind.filter(|k| *k != "default") {
-                return Err(self.unsupported(
+            let found = RopeScaling::parse(rope).map_err(|e| match e {
+                RopeError::Unsupported(kind) => self.unsupported(
                     format!("rope scaling of type {kind}"),
-                    "rotary positions must be unscaled",
-                ));
+                    "types of rope scaling are default, linear and llama3",
+                ),
+                RopeError::Field(field) => {
+                    self.inconsistent(format!("rope scaling's {field} is missing or out of range"))
+                }
+            })?;
+            if found != RopeScaling::None {
+                scaling = found;
             }
         }
         let nested = self.raw.rope_parameters.as_ref().and_then(|r| r.get("rope_theta")?.as_f64());
-        Ok(self.raw.rope_theta.or(nested.map(|t| t as f32)).unwrap_or(10_000.0))
+        Ok((self.raw.rope_theta.or(nested.map(|t| t as f32)).unwrap_or(10_000.0), scaling))
     }
 
     fn opt(&self) -> Result<ModelSpec, ConfigError> {
@@ -302,6 +321,8 @@ mod tests {
     fn unsupported_fields_are_named() {
         for (text, field, value, said) in [
             (LLAMA, "rope_scaling", serde_json::json!({"type": "yarn"}), "yarn"),
+            (LLAMA, "rope_scaling", serde_json::json!({"type": "linear"}), "factor is missing"),
+            (LLAMA, "partial_rotary_factor", serde_json::json!(0.5), "partial_rotary_factor 0.5"),
             (LLAMA, "hidden_act", "gelu".into(), "hidden_act gelu"),
             (LLAMA, "architectures", serde_json::json!(["MambaForCausalLM"]), "MambaForCausalLM"),
             (LLAMA, "quantization_config", serde_json::json!({"quant_method": "gptq"}), "gptq"),
@@ -324,6 +345,12 @@ mod tests {
         json.as_object_mut().unwrap().remove("rope_theta");
         assert_eq!(parse("m", &json.to_string()).unwrap().rope_theta, 5e5);
         assert_eq!(parse("m", &with(LLAMA, "rope_theta", 1e6.into())).unwrap().rope_theta, 1e6);
+        let linear = RopeScaling::Linear { factor: 2.0 };
+        let old = with(LLAMA, "rope_scaling", serde_json::json!({"type": "linear", "factor": 2.0}));
+        let new = with(LLAMA, "rope_parameters", serde_json::json!({"rope_type": "linear", "factor": 2.0}));
+        for text in [old, new] {
+            assert_eq!(parse("m", &text).unwrap().rope_scaling, linear);
+        }
     }
 
     #[test]

@@ -1,10 +1,13 @@
-//! What `--model` means: a folder, or the name of a preset.
+//! What `--model` means: a folder, a GGUF file, or the name of a preset.
 
 use std::path::{Path, PathBuf};
 
 use super::config::{self, ConfigError};
+use super::generation::{GenerationConfig, GenerationConfigError};
+use super::gguf::GgufWeights;
 use super::spec::ModelSpec;
 use super::weights::{TensorFiles, WeightError, Weights};
+use crate::workload::gguf::{GgufError, is_gguf};
 
 const LLAMA_2_7B: &str = include_str!("../../../configs/models/llama-2-7b.json");
 
@@ -42,9 +45,10 @@ pub enum DummyWeights {
 /// A model that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// Neither a folder with a `config.json` nor a preset.
+    /// Neither a folder with a `config.json`, nor a GGUF file, nor a preset.
     #[error(
-        "unknown model {name:?}: it is neither a folder with a config.json nor one of the presets ({presets})"
+        "unknown model {name:?}: it is neither a folder with a config.json, nor a .gguf file, nor one of the presets \
+         ({presets})"
     )]
     Unknown {
         /// What was asked for.
@@ -66,6 +70,20 @@ pub enum ModelError {
     /// The weights.
     #[error(transparent)]
     Weights(#[from] WeightError),
+    /// A GGUF file.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// Its `generation_config.json`.
+    #[error(transparent)]
+    Generation(#[from] GenerationConfigError),
+    /// A folder whose weights are in a format that is not read.
+    #[error("{}: the weights are {found}, which are not read: convert them to model.safetensors", folder.display())]
+    Format {
+        /// The folder.
+        folder: PathBuf,
+        /// The files.
+        found: String,
+    },
     /// A file of the folder cannot be read.
     #[error("{}: {source}", path.display())]
     Io {
@@ -82,42 +100,80 @@ pub struct Model {
     pub spec: ModelSpec,
     /// Its weights.
     pub weights: Weights,
-    /// Its folder, if it has one: the tokenizer may be there too.
-    pub folder: Option<PathBuf>,
+    /// What a `generation_config.json` says.
+    pub generation: GenerationConfig,
+    /// Its folder or GGUF file, if it has one: the tokenizer may be there too.
+    pub home: Option<PathBuf>,
 }
 
 /// Finds the model called `name`; `seed` draws dummy weights.
+///
+/// # Errors
+/// If there is none of this name, its files are broken, or they ask for what the engine does not run.
 pub fn resolve(name: &str, dummy: DummyWeights, seed: u64) -> Result<Model, ModelError> {
-    let folder = Path::new(name);
-    let (spec, folder) = if folder.join("config.json").is_file() {
-        let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path, source })?;
-        (config::parse(name, &text)?, Some(folder.to_owned()))
+    let path = Path::new(name);
+    if is_gguf(path) && path.is_file() {
+        let (spec, weights) = GgufWeights::open(name, path)?;
+        let drawn = dummy == DummyWeights::Always;
+        let weights = if drawn { Weights::Dummy { seed } } else { Weights::Gguf(weights) };
+        return Ok(Model {
+            spec,
+            weights,
+            generation: GenerationConfig::default(),
+            home: Some(path.to_owned()),
+        });
+    }
+    if path.join("config.json").is_file() {
+        return folder(name, path, dummy, seed);
+    }
+    let presets = || preset_names().collect::<Vec<_>>().join(", ");
+    let spec =
+        preset(name).ok_or_else(|| ModelError::Unknown { name: name.to_owned(), presets: presets() })?;
+    let weights = dummy_weights(name, dummy, seed)?;
+    Ok(Model { spec, weights, generation: GenerationConfig::default(), home: None })
+}
+
+/// A model without files.
+fn dummy_weights(name: &str, dummy: DummyWeights, seed: u64) -> Result<Weights, ModelError> {
+    match dummy {
+        DummyWeights::Never => Err(ModelError::NoWeights { name: name.to_owned() }),
+        DummyWeights::Auto | DummyWeights::Always => Ok(Weights::Dummy { seed }),
+    }
+}
+
+/// The model in a Hugging Face folder.
+fn folder(name: &str, folder: &Path, dummy: DummyWeights, seed: u64) -> Result<Model, ModelError> {
+    let path = folder.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|source| ModelError::Io { path, source })?;
+    let mut spec = config::parse(name, &text)?;
+    let generation = GenerationConfig::read(folder)?;
+    for id in &generation.eos {
+        if !spec.eos.contains(id) {
+            spec.eos.push(*id);
+        }
+    }
+    let files = if dummy == DummyWeights::Always { Vec::new() } else { weight_files(folder)? };
+    let weights = if files.is_empty() {
+        dummy_weights(name, dummy, seed)?
     } else {
-        let presets = || preset_names().collect::<Vec<_>>().join(", ");
-        let spec =
-            preset(name).ok_or_else(|| ModelError::Unknown { name: name.to_owned(), presets: presets() })?;
-        (spec, None)
+        Weights::Files(TensorFiles::open(folder, &files)?)
     };
-    let files = match (&folder, dummy) {
-        (Some(folder), DummyWeights::Auto | DummyWeights::Never) => weight_files(folder)?,
-        _ => Vec::new(),
-    };
-    let weights = match &folder {
-        Some(folder) if !files.is_empty() => Weights::Files(TensorFiles::open(folder, &files)?),
-        _ if dummy == DummyWeights::Never => return Err(ModelError::NoWeights { name: name.to_owned() }),
-        _ => Weights::Dummy { seed },
-    };
-    Ok(Model { spec, weights, folder })
+    Ok(Model { spec, weights, generation, home: Some(folder.to_owned()) })
 }
 
 /// The safetensors files of a folder: the shards that an index lists, or the one file; empty if
-/// there are none.
+/// there are none. Weights in another format are an error: they would be papered over with dummies.
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let index = folder.join("model.safetensors.index.json");
     if !index.is_file() {
         let one = folder.join("model.safetensors");
-        return Ok(if one.is_file() { vec![one] } else { Vec::new() });
+        if one.is_file() {
+            return Ok(vec![one]);
+        }
+        return match foreign_weights(folder) {
+            Some(found) => Err(ModelError::Format { folder: folder.to_owned(), found }),
+            None => Ok(Vec::new()),
+        };
     }
     #[derive(serde::Deserialize)]
     struct Index {
@@ -125,10 +181,35 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     }
     let text =
         std::fs::read_to_string(&index).map_err(|source| ModelError::Io { path: index.clone(), source })?;
-    let parsed: Index =
-        serde_json::from_str(&text).map_err(|e| WeightError::File { path: index, message: e.to_string() })?;
+    let wrong = |message: String| WeightError::File { path: index.clone(), message };
+    let parsed: Index = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
     let shards: std::collections::BTreeSet<String> = parsed.weight_map.into_values().collect();
-    Ok(shards.into_iter().map(|shard| folder.join(shard)).collect())
+    let mut files = Vec::with_capacity(shards.len());
+    for shard in shards {
+        let path = folder.join(&shard);
+        if !path.is_file() {
+            return Err(wrong(format!("it lists {shard}, which is not there")).into());
+        }
+        files.push(path);
+    }
+    Ok(files)
+}
+
+/// Weights that are there in a format that is not read: `pytorch_model.bin` and the like.
+fn foreign_weights(folder: &Path) -> Option<String> {
+    let name = |entry: std::io::Result<std::fs::DirEntry>| entry.ok()?.file_name().into_string().ok();
+    let mut found: Vec<String> = std::fs::read_dir(folder)
+        .ok()?
+        .filter_map(name)
+        .filter(|name| {
+            [".bin", ".pt", ".pth", ".h5", ".msgpack"].iter().any(|end| name.ends_with(end))
+                && ["pytorch_model", "consolidated", "tf_model", "flax_model"]
+                    .iter()
+                    .any(|b| name.starts_with(b))
+        })
+        .collect();
+    found.sort();
+    (!found.is_empty()).then(|| found.join(", "))
 }
 
 #[cfg(test)]
@@ -174,11 +255,40 @@ mod tests {
             r#"{"metadata":{},"weight_map":{"a":"two.safetensors","b":"one.safetensors","c":"one.safetensors"}}"#,
         )
         .unwrap();
+        let missing = weight_files(dir.path()).unwrap_err().to_string();
+        assert!(missing.contains("index.json") && missing.contains("one.safetensors"), "{missing}");
+        for shard in ["one.safetensors", "two.safetensors"] {
+            std::fs::write(dir.path().join(shard), b"").unwrap();
+        }
         let names: Vec<_> = weight_files(dir.path())
             .unwrap()
             .iter()
             .map(|p| p.file_name().unwrap().to_str().unwrap().to_owned())
             .collect();
         assert_eq!(names, ["one.safetensors", "two.safetensors"]);
+    }
+
+    #[test]
+    fn weights_in_another_format_are_refused_not_drawn() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = dir.path().to_str().unwrap();
+        std::fs::write(dir.path().join("config.json"), include_str!("../../../configs/models/tiny.json"))
+            .unwrap();
+        std::fs::write(dir.path().join("pytorch_model.bin"), b"pickle").unwrap();
+        let Err(error) = resolve(name, DummyWeights::Auto, 0) else { panic!("accepted") };
+        assert!(error.to_string().contains("pytorch_model.bin"), "{error}");
+        assert!(resolve(name, DummyWeights::Always, 0).unwrap().weights.is_dummy());
+    }
+
+    #[test]
+    fn the_generation_config_adds_ends_and_defaults() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), include_str!("../../../configs/models/tiny.json"))
+            .unwrap();
+        let text = r#"{"eos_token_id": [2, 9], "temperature": 0.5}"#;
+        std::fs::write(dir.path().join("generation_config.json"), text).unwrap();
+        let model = resolve(dir.path().to_str().unwrap(), DummyWeights::Auto, 0).unwrap();
+        assert_eq!(model.generation.sampling.temperature, Some(0.5));
+        assert!(model.spec.eos.ends_with(&[9]), "{:?}", model.spec.eos);
     }
 }

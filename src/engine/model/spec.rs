@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::rope::RopeScaling;
+
 /// A model family that the engine implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
@@ -76,6 +78,8 @@ pub struct ModelSpec {
     pub norm_eps: f32,
     /// Base of the rotary frequencies (Llama).
     pub rope_theta: f32,
+    /// What becomes of those frequencies (Llama).
+    pub rope_scaling: RopeScaling,
     /// Whether the output matrix is the embedding table.
     pub tie_embeddings: bool,
     /// Whether the attention's linear layers have biases.

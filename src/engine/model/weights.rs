@@ -1,4 +1,4 @@
-//! Where a model's tensors come from: safetensors files, or a seed.
+//! Where a model's tensors come from: safetensors files, a GGUF file, or a seed.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device};
 
+use super::gguf::GgufWeights;
 use super::random::{Uniform, Values};
+use super::spec::Dtype;
 
 /// Weights that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +22,7 @@ pub enum WeightError {
         message: String,
     },
     /// A tensor that the configuration calls for is not there.
-    #[error("{}: tensor {tensor} is missing; the weights are not of the model in config.json", path.display())]
+    #[error("{}: tensor {tensor} is missing; the weights are not of the model in its configuration", path.display())]
     Missing {
         /// The folder.
         path: PathBuf,
@@ -29,7 +31,7 @@ pub enum WeightError {
     },
     /// A tensor has another shape than the configuration calls for.
     #[error(
-        "{}: tensor {tensor} has shape {found:?}, config.json calls for {expected:?}", path.display()
+        "{}: tensor {tensor} has shape {found:?}, the model's configuration calls for {expected:?}", path.display()
     )]
     Shape {
         /// The folder.
@@ -132,6 +134,8 @@ impl TensorFiles {
 pub enum Weights {
     /// From a checkpoint.
     Files(TensorFiles),
+    /// From a GGUF file, dequantised as they are read.
+    Gguf(GgufWeights),
     /// Drawn from a seed.
     Dummy {
         /// The seed.
@@ -140,6 +144,26 @@ pub enum Weights {
 }
 
 impl Weights {
+    /// Where they come from, to be shown at start; `loaded` is what they take on the device, in bytes, and
+    /// `dtype` what they are kept as there.
+    pub fn said(&self, dtype: Dtype, loaded: u64) -> String {
+        let mb = |bytes: u64| bytes as f64 * 1e-6;
+        match self {
+            Self::Dummy { seed } => format!("dummy weights drawn from seed {seed}"),
+            Self::Files(files) => format!("weights of {}", files.folder().display()),
+            Self::Gguf(weights) => {
+                let file = weights.file();
+                format!(
+                    "weights of {} ({}; {:.1} MB), dequantised to {dtype} ({:.1} MB)",
+                    file.path().display(),
+                    file.formats(),
+                    mb(file.bytes()),
+                    mb(loaded)
+                )
+            }
+        }
+    }
+
     /// Whether they are drawn from a seed.
     pub fn is_dummy(&self) -> bool {
         matches!(self, Self::Dummy { .. })
@@ -149,6 +173,7 @@ impl Weights {
     pub fn has(&self, name: &str) -> bool {
         match self {
             Self::Files(files) => files.has(name),
+            Self::Gguf(file) => file.has(name),
             Self::Dummy { .. } => true,
         }
     }
@@ -172,6 +197,7 @@ impl Weights {
     fn draw(&self, name: &str, shape: &[usize], bound: f32, centre: f32) -> Result<Values, WeightError> {
         match self {
             Self::Files(files) => Ok(Values::Read(files.read(name, shape)?)),
+            Self::Gguf(file) => Ok(Values::Read(file.read(name, shape)?)),
             Self::Dummy { seed } => Ok(Values::Drawn {
                 from: Uniform::new(*seed, &format!("weights/{name}"), bound, centre),
                 len: shape.iter().product(),

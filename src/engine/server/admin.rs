@@ -45,14 +45,16 @@ pub(super) async fn ping() -> StatusCode {
 }
 
 pub(super) async fn models(Shared(state): Shared<Arc<State>>) -> Result<Json<Value>, ApiError> {
-    let (_, info) = state.loaded()?;
-    let model = |id: &str, parent: Option<&str>| {
+    let (engine, info) = state.loaded()?;
+    let model = |id: &str, root: &str, parent: Option<&str>| {
         json!({
             "id": id, "object": "model", "created": state.created, "owned_by": "lora-hbm",
-            "root": id, "parent": parent, "max_model_len": info.max_model_len,
+            "root": root, "parent": parent, "max_model_len": info.max_model_len,
         })
     };
-    let adapters = info.adapter_names.iter().map(|name| model(name, Some(&info.model)));
-    let data: Vec<Value> = std::iter::once(model(&info.model, None)).chain(adapters).collect();
+    let adapters = engine.adapters();
+    let served = adapters.iter().filter(|a| engine.has_adapter(a.id));
+    let served = served.map(|a| model(&a.name, &a.root, Some(&info.model)));
+    let data: Vec<Value> = std::iter::once(model(&info.model, &info.model, None)).chain(served).collect();
     Ok(Json(json!({"object": "list", "data": data})))
 }

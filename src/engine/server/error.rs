@@ -42,16 +42,21 @@ impl ApiError {
         Self { param, ..Self::new(StatusCode::NOT_FOUND, "NotFoundError", message) }
     }
 
-    /// 405.
-    pub(super) fn method_not_allowed(method: &str, path: &str) -> Self {
-        let message = format!("{path} does not take {method}");
+    /// 405: `takes` are the methods that would do.
+    pub(super) fn method_not_allowed(method: &str, path: &str, takes: &[&str]) -> Self {
+        let message = format!("{path} does not take {method}: send {}", takes.join(" or "));
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowedError", message)
     }
 
     /// 408: a client that does not go on sending.
-    pub(super) fn too_slow(seconds: u64) -> Self {
-        let message = format!("the request's body did not arrive: nothing came for {seconds} s");
+    pub(super) fn too_slow(why: impl std::fmt::Display) -> Self {
+        let message = format!("the request's body did not arrive: {why}");
         Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeoutError", message)
+    }
+
+    /// 409: not as things are.
+    pub(super) fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "ConflictError", message)
     }
 
     /// 413.
@@ -71,18 +76,43 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message)
     }
 
+    /// 503: the engine stopped under a request.
+    pub(super) fn stopped() -> Self {
+        Self::unavailable("the engine stopped before the output was complete")
+    }
+
     /// 503: not now.
     pub(super) fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError", message)
     }
 }
 
-impl From<SubmitError> for ApiError {
-    fn from(error: SubmitError) -> Self {
+impl std::fmt::Display for ApiError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl ApiError {
+    /// The body that tells of it.
+    pub(super) fn body(&self) -> serde_json::Value {
+        json!({"error": {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.status.as_u16(),
+        }})
+    }
+}
+
+impl ApiError {
+    /// A request that the engine does not take; `adapter` is what the client calls the adapter's name.
+    pub(super) fn refused(error: SubmitError, adapter: &'static str) -> Self {
         let message = error.to_string();
         match error {
             _ if error.is_overload() => Self::unavailable(message),
-            SubmitError::Refused(EventError::UnknownAdapter(_)) => Self::not_found(Some("model_id"), message),
+            SubmitError::Refused(EventError::UnknownAdapter(_)) => Self::not_found(Some(adapter), message),
+            SubmitError::Refused(EventError::AdapterFailed(_)) => Self::internal(message),
             SubmitError::Refused(EventError::TooLong { tokens, max_model_len }) => Self::bad(
                 "prompt",
                 format!(
@@ -98,13 +128,7 @@ impl From<SubmitError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body = json!({"error": {
-            "message": self.message,
-            "type": self.kind,
-            "param": self.param,
-            "code": self.status.as_u16(),
-        }});
-        let mut response = (self.status, axum::Json(body)).into_response();
+        let mut response = (self.status, axum::Json(self.body())).into_response();
         let headers = response.headers_mut();
         match self.status {
             StatusCode::SERVICE_UNAVAILABLE => {

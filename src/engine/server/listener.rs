@@ -12,15 +12,15 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
-use super::generate::Received;
+use super::body::Limits;
+use super::intake::Received;
 use super::routes::router;
 use super::state::{ServerInfo, State};
 use crate::engine::Engine;
 
-/// How long a client may take for a request's head, and an idle connection is kept.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often a drain looks whether it is done.
 const DRAIN_POLL: Duration = Duration::from_millis(10);
 /// How long connections get to send what they have when their requests are answered.
@@ -37,6 +37,8 @@ pub struct ServerOptions {
     pub api_key: Option<String>,
     /// How long running requests get to end after the first stop.
     pub shutdown_timeout: Duration,
+    /// What clients may send, and how long they may take.
+    pub limits: Limits,
 }
 
 /// An address that cannot be listened on.
@@ -84,14 +86,14 @@ impl Server {
     /// # Errors
     /// If it cannot be had.
     pub async fn bind(options: ServerOptions) -> Result<Self, BindError> {
-        let ServerOptions { host, port, api_key, shutdown_timeout } = options;
+        let ServerOptions { host, port, api_key, shutdown_timeout, limits } = options;
         let bound = async {
             let listener = TcpListener::bind((host.as_str(), port)).await?;
             let address = listener.local_addr()?;
             Ok((listener, address))
         };
         let (listener, address) = bound.await.map_err(|source| BindError { host, port, source })?;
-        let state = Arc::new(State::new(api_key.as_deref()));
+        let state = Arc::new(State::new(api_key.as_deref(), limits));
         Ok(Self { listener, address, state, shutdown_timeout })
     }
 
@@ -113,7 +115,7 @@ impl Server {
         let accept = async {
             loop {
                 match self.listener.accept().await {
-                    Ok((stream, _)) => connection(stream, app.clone(), &graceful),
+                    Ok((stream, _)) => connection(stream, app.clone(), &graceful, &self.state.limits),
                     Err(e) => {
                         // Out of file descriptors, most likely: some come back when connections end.
                         tracing::warn!("cannot accept a connection: {e}");
@@ -155,17 +157,20 @@ impl Server {
     }
 }
 
-fn connection(stream: TcpStream, app: Router, graceful: &GracefulShutdown) {
+fn connection(stream: TcpStream, app: Router, graceful: &GracefulShutdown, limits: &Limits) {
     // Tokens are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
+    // A client that reads nothing any more: its output is dropped, and with it what it still holds.
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(limits.write));
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(Received(Instant::now()));
         app.clone().oneshot(request.map(axum::body::Body::new))
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), service);
+        .header_read_timeout(limits.head)
+        .serve_connection(TokioIo::new(Box::pin(stream)), service);
     let connection = graceful.watch(connection);
     tokio::spawn(async move {
         if let Err(e) = connection.await {

@@ -9,7 +9,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::{BindError, Ended, Server, ServerInfo, ServerOptions};
+use super::{BindError, Ended, Limits, Server, ServerInfo, ServerOptions};
 use crate::engine::Engine;
 use crate::engine::setup::{Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
@@ -62,6 +62,7 @@ impl LocalServer {
             port: 0,
             api_key: None,
             shutdown_timeout: Duration::from_secs(30),
+            limits: Limits::default(),
         };
         let server = runtime.block_on(Server::bind(options))?;
         let address = server.address();

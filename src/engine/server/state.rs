@@ -4,13 +4,17 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use lora_sched::AdapterId;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::body::Limits;
 use super::error::ApiError;
+use super::observed::Observed;
 use crate::engine::Engine;
+use crate::engine::model::SamplingDefaults;
 use crate::engine::setup::Loaded;
-use crate::workload::tokenizer::TokenizerSource;
+use crate::workload::tokenizer::{ChatTemplate, Tokenizer, TokenizerSource};
 
 /// What `/health` and `/v1/models` say about the engine.
 #[derive(Clone, Debug, Serialize)]
@@ -42,9 +46,12 @@ pub struct ServerInfo {
     pub ranks: Vec<u32>,
     /// The largest rank that a slot holds.
     pub max_r: usize,
-    /// Names of the adapters, in order of their numbers.
+    /// What a request of OpenAI's endpoints gets where it says nothing.
     #[serde(skip)]
-    pub adapter_names: Vec<String>,
+    pub sampling: SamplingDefaults,
+    /// How conversations become prompts, or why they cannot.
+    #[serde(skip)]
+    pub template: Result<Arc<ChatTemplate>, String>,
 }
 
 impl ServerInfo {
@@ -70,9 +77,15 @@ impl ServerInfo {
             },
             ranks: cycle(config.adapters.iter().map(|a| a.rank).collect()),
             max_r: settings.max_r,
-            adapter_names: loaded.adapter_names(),
+            sampling: loaded.sampling_defaults(),
+            template: chat_template(loaded.tokenizer()),
         }
     }
+}
+
+/// How conversations become prompts of this tokenizer, or why they cannot.
+pub fn chat_template(tokenizer: &Tokenizer) -> Result<Arc<ChatTemplate>, String> {
+    ChatTemplate::of(tokenizer).map(Arc::new).map_err(|e| e.to_string())
 }
 
 /// The shortest beginning of `ranks` that gives all of them when it is gone through again and again.
@@ -82,6 +95,11 @@ pub(in crate::engine) fn cycle(mut ranks: Vec<u32>) -> Vec<u32> {
         ranks.truncate(length);
     }
     ranks
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 /// Where a server is in its life.
@@ -103,11 +121,13 @@ pub(super) struct State {
     key: Option<[u8; 32]>,
     /// When the server started, seconds since 1970.
     pub(super) created: u64,
+    pub(super) limits: Limits,
+    pub(super) observed: Observed,
 }
 
 impl State {
-    pub(super) fn new(api_key: Option<&str>) -> Self {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    pub(super) fn new(api_key: Option<&str>, limits: Limits) -> Self {
+        let created = unix_seconds();
         Self {
             info: OnceLock::new(),
             engine: OnceLock::new(),
@@ -115,6 +135,8 @@ impl State {
             in_flight: AtomicUsize::new(0),
             key: api_key.map(|k| Sha256::digest(k).into()),
             created,
+            limits,
+            observed: Observed::new(),
         }
     }
 
@@ -122,6 +144,13 @@ impl State {
     pub(super) fn ready(&self, engine: Arc<Engine>, info: ServerInfo) {
         let _ = self.info.set(info);
         let _ = self.engine.set(engine);
+    }
+
+    /// How conversations become prompts.
+    pub(super) fn template(&self) -> Result<&Arc<ChatTemplate>, ApiError> {
+        let (_, info) = self.loaded()?;
+        let no = |why| ApiError::internal(format!("this model takes no conversations: {why}"));
+        info.template.as_ref().map_err(no)
     }
 
     pub(super) fn start_draining(&self) {
@@ -158,6 +187,16 @@ impl State {
         }
     }
 
+    /// Which adapter a client means by a model's name: none is the base model. No name is the base model,
+    /// too.
+    pub(super) fn model(&self, name: Option<&str>) -> Result<Option<AdapterId>, ApiError> {
+        let (engine, info) = self.loaded()?;
+        let Some(name) = name.filter(|&name| name != info.model) else { return Ok(None) };
+        let missing = || format!("there is no model '{name}': GET /v1/models lists those that there are");
+        let found = engine.find_adapter(name).ok_or_else(|| ApiError::not_found(Some("model"), missing()));
+        found.map(Some)
+    }
+
     pub(super) fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)
     }
@@ -166,7 +205,10 @@ impl State {
     /// compared, to their ends.
     pub(super) fn lets_in(&self, authorization: Option<&[u8]>) -> bool {
         let Some(key) = self.key else { return true };
-        let given = authorization.and_then(|a| a.strip_prefix(b"Bearer ")).unwrap_or_default();
+        const SCHEME: &[u8] = b"Bearer ";
+        let given = authorization.and_then(|a| a.split_at_checked(SCHEME.len()));
+        let given = given.filter(|(scheme, _)| scheme.eq_ignore_ascii_case(SCHEME));
+        let given = given.map_or(&[][..], |(_, key)| key);
         let digest: [u8; 32] = Sha256::digest(given).into();
         digest.iter().zip(key).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
     }
@@ -204,11 +246,11 @@ mod tests {
 
     #[test]
     fn only_the_key_lets_in() {
-        let state = State::new(Some("secret"));
-        assert!(state.lets_in(Some(b"Bearer secret")));
+        let state = State::new(Some("secret"), Limits::default());
+        assert!(state.lets_in(Some(b"Bearer secret")) && state.lets_in(Some(b"bearer secret")));
         for wrong in [None, Some(&b"Bearer secre"[..]), Some(b"secret"), Some(b"Bearer secret ")] {
             assert!(!state.lets_in(wrong));
         }
-        assert!(State::new(None).lets_in(None));
+        assert!(State::new(None, Limits::default()).lets_in(None));
     }
 }

@@ -11,11 +11,11 @@ use std::sync::Arc;
 
 use lora_sched::{AdapterSpec, Config};
 
-use super::adapters::HostPool;
+use super::adapters::{DiskTier, HostPool};
 use super::batch::BatchLimits;
 use super::device::{Ceilings, DeviceExecutor};
 use super::memory::{MemoryPlan, MemoryTable, free_memory, gb};
-use super::model::{self, Dtype, Family, Model, ModelSpec, Weights};
+use super::model::{self, Dtype, Family, GenerationConfig, Model, ModelSpec, SamplingDefaults};
 use super::{Engine, EngineConfig};
 use crate::report::decision_log::{DecisionLog, LogHeader};
 use crate::workload::tokenizer::Tokenizer;
@@ -40,7 +40,7 @@ pub struct Loaded {
     pub tokenizer_said: String,
     /// Where the weights come from, to be shown at start.
     pub weights_said: String,
-    dummy: bool,
+    generation: GenerationConfig,
     allowed: Option<Vec<bool>>,
     max_model_len: usize,
     pool: Arc<HostPool>,
@@ -54,14 +54,12 @@ impl Loaded {
     pub fn load(settings: EngineSettings) -> Result<Self, SetupError> {
         settings.check()?;
         let device = OpenDevice::open(&settings)?;
-        let Model { spec, weights, folder } =
+        let Model { spec, weights, generation, home } =
             model::resolve(&settings.model, settings.dummy_weights, settings.seed)?;
-        let (dummy, weights_said) = match &weights {
-            Weights::Dummy { seed } => (true, format!("dummy weights drawn from seed {seed}")),
-            Weights::Files(files) => (false, format!("weights of {}", files.folder().display())),
-        };
-        let name = settings.tokenizer.clone().or_else(|| match folder {
-            Some(folder) => Some(folder.display().to_string()),
+        let dummy = weights.is_dummy();
+        let weights_said = weights.said(device.dtype(), spec.weight_bytes(device.dtype()));
+        let name = settings.tokenizer.clone().or_else(|| match home {
+            Some(home) => Some(home.display().to_string()),
             None => Some(settings.model.clone()),
         });
         let (tokenizer, tokenizer_said) = Tokenizer::resolve_or_byte_level(name.as_deref())?;
@@ -86,9 +84,11 @@ impl Loaded {
 
         let slabs = device.slabs(&settings)?;
         let (max_r, total) = (settings.max_r, settings.total_loras);
+        let disk = settings.host_loras.map(|n| DiskTier::new(n, settings.spill_folder.clone()));
+        let pool = HostPool::empty_in(slabs, &spec, max_r).over(disk);
         let pool = match &settings.adapters {
-            Some(folder) => HostPool::load_in(slabs, &spec, max_r, folder, Some(total))?,
-            None => HostPool::generate_in(slabs, &spec, max_r, total, &settings.ranks, settings.seed)?,
+            Some(folder) => pool.loaded(folder, Some(total))?,
+            None => pool.generated(total, &settings.ranks, settings.seed)?,
         };
         Ok(Self {
             pool: Arc::new(pool),
@@ -98,7 +98,7 @@ impl Loaded {
             tokenizer,
             tokenizer_said,
             weights_said,
-            dummy,
+            generation,
             allowed,
             max_model_len,
         })
@@ -124,17 +124,14 @@ impl Loaded {
         &self.pool
     }
 
-    /// Names of the adapters, in order of their ids.
-    pub fn adapter_names(&self) -> Vec<String> {
-        (0..self.pool.len() as u32)
-            .filter_map(|id| self.pool.get(lora_sched::AdapterId(id)))
-            .map(|adapter| adapter.name.clone())
-            .collect()
+    /// What a request gets where it says nothing: the model's `generation_config.json`.
+    pub fn sampling_defaults(&self) -> SamplingDefaults {
+        self.generation.sampling
     }
 
-    /// Whether the weights are drawn from the seed.
-    pub fn has_dummy_weights(&self) -> bool {
-        self.dummy
+    /// Fields of the `generation_config.json` that ask for what is not implemented, to be shown at start.
+    pub fn generation_ignored(&self) -> &[String] {
+        &self.generation.ignored
     }
 
     /// The device, in words.
@@ -186,13 +183,22 @@ impl Loaded {
     /// # Errors
     /// If it does not fit or the model's files cannot be read.
     pub fn executor(&self, gpu_loras: usize, keep_logits: bool) -> Result<DeviceExecutor, SetupError> {
+        self.executor_over(self.pool.clone(), gpu_loras, keep_logits)
+    }
+
+    fn executor_over(
+        &self,
+        adapters: Arc<HostPool>,
+        gpu_loras: usize,
+        keep_logits: bool,
+    ) -> Result<DeviceExecutor, SetupError> {
         let s = &self.settings;
         let plan = self.memory_plan(gpu_loras);
         let model = model::resolve(&s.model, s.dummy_weights, s.seed)?;
         self.device.executor(device::ExecutorOptions {
             spec: self.spec.clone(),
             weights: model.weights,
-            adapters: self.pool.clone(),
+            adapters,
             gpu_loras,
             limits: limits(s, self.max_model_len, plan.kv_blocks as usize),
             swap_mode: s.swap_mode,
@@ -207,11 +213,14 @@ impl Loaded {
     /// # Errors
     /// See [`Self::executor`] and [`Engine::start`].
     pub fn start(&self, gpu_loras: usize, log: Option<DecisionLog>) -> Result<Engine, SetupError> {
-        let executor = self.executor(gpu_loras, false)?;
+        // Its own: adapters that it loads and unloads are no other engine's.
+        let pool = Arc::new(self.pool.fork());
+        let executor = self.executor_over(pool.clone(), gpu_loras, false)?;
         let mut eos = self.spec.eos.clone();
         eos.extend(self.tokenizer.eos().filter(|e| !self.spec.eos.contains(e)));
         let config = EngineConfig {
             scheduler: self.scheduler_config(gpu_loras),
+            adapters: Some(pool),
             vocab_size: self.spec.vocab_size,
             eos,
             seed: self.settings.seed,
@@ -272,6 +281,7 @@ fn config(s: &EngineSettings, plan: &MemoryPlan, max_model_len: usize, adapters:
     Config {
         adapters,
         gpu_loras: plan.slots as usize,
+        host_loras: s.host_loras,
         max_num_seqs: s.max_num_seqs,
         max_num_batched_tokens: s.max_num_batched_tokens,
         max_model_len,
@@ -292,9 +302,14 @@ fn rank(s: &EngineSettings, i: usize) -> usize {
     if s.adapters.is_some() || s.ranks.is_empty() { s.max_r } else { s.ranks[i % s.ranks.len()] }
 }
 
+/// Adapters in host memory.
+fn in_host(s: &EngineSettings) -> usize {
+    s.host_loras.map_or(s.total_loras, |n| n.min(s.total_loras))
+}
+
 /// Bytes of the adapters in host memory, before they are there.
 fn host_bytes(s: &EngineSettings, device: &OpenDevice, spec: &ModelSpec) -> u64 {
-    (0..s.total_loras).map(|i| spec.adapter_bytes(rank(s, i), device.dtype())).sum()
+    (0..in_host(s)).map(|i| spec.adapter_bytes(rank(s, i), device.dtype())).sum()
 }
 
 fn table(s: &EngineSettings, plan: &MemoryPlan, host: u64) -> MemoryTable {
@@ -307,7 +322,7 @@ fn table(s: &EngineSettings, plan: &MemoryPlan, host: u64) -> MemoryTable {
                 format!("{} KV blocks of {} tokens", plan.kv_blocks, s.block_size),
                 plan.kv_blocks * plan.kv_block,
             ),
-            (format!("{} adapters in host memory", s.total_loras), host),
+            (format!("{} adapters in host memory", in_host(s)), host),
         ],
     }
 }

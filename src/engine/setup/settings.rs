@@ -116,6 +116,10 @@ pub struct EngineSettings {
     pub total_loras: usize,
     /// Slots; adapters `0..gpu_loras` are preloaded.
     pub gpu_loras: usize,
+    /// Adapters in host memory, at most, the others on disk; none is all.
+    pub host_loras: Option<usize>,
+    /// Where generated adapters are written for that; none is a temporary folder.
+    pub spill_folder: Option<PathBuf>,
     /// Largest rank, which a slot holds.
     pub max_r: usize,
     /// Ranks that generated adapters cycle through; empty is `max_r` for all.
@@ -165,6 +169,8 @@ impl Default for EngineSettings {
             dummy_weights: DummyWeights::Auto,
             total_loras: 1,
             gpu_loras: 1,
+            host_loras: None,
+            spill_folder: None,
             max_r: 8,
             ranks: Vec::new(),
             adapters: None,
@@ -205,6 +211,12 @@ impl EngineSettings {
             return fail(format!(
                 "gpu_loras ({}) is greater than total_loras ({}): lower gpu_loras",
                 s.gpu_loras, s.total_loras
+            ));
+        }
+        if let Some(host) = s.host_loras.filter(|&host| host < s.gpu_loras) {
+            return fail(format!(
+                "host_loras ({host}) is less than gpu_loras ({}): slots are filled from host memory, so raise it",
+                s.gpu_loras
             ));
         }
         if s.max_r == 0 {

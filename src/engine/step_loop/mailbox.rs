@@ -4,7 +4,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use lora_sched::RequestId;
 
-use super::Submission;
+use super::{Change, Submission};
+use crate::engine::fetcher::Fetched;
 
 /// What the loop is told by other threads.
 pub(in crate::engine) enum Message {
@@ -12,6 +13,10 @@ pub(in crate::engine) enum Message {
     Submit(RequestId, Box<Submission>),
     /// A request is not wanted any more: its client has gone or its stop string was found.
     Cancel(RequestId),
+    /// A change to the adapters.
+    Change(Change),
+    /// An adapter has been read from disk, or not.
+    Fetched(Fetched),
 }
 
 #[derive(Default)]
@@ -57,9 +62,23 @@ impl Mailbox {
 
     /// Tells that a request is not wanted any more.
     pub(in crate::engine) fn cancel(&self, id: RequestId) {
+        self.tell(Message::Cancel(id));
+    }
+
+    /// Puts a change to the adapters in; dropped if the loop has ended.
+    pub(in crate::engine) fn change(&self, change: Change) {
+        self.tell(Message::Change(change));
+    }
+
+    /// Tells that a read has ended.
+    pub(in crate::engine) fn fetched(&self, fetched: Fetched) {
+        self.tell(Message::Fetched(fetched));
+    }
+
+    fn tell(&self, message: Message) {
         let mut state = self.lock();
         if !state.closed {
-            state.messages.push(Message::Cancel(id));
+            state.messages.push(message);
             drop(state);
             self.some.notify_one();
         }

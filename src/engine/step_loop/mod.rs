@@ -4,6 +4,7 @@
 //! then plan, then submit. Every event gets its own time, so that a log of them replays in order.
 
 mod active;
+mod adapters;
 mod mailbox;
 mod record;
 
@@ -12,17 +13,24 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use lora_sched::{
-    Ended, Event, EventError, Nanos, Notice, Outbox, RequestId, Scheduler, SlotId, StepPlan, SwapPlan,
+    AdapterId, Ended, Event, EventError, Nanos, Notice, Outbox, RequestId, Scheduler, SlotId, StepPlan,
+    SwapPlan,
 };
 
 pub(super) use active::{Active, Submission};
+pub(super) use adapters::Change;
+use adapters::OpenFetch;
 pub(super) use mailbox::Mailbox;
 use mailbox::Message;
 use record::Recorder;
 
+use super::adapters::{Directory, HostPool};
+use super::channel::Sender;
 use super::clock::Clock;
 use super::executor::{Completion, Executor, ExecutorError, StepFeed, TokenId};
+use super::fetcher::Fetcher;
 use super::gauges::Gauges;
+use super::life::Reply;
 use super::output::{OutItem, OutQueue};
 use crate::report::decision_log::DecisionLog;
 
@@ -75,6 +83,16 @@ pub(super) struct StepLoop {
     /// Slots that the planned step still waits for before it may be submitted.
     awaited: Vec<SlotId>,
     swaps: Vec<OpenSwap>,
+    directory: Arc<Directory>,
+    /// None where nothing is computed.
+    pool: Option<Arc<HostPool>>,
+    /// None where host memory holds all.
+    fetcher: Option<Fetcher>,
+    fetches: Vec<OpenFetch>,
+    /// Who is to be told when an adapter has gone.
+    leaving: Vec<(AdapterId, Sender<Reply>)>,
+    /// What callers are told at the end of the turn.
+    replies: Vec<(Sender<Reply>, Reply)>,
     stopped: Vec<u32>,
     items: Vec<OutItem>,
     inbox: Vec<Message>,
@@ -89,13 +107,17 @@ pub(super) struct LoopParts {
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) outputs: Arc<OutQueue>,
     pub(super) gauges: Arc<Gauges>,
+    pub(super) directory: Arc<Directory>,
+    pub(super) pool: Option<Arc<HostPool>>,
+    pub(super) fetcher: Option<Fetcher>,
     pub(super) log: Option<DecisionLog>,
     pub(super) eos: Vec<TokenId>,
 }
 
 impl StepLoop {
     pub(super) fn new(parts: LoopParts) -> Self {
-        let LoopParts { scheduler, executor, clock, mailbox, outputs, gauges, log, eos } = parts;
+        let LoopParts { scheduler, executor, clock, mailbox, outputs, gauges, directory, pool, .. } = parts;
+        let LoopParts { fetcher, log, eos, .. } = parts;
         Self {
             scheduler,
             executor,
@@ -112,6 +134,12 @@ impl StepLoop {
             flight: None,
             awaited: Vec::new(),
             swaps: Vec::new(),
+            directory,
+            pool,
+            fetcher,
+            fetches: Vec::new(),
+            leaving: Vec::new(),
+            replies: Vec::new(),
             stopped: Vec::new(),
             items: Vec::new(),
             inbox: Vec::new(),
@@ -153,6 +181,7 @@ impl StepLoop {
             self.outputs.push(&mut self.items);
             self.recorder.flush();
             self.publish();
+            self.reply();
         }
         Ok(())
     }
@@ -169,12 +198,16 @@ impl StepLoop {
             Message::Submit(id, submission) => {
                 let Submission { active, out } = *submission;
                 let arrival = active.arrival(id, t);
+                let hit = arrival.adapter.is_some_and(|a| self.scheduler.slot_of(a).is_some());
                 let taken = self.scheduler.handle(t, Event::Arrive(arrival), &mut self.outbox);
                 self.recorder.arrive(t, &arrival, taken.as_ref().err());
                 match taken {
                     Ok(()) => {
                         self.gauges.accepted.fetch_add(1, Relaxed);
                         self.gauges.prompt_tokens.fetch_add(arrival.prompt_tokens.into(), Relaxed);
+                        if let Some(adapter) = arrival.adapter {
+                            self.directory.arrived(adapter, t, hit);
+                        }
                         self.active.insert(id, active);
                         self.items.push(OutItem::Open(id, out));
                     }
@@ -191,6 +224,8 @@ impl StepLoop {
                 self.recorder.cancel(t, id);
                 self.scheduler.handle(t, Event::Cancel(id), &mut self.outbox)?;
             }
+            Message::Change(change) => self.change(t, change),
+            Message::Fetched(fetched) => self.fetched(t, fetched)?,
         }
         self.settle(t)
     }
@@ -236,6 +271,8 @@ impl StepLoop {
         let (started, ended) = between(submitted, started, ended, t);
         self.recorder.swap_done(t, &plan, [decided, submitted, started, ended]);
         self.gauges.swap_ended(&plan, t - submitted);
+        self.directory.swapped(plan.adapter);
+        self.directory.publish(self.scheduler.slots());
         self.settle(t)?;
         self.awaited.retain(|&s| s != slot);
         self.submit_if_ready()
@@ -289,9 +326,12 @@ impl StepLoop {
             self.executor.submit_swap(plan)?;
         }
         if !self.outbox.swaps.is_empty() {
-            self.gauges.swaps_begun(&self.outbox.swaps);
+            self.gauges.swaps_begun(self.outbox.swaps.len() as u64);
+            self.directory.publish(self.scheduler.slots());
         }
-        for notice in &self.outbox.notices {
+        self.start_fetches(t)?;
+        let notices = std::mem::take(&mut self.outbox.notices);
+        for notice in &notices {
             match *notice {
                 Notice::FirstToken { id, parts } => {
                     self.recorder.first(t, id, &parts);
@@ -304,18 +344,29 @@ impl StepLoop {
                         Ended::Stop => &self.gauges.finished_stop,
                         Ended::Length => &self.gauges.finished_length,
                         Ended::Cancelled => &self.gauges.cancelled,
+                        Ended::Failed => &self.gauges.failed,
                     };
                     count.fetch_add(1, Relaxed);
-                    self.active.remove(&id);
-                    self.items.push(OutItem::Ended { id, why });
+                    let adapter = self.active.remove(&id).and_then(|a| a.adapter);
+                    self.items.push(match why {
+                        Ended::Failed => {
+                            let why = adapter.and_then(|a| self.directory.failure(a));
+                            OutItem::Failed {
+                                id,
+                                why: why.unwrap_or_else(|| "its adapter is not there".into()),
+                            }
+                        }
+                        why => OutItem::Ended { id, why },
+                    });
                 }
                 Notice::Preempted { id, .. } => {
                     self.recorder.preempted(t, id);
                     self.gauges.preempted.fetch_add(1, Relaxed);
                 }
-                Notice::AdapterGone(_) => {}
+                Notice::AdapterGone(adapter) => self.adapter_gone(t, adapter),
             }
         }
+        self.outbox.notices = notices;
         self.outbox.clear();
         Ok(())
     }
@@ -329,6 +380,7 @@ impl StepLoop {
         self.gauges.pins.store(self.scheduler.slots().map(|s| u64::from(s.pins)).sum(), Relaxed);
         self.gauges.swaps_open.store(self.swaps.len() as u64, Relaxed);
         self.gauges.tracked.store(self.active.len() as u64, Relaxed);
+        self.directory.publish(self.scheduler.slots());
     }
 }
 

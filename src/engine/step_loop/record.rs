@@ -1,6 +1,9 @@
 //! What the loop writes into the decision log; nothing is built where there is no log.
 
-use lora_sched::{Arrival, Ended, EventError, Nanos, Parts, RequestId, SlotId, StepPlan, SwapKind, SwapPlan};
+use lora_sched::{
+    AdapterId, AdapterSpec, Arrival, Ended, EventError, FetchPlan, Nanos, Parts, RequestId, SlotId, StepPlan,
+    SwapKind, SwapPlan,
+};
 
 use crate::report::decision_log::{DecisionLog, LogLine, LoggedSeq};
 
@@ -79,6 +82,39 @@ impl Recorder {
             evicted: swap.evicted.map(|a| a.0),
             bytes: swap.bytes,
             prefetch: swap.kind == SwapKind::Prefetch,
+            decided,
+            submitted,
+            started,
+            ended,
+            done: t,
+        });
+    }
+
+    pub(super) fn add_adapter(&mut self, t: Nanos, adapter: AdapterId, spec: AdapterSpec) {
+        let AdapterSpec { rank, bytes, .. } = spec;
+        self.push(|| LogLine::AddAdapter { t, adapter: adapter.0, rank, bytes });
+    }
+
+    pub(super) fn remove_adapter(&mut self, t: Nanos, adapter: AdapterId) {
+        self.push(|| LogLine::RemoveAdapter { t, adapter: adapter.0 });
+    }
+
+    pub(super) fn pin_adapter(&mut self, t: Nanos, adapter: AdapterId, pinned: bool) {
+        self.push(|| LogLine::PinAdapter { t, adapter: adapter.0, pinned });
+    }
+
+    pub(super) fn adapter_gone(&mut self, t: Nanos, adapter: AdapterId) {
+        self.push(|| LogLine::AdapterGone { t, adapter: adapter.0 });
+    }
+
+    /// `times`: decided, submitted, started, ended.
+    pub(super) fn fetch_done(&mut self, t: Nanos, fetch: &FetchPlan, failed: bool, times: [Nanos; 4]) {
+        let [decided, submitted, started, ended] = times;
+        self.push(|| LogLine::FetchDone { t, adapter: fetch.adapter.0, failed });
+        self.push(|| LogLine::Fetch {
+            adapter: fetch.adapter.0,
+            evicted: fetch.evicted.map(|a| a.0),
+            bytes: fetch.bytes,
             decided,
             submitted,
             started,

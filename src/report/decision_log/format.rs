@@ -3,8 +3,9 @@
 use lora_sched::{AdapterSpec, Config, Ended, Nanos, SeqStep};
 use serde::{Deserialize, Serialize};
 
-/// The version of this format.
-pub const SCHEMA: u32 = 1;
+/// The version of this format. 2 added adapters that come, go, are pinned and are read from disk; logs of
+/// version 1 have none of these and are read as well.
+pub const SCHEMA: u32 = 2;
 
 /// The first line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,6 +43,9 @@ pub struct LoggedConfig {
     pub adapters: Vec<(u32, u64, bool)>,
     /// Slots.
     pub gpu_loras: usize,
+    /// Adapters in host memory, at most; none is all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_loras: Option<usize>,
     /// Running sequences, at most.
     pub max_num_seqs: usize,
     /// Tokens a step, at most.
@@ -73,6 +77,7 @@ impl From<&Config> for LoggedConfig {
         Self {
             adapters: c.adapters.iter().map(|a| (a.rank, a.bytes, a.pinned)).collect(),
             gpu_loras: c.gpu_loras,
+            host_loras: c.host_loras,
             max_num_seqs: c.max_num_seqs,
             max_num_batched_tokens: c.max_num_batched_tokens,
             max_model_len: c.max_model_len,
@@ -100,6 +105,7 @@ impl TryFrom<&LoggedConfig> for Config {
                 .map(|&(rank, bytes, pinned)| AdapterSpec { pinned, ..AdapterSpec::new(rank, bytes) })
                 .collect(),
             gpu_loras: c.gpu_loras,
+            host_loras: c.host_loras,
             max_num_seqs: c.max_num_seqs,
             max_num_batched_tokens: c.max_num_batched_tokens,
             max_model_len: c.max_model_len,
@@ -163,6 +169,42 @@ pub enum LogLine {
         /// The slot.
         slot: u32,
     },
+    /// In: a new adapter.
+    AddAdapter {
+        /// When the scheduler was told.
+        t: Nanos,
+        /// The id that it got.
+        adapter: u32,
+        /// Its rank.
+        rank: u32,
+        /// Bytes of a swap.
+        bytes: u64,
+    },
+    /// In: no new requests for an adapter.
+    RemoveAdapter {
+        /// When the scheduler was told.
+        t: Nanos,
+        /// The adapter.
+        adapter: u32,
+    },
+    /// In: the user's pin.
+    PinAdapter {
+        /// When the scheduler was told.
+        t: Nanos,
+        /// The adapter.
+        adapter: u32,
+        /// Whether it is pinned from now on.
+        pinned: bool,
+    },
+    /// In: an adapter has been read from disk.
+    FetchDone {
+        /// When the scheduler was told.
+        t: Nanos,
+        /// The adapter.
+        adapter: u32,
+        /// Whether it could not be read.
+        failed: bool,
+    },
     /// In: the scheduler was asked for a plan and had none.
     Idle {
         /// When.
@@ -214,6 +256,32 @@ pub enum LogLine {
         /// When the scheduler was told; the swap's duration for a replay is `done − submitted`.
         done: Nanos,
     },
+    /// Out: a read of an adapter from disk, written when it has ended.
+    Fetch {
+        /// The adapter.
+        adapter: u32,
+        /// Whose place in host memory it took.
+        evicted: Option<u32>,
+        /// Bytes, as they lie in host memory.
+        bytes: u64,
+        /// Time of the event or plan that decided it.
+        decided: Nanos,
+        /// When the disk's thread was asked.
+        submitted: Nanos,
+        /// When it began.
+        started: Nanos,
+        /// When it had ended.
+        ended: Nanos,
+        /// When the scheduler was told; the read's duration for a replay is `done − decided`.
+        done: Nanos,
+    },
+    /// Out: a removed adapter holds nothing any more.
+    AdapterGone {
+        /// When.
+        t: Nanos,
+        /// The adapter.
+        adapter: u32,
+    },
     /// Out: a request's first token.
     First {
         /// When, at the scheduler.
@@ -229,7 +297,7 @@ pub enum LogLine {
         t: Nanos,
         /// The request.
         id: u64,
-        /// `stop`, `length` or `cancelled`.
+        /// `stop`, `length`, `cancelled` or `failed`.
         why: LoggedEnd,
     },
     /// Out: a request lost its blocks and waits again.
@@ -251,6 +319,8 @@ pub enum LoggedEnd {
     Length,
     /// A cancel.
     Cancelled,
+    /// Its adapter could not be read.
+    Failed,
 }
 
 impl From<Ended> for LoggedEnd {
@@ -259,6 +329,7 @@ impl From<Ended> for LoggedEnd {
             Ended::Stop => Self::Stop,
             Ended::Length => Self::Length,
             Ended::Cancelled => Self::Cancelled,
+            Ended::Failed => Self::Failed,
         }
     }
 }

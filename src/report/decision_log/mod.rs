@@ -43,7 +43,7 @@ pub enum LogError {
         source: serde_json::Error,
     },
     /// A log of another version.
-    #[error("decision log {path} has format version {found}; this program reads version {SCHEMA}")]
+    #[error("decision log {path} has format version {found}; this program reads versions 1 to {SCHEMA}")]
     Schema {
         /// The file.
         path: PathBuf,
@@ -69,7 +69,7 @@ pub fn read(path: &Path) -> Result<(LogHeader, Vec<LogLine>), LogError> {
     let first = lines.next().ok_or_else(|| LogError::Empty { path: path.to_owned() })?.map_err(io)?;
     let bad = |line, source| LogError::Line { path: path.to_owned(), line, source };
     let header: LogHeader = serde_json::from_str(&first).map_err(|e| bad(1, e))?;
-    if header.schema != SCHEMA {
+    if !(1..=SCHEMA).contains(&header.schema) {
         return Err(LogError::Schema { path: path.to_owned(), found: header.schema });
     }
     let mut out = Vec::new();
@@ -204,6 +204,11 @@ mod tests {
             LogLine::First { t: 20, id: 0, parts: [3, 1, 0, 0, 4, 10] },
             LogLine::Ended { t: 20, id: 0, why: LoggedEnd::Stop },
             LogLine::Idle { t: 21 },
+            LogLine::AddAdapter { t: 22, adapter: 4, rank: 8, bytes: 1000 },
+            LogLine::PinAdapter { t: 23, adapter: 4, pinned: true },
+            LogLine::FetchDone { t: 24, adapter: 4, failed: true },
+            LogLine::RemoveAdapter { t: 25, adapter: 4 },
+            LogLine::AdapterGone { t: 25, adapter: 4 },
         ]
     }
 

@@ -17,8 +17,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use super::files::{self, FileError};
-use super::manifest::{Manifest, path_beside};
+use super::manifest;
 use super::results::{ResultRow, RunKey};
+use crate::profile::Kind;
 use data::{Data, WithinRun};
 
 /// How much larger the PNG is than the SVG's nominal size.
@@ -130,16 +131,14 @@ pub fn footer(csv: &[PathBuf], rows: &[ResultRow]) -> String {
         _ => (*first).to_owned(),
     }));
     // Measured and simulated rows of one file have manifests of their own, which the rows name.
-    let named: BTreeSet<_> = rows.iter().filter_map(|r| r.manifest.as_deref()).collect();
-    let paths: BTreeSet<PathBuf> = csv
-        .iter()
-        .flat_map(|p| named.iter().map(|name| p.with_file_name(name)).chain([path_beside(p)]))
-        .collect();
-    let manifests: Vec<Manifest> = paths.iter().filter_map(|p| Manifest::read(p).ok()).collect();
+    let manifests = manifest::of_results(csv, rows.iter().filter_map(|r| r.manifest.as_deref()));
     let machines: BTreeSet<_> = manifests.iter().map(|m| m.machine.describe()).collect();
     let tools: BTreeSet<_> = manifests.iter().map(|m| m.tool.describe()).collect();
     parts.extend(machines);
     parts.extend(tools);
+    if manifests.iter().any(|m| m.profile_kind == Some(Kind::BlackBox)) {
+        parts.push("simulated with a black-box profile".to_owned());
+    }
     if manifests.iter().any(|m| !m.complete) {
         parts.push("incomplete run".to_owned());
     }

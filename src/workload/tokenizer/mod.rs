@@ -1,7 +1,11 @@
-//! Text to token ids and back: a `tokenizer.json`, or the embedded byte-level tokenizer.
+//! Text to token ids and back: a `tokenizer.json`, a GGUF file's metadata, or the embedded byte-level tokenizer;
+//! and from messages to text.
 
 mod byte_level;
+mod chat;
+mod gguf;
 mod resolve;
+mod special;
 mod stream;
 
 use std::path::{Path, PathBuf};
@@ -9,6 +13,10 @@ use std::sync::Arc;
 
 use tokenizers::Tokenizer as HfTokenizer;
 
+use crate::workload::gguf::{Gguf, GgufError, is_gguf};
+
+pub use chat::{ChatTemplate, ChatTemplateError, Message};
+pub use special::SpecialTokens;
 pub use stream::DecodeStream;
 
 /// A tokenizer; clones share it.
@@ -26,6 +34,8 @@ struct Inner {
     eos: Option<u32>,
     /// Ids never shown, sorted.
     special: Vec<u32>,
+    /// What templates may name.
+    named: SpecialTokens,
 }
 
 #[derive(Debug)]
@@ -40,7 +50,7 @@ enum Kind {
 pub enum TokenizerSource {
     /// The embedded one: an id a byte.
     ByteLevel,
-    /// This `tokenizer.json`.
+    /// This `tokenizer.json` or GGUF file.
     File(PathBuf),
 }
 
@@ -88,6 +98,9 @@ pub enum TokenizerError {
         /// What is wrong with it.
         message: String,
     },
+    /// A GGUF file whose tokenizer cannot be used.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// Text that could not be encoded.
     #[error("the tokenizer {source_name} could not encode a text of {bytes} bytes: {message}")]
     Encode {
@@ -110,17 +123,34 @@ impl Tokenizer {
             bos: Some(byte_level::BOS),
             eos: Some(byte_level::EOS),
             special: vec![byte_level::UNK, byte_level::BOS, byte_level::EOS],
+            named: SpecialTokens::new(),
         };
         Self { inner: Arc::new(inner) }
     }
 
-    /// Reads a `tokenizer.json`. Its truncation and padding are ignored: a prompt's length is its own.
+    /// Reads a `tokenizer.json`, or the metadata of a GGUF file. Truncation and padding are ignored: a
+    /// prompt's length is its own.
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
+        if is_gguf(path) {
+            let file = Gguf::open(path)?;
+            let json = gguf::tokenizer_json(&file)?;
+            let hf = HfTokenizer::from_bytes(json.as_bytes());
+            return Self::from_hf(path, hf, special::of_gguf(&file)?);
+        }
+        Self::from_hf(path, HfTokenizer::from_file(path), special::beside(path))
+    }
+
+    /// A tokenizer that was read from `path`, with the special tokens that are known by name.
+    fn from_hf(
+        path: &Path,
+        hf: tokenizers::Result<HfTokenizer>,
+        named: SpecialTokens,
+    ) -> Result<Self, TokenizerError> {
         let invalid = |e: &dyn std::fmt::Display| TokenizerError::Invalid {
             path: path.to_owned(),
             message: e.to_string(),
         };
-        let mut hf = HfTokenizer::from_file(path).map_err(|e| invalid(&e))?;
+        let mut hf = hf.map_err(|e| invalid(&e))?;
         hf.with_padding(None);
         hf.with_truncation(None).map_err(|e| invalid(&e))?;
 
@@ -134,17 +164,23 @@ impl Tokenizer {
         // What the post-processor puts in front of an empty text is the beginning of a sequence.
         let empty = hf.encode_fast("", true).map_err(|e| invalid(&e))?;
         let bos = empty.get_ids().first().copied();
-        let eos = resolve::eos_beside(path)
-            .and_then(|token| hf.token_to_id(&token))
+        let eos = named
+            .get("eos_token")
+            .and_then(|token| hf.token_to_id(token))
             .or_else(|| resolve::EOS_NAMES.iter().find_map(|token| hf.token_to_id(token)));
         let source = TokenizerSource::File(path.to_owned());
-        let inner = Inner { kind: Kind::Hf(Box::new(hf)), source, vocab_size, bos, eos, special };
+        let inner = Inner { kind: Kind::Hf(Box::new(hf)), source, vocab_size, bos, eos, special, named };
         Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Where it comes from.
     pub fn source(&self) -> &TokenizerSource {
         &self.inner.source
+    }
+
+    /// The special tokens that a chat template may name.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.inner.named
     }
 
     /// Ids are below this.
@@ -164,9 +200,24 @@ impl Tokenizer {
 
     /// Ids of `text`, BOS included.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_with(text, true)
+    }
+
+    /// Ids of `text` alone, nothing put in front: of a text that brings its own BOS, or is a part of one.
+    pub fn encode_as_is(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_with(text, false)
+    }
+
+    fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         match &self.inner.kind {
-            Kind::Bytes => Ok(byte_level::encode(text)),
-            Kind::Hf(hf) => match hf.encode_fast(text, true) {
+            Kind::Bytes => {
+                let mut ids = byte_level::encode(text);
+                if !special {
+                    ids.remove(0);
+                }
+                Ok(ids)
+            }
+            Kind::Hf(hf) => match hf.encode_fast(text, special) {
                 Ok(encoding) => Ok(encoding.get_ids().to_vec()),
                 Err(e) => Err(TokenizerError::Encode {
                     source_name: self.inner.source.to_string(),
@@ -279,96 +330,4 @@ pub(crate) fn llama_like() -> (tempfile::TempDir, Tokenizer) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn byte_level_round_trips_and_counts_bytes_and_bos() {
-        let t = Tokenizer::byte_level();
-        let ids = t.encode("añ🦙").unwrap();
-        assert_eq!(ids[0], 1);
-        assert_eq!(ids.len(), 1 + 1 + 2 + 4);
-        assert_eq!(ids[1], 3 + u32::from(b'a'));
-        assert_eq!(t.decode(&ids), "añ🦙");
-        assert_eq!(t.vocab_size(), 259);
-        assert_eq!((t.bos(), t.eos()), (Some(1), Some(2)));
-    }
-
-    #[test]
-    fn byte_level_printable_ids_are_visible_ascii() {
-        let t = Tokenizer::byte_level();
-        let mask = t.printable(300);
-        assert_eq!(mask.len(), 300);
-        assert_eq!(mask.iter().filter(|&&p| p).count(), 0x7e - 0x20);
-        assert!(mask[3 + usize::from(b'~')]);
-        for id in [0, 1, 2, 3 + 0x20, 3 + 0x7f, 3 + 0xc3, 258, 259, 299] {
-            assert!(!mask[id], "{id}");
-        }
-        assert_eq!(t.printable(4), vec![false; 4]);
-    }
-
-    #[test]
-    fn a_tokenizer_json_is_used_whole() {
-        let (_folder, t) = llama_like();
-        assert_eq!((t.vocab_size(), t.bos(), t.eos()), (265, Some(1), Some(2)));
-        // Not cut at the four tokens of the file's own truncation.
-        let text = "ab ab ab ab ab ab 🦙";
-        let ids = t.encode(text).unwrap();
-        assert_eq!(ids[0], 1);
-        assert!(ids.len() > 8);
-        assert_eq!(t.decode(&ids), text);
-    }
-
-    #[test]
-    fn a_stream_gives_the_same_text_as_decoding_at_once() {
-        let (_folder, hf) = llama_like();
-        for t in [hf, Tokenizer::byte_level()] {
-            for text in ["ab a b", "a🦙b ñ ab", "🦙🦙", " ab"] {
-                let ids = t.encode(text).unwrap();
-                let mut stream = t.decode_stream();
-                let mut streamed = String::new();
-                for &id in &ids {
-                    let piece = stream.push(id).unwrap_or_default();
-                    assert!(!piece.contains('\u{fffd}'));
-                    streamed += &piece;
-                }
-                streamed += &stream.finish().unwrap_or_default();
-                assert_eq!(streamed, t.decode(&ids));
-            }
-        }
-    }
-
-    #[test]
-    fn a_continuation_keeps_the_space_of_its_first_word() {
-        let (_folder, t) = llama_like();
-        let prompt = t.encode("ab").unwrap();
-        let word = t.encode("ab").unwrap()[1];
-        assert_eq!(t.decode_stream().push(word).unwrap(), "ab");
-        assert_eq!(t.decode_stream_after(&prompt).push(word).unwrap(), " ab");
-    }
-
-    #[test]
-    fn incomplete_characters_are_held_back_and_never_for_good() {
-        let (_folder, hf) = llama_like();
-        for t in [hf, Tokenizer::byte_level()] {
-            let lead = 3 + 0xF0;
-            let mut stream = t.decode_stream();
-            assert_eq!(stream.push(lead), None);
-            assert_eq!(stream.finish().as_deref(), Some("\u{fffd}"));
-            // A model that never completes a character still gets its text out, at linear cost.
-            let mut stream = t.decode_stream();
-            let out: String = (0..10_000).filter_map(|_| stream.push(lead)).collect();
-            assert!(out.chars().count() > 9_000, "{}", out.chars().count());
-        }
-    }
-
-    #[test]
-    fn printable_ids_of_a_file_leave_out_bytes_that_are_no_character() {
-        let (_folder, t) = llama_like();
-        let mask = t.printable(300);
-        assert!(mask[3 + usize::from(b'A')] && mask[264]);
-        for id in [0, 1, 2, 3, 3 + 0xE2, 259, 265, 299] {
-            assert!(!mask[id], "{id}");
-        }
-    }
-}
+mod tests;

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use super::{Tokenizer, TokenizerError, TokenizerSource};
 use crate::workload::data_folder::{LLAMA2_TOKENIZER_NAMES, llama2_tokenizer_file};
+use crate::workload::gguf::is_gguf;
 
 /// What models call the end of a sequence, where no configuration says.
 pub const EOS_NAMES: &[&str] = &["</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"];
 
 impl Tokenizer {
-    /// The tokenizer that a user named: a `tokenizer.json`, a folder that holds one, or a name that
-    /// `fetch-data` provides for. No name is the embedded byte-level one.
+    /// The tokenizer that a user named: a `tokenizer.json`, a folder that holds one, a GGUF file (the
+    /// `tokenizer.json` beside it goes before its own), or a name that `fetch-data` provides for. No name is the embedded byte-level one.
     pub fn resolve(name: Option<&str>) -> Result<Self, TokenizerError> {
         match name {
             None => Ok(Self::byte_level()),
@@ -54,7 +55,7 @@ impl Tokenizer {
     }
 }
 
-/// The `tokenizer.json` that `name` means.
+/// The `tokenizer.json` or GGUF file that `name` means.
 fn file(name: &str) -> Result<PathBuf, TokenizerError> {
     if let Some(path) = existing(name)? {
         return Ok(path);
@@ -80,20 +81,17 @@ fn existing(name: &str) -> Result<Option<PathBuf>, TokenizerError> {
             Err(TokenizerError::NoTokenizerJson { folder: path.to_owned() })
         };
     }
+    let beside = path.with_file_name("tokenizer.json");
+    if is_gguf(path) && path.is_file() && beside.is_file() {
+        return Ok(Some(beside));
+    }
     Ok(path.exists().then(|| path.to_owned()))
 }
 
 /// Whether `name` reads as a model's name (`tiny`, `facebook/opt-125m`) rather than as a path.
 fn is_hub_name(name: &str) -> bool {
-    !name.starts_with(['.', '/', '~']) && !name.ends_with(".json") && name.matches('/').count() <= 1
-}
-
-/// The end of sequence that `tokenizer_config.json` beside the tokenizer names, if there is one.
-pub fn eos_beside(tokenizer: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(tokenizer.with_file_name("tokenizer_config.json")).ok()?;
-    let config: serde_json::Value = serde_json::from_str(&text).ok()?;
-    let eos = config.get("eos_token")?;
-    eos.as_str().or_else(|| eos.get("content")?.as_str()).map(str::to_owned)
+    let file = name.ends_with(".json") || is_gguf(Path::new(name));
+    !name.starts_with(['.', '/', '~']) && !file && name.matches('/').count() <= 1
 }
 
 #[cfg(test)]

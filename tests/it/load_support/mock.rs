@@ -16,6 +16,8 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
+use super::openai::{self, OpenAi};
+
 /// How it behaves.
 #[derive(Clone, Debug)]
 pub struct Behaviour {
@@ -33,6 +35,8 @@ pub struct Behaviour {
     pub cuts: bool,
     /// Swaps are not counted.
     pub miscounts: bool,
+    /// How `/v1/completions` behaves.
+    pub openai: OpenAi,
 }
 
 impl Default for Behaviour {
@@ -46,14 +50,17 @@ impl Default for Behaviour {
             hangs: false,
             cuts: false,
             miscounts: false,
+            openai: OpenAi::default(),
         }
     }
 }
 
 #[derive(Default)]
 struct Seen {
-    /// Bodies of `/generate`.
+    /// Bodies of `/generate` and `/v1/completions`.
     requests: Vec<Value>,
+    /// `Authorization` of `/v1/completions`.
+    keys: Vec<Option<String>>,
     /// Least recently used first.
     resident: VecDeque<u64>,
     swaps: u64,
@@ -61,8 +68,8 @@ struct Seen {
     most_in_flight: u64,
 }
 
-struct Shared {
-    behaviour: Behaviour,
+pub(super) struct Shared {
+    pub(super) behaviour: Behaviour,
     seen: Mutex<Seen>,
     generates: AtomicU64,
     stop: Notify,
@@ -89,6 +96,8 @@ impl Mock {
             .route("/swap_stats", get(swap_stats))
             .route("/reset_swap_stats", post(reset))
             .route("/generate", post(generate))
+            .route("/v1/models", get(openai::models))
+            .route("/v1/completions", post(openai::completions))
             .with_state(Arc::clone(&shared));
         let (sender, port) = std::sync::mpsc::channel();
         let thread = {
@@ -119,7 +128,12 @@ impl Mock {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// Bodies of the `/generate` requests so far, in the order in which they came.
+    /// `Authorization` headers of the `/v1/completions` requests so far.
+    pub fn keys(&self) -> Vec<Option<String>> {
+        self.shared.seen.lock().unwrap().keys.clone()
+    }
+
+    /// Bodies of the `/generate` and `/v1/completions` requests so far, in the order in which they came.
     pub fn requests(&self) -> Vec<Value> {
         self.shared.seen.lock().unwrap().requests.clone()
     }
@@ -142,7 +156,15 @@ impl Drop for Mock {
     }
 }
 
-type Server = State<Arc<Shared>>;
+impl Shared {
+    pub(super) fn saw(&self, body: &Value, key: Option<String>) {
+        let mut seen = self.seen.lock().unwrap();
+        seen.requests.push(body.clone());
+        seen.keys.push(key);
+    }
+}
+
+pub(super) type Server = State<Arc<Shared>>;
 
 async fn health(State(shared): Server) -> Json<Value> {
     let (total, gpu) = (shared.behaviour.total_loras, shared.behaviour.gpu_loras);

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "server")]
 pub mod mock;
+#[cfg(feature = "server")]
+pub mod openai;
 
 use std::path::Path;
 

@@ -145,7 +145,7 @@ fn adapters_of(system: &System, seed: u64, count: usize) -> Vec<u32> {
     arrivals
         .filter_map(|input| match input {
             Input::Arrive(request) => request.adapter,
-            Input::Cancel { .. } => None,
+            Input::Cancel { .. } | Input::Adapter { .. } => None,
         })
         .collect()
 }

@@ -159,7 +159,7 @@ fn with_one_sequence_lru_never_misses_more_for_more_slots() {
             .take(3_000)
             .filter_map(|i| match i {
                 Input::Arrive(r) => r.adapter,
-                Input::Cancel { .. } => None,
+                Input::Cancel { .. } | Input::Adapter { .. } => None,
             })
             .collect();
         let slots: Vec<usize> = (1..=24).collect();

@@ -1,13 +1,18 @@
 //! A small discrete-event driver with arbitrary durations that checks every decision as it is made.
 
+mod changes;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use lora_sched::{
-    AdapterId, AdapterSpec, Arrival, Config, Ended, Event, Evict, Nanos, Notice, Outbox, Parts, Policy,
-    RequestId, Scheduler, SlotId, SlotState, StepPlan, SwapKind, SwapMode, SwapPlan,
+    AdapterId, AdapterSpec, Arrival, Config, Ended, Event, EventError, Evict, FetchPlan, HostState, Nanos,
+    Notice, Outbox, Parts, Policy, RequestId, Scheduler, SlotId, SlotState, StepPlan, SwapKind, SwapMode,
+    SwapPlan,
 };
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
+
+pub use changes::{Change, changing_load};
 
 /// A configuration and everything that happens to it.
 #[derive(Clone, Debug)]
@@ -17,7 +22,11 @@ pub struct Load {
     pub requests: Vec<Arrival>,
     /// Cancels by time.
     pub cancels: Vec<(Nanos, RequestId)>,
-    /// Durations of steps and swaps, cycled through.
+    /// Adapters that come, go and are pinned, by time.
+    pub changes: Vec<(Nanos, Change)>,
+    /// Every how many reads from disk fail; 0 is none.
+    pub failing: usize,
+    /// Durations of steps, swaps and reads, cycled through.
     pub durations: Vec<Nanos>,
     /// Front-end part of each arrival.
     pub front: Nanos,
@@ -41,17 +50,19 @@ fn config() -> impl Strategy<Value = Config> {
             prop::sample::select(SwapMode::ALL),
             1u64..200_000,
             any::<bool>(),
+            prop::option::of(0usize..6),
         ),
     )
         .prop_map(
             |(
                 (total, slots, seqs, block),
                 (batch, len, chunked, prefetch),
-                (policy, evict, mode, age, pin),
+                (policy, evict, mode, age, pin, host),
             )| {
                 let mut config = Config {
                     adapters: (0..total).map(|i| AdapterSpec::new(8 << (i % 3), 1000 << (i % 3))).collect(),
                     gpu_loras: 1 + slots.index(total),
+                    host_loras: host.map(|more| 1 + slots.index(total) + more),
                     max_num_seqs: seqs,
                     max_num_batched_tokens: if chunked { batch } else { batch.max(len) },
                     max_model_len: len,
@@ -100,7 +111,7 @@ pub fn load() -> impl Strategy<Value = Load> {
                 }
             }
             cancels.sort();
-            Load { config, requests, cancels, durations, front, gap }
+            Load { config, requests, cancels, changes: Vec::new(), failing: 0, durations, front, gap }
         })
 }
 
@@ -112,6 +123,13 @@ pub struct Run {
     pub started: Vec<RequestId>,
     pub decisions: Vec<(StepPlan, Vec<SwapPlan>)>,
     pub swaps: usize,
+    pub fetches: usize,
+    pub fetches_failed: usize,
+    /// Requests that were not taken: their adapter was not there, or cannot be read.
+    pub refused: BTreeSet<RequestId>,
+    pub removed: BTreeSet<AdapterId>,
+    pub gone: BTreeSet<AdapterId>,
+    pub pinned: usize,
     pub prefetched: usize,
     pub preempted: usize,
     pub chunks: usize,
@@ -136,10 +154,13 @@ pub struct Driver<'a> {
     step_end: Option<Nanos>,
     step_waits: bool,
     swaps: BTreeMap<SlotId, Nanos>,
+    fetches: BTreeMap<AdapterId, Nanos>,
     sequences: BTreeMap<RequestId, Sequence>,
     generated: BTreeMap<RequestId, u32>,
     /// Requests that a demand load was started for may pass an aged one.
     may_pass: BTreeSet<AdapterId>,
+    /// Pinned while running.
+    run_pinned: BTreeSet<AdapterId>,
     drawn: usize,
     age_bound: bool,
     run: Run,
@@ -156,9 +177,11 @@ impl<'a> Driver<'a> {
             step_end: None,
             step_waits: false,
             swaps: BTreeMap::new(),
+            fetches: BTreeMap::new(),
             sequences: BTreeMap::new(),
             generated: BTreeMap::new(),
             may_pass: BTreeSet::new(),
+            run_pinned: BTreeSet::new(),
             drawn: 0,
             age_bound: false,
             run: Run::default(),
@@ -178,11 +201,15 @@ impl<'a> Driver<'a> {
     pub fn run(mut self) -> Result<Run, TestCaseError> {
         let (mut arrivals, mut cancels) =
             (self.load.requests.iter().peekable(), self.load.cancels.iter().peekable());
+        let mut changes = self.load.changes.iter().peekable();
         loop {
             let arrival = arrivals.peek().map(|a| a.received + self.load.front);
             let cancel = cancels.peek().map(|c| c.0);
             let swap = self.swaps.iter().map(|(&slot, &end)| (end, slot)).min();
-            let next = [arrival, cancel, swap.map(|s| s.0), self.step_end].into_iter().flatten().min();
+            let fetch = self.fetches.iter().map(|(&adapter, &end)| (end, adapter)).min();
+            let change = changes.peek().map(|c| c.0);
+            let next = [arrival, cancel, swap.map(|s| s.0), self.step_end, fetch.map(|f| f.0), change];
+            let next = next.into_iter().flatten().min();
             let Some(next) = next else { break };
             self.now = self.now.max(next);
             let before: Vec<_> = self.scheduler.slots().collect();
@@ -194,6 +221,14 @@ impl<'a> Driver<'a> {
             } else if let Some((_, slot)) = swap.filter(|s| s.0 == next) {
                 self.swaps.remove(&slot);
                 self.handle(Event::SwapDone(slot), &before)?;
+            } else if let Some((_, adapter)) = fetch.filter(|f| f.0 == next) {
+                self.fetches.remove(&adapter);
+                let failing = self.load.failing;
+                let failed = failing > 0 && self.run.fetches.is_multiple_of(failing);
+                self.run.fetches_failed += usize::from(failed);
+                self.handle(Event::FetchDone { adapter, failed }, &before)?;
+            } else if change == Some(next) {
+                self.change(changes.next().unwrap().1, &before)?;
             } else {
                 let (_, id) = *cancels.next().unwrap();
                 self.handle(Event::Cancel(id), &before)?;
@@ -204,6 +239,13 @@ impl<'a> Driver<'a> {
             }
         }
         prop_assert!(self.scheduler.is_idle(), "requests are left with nothing under way");
+        for (id, spec) in self.scheduler.adapters() {
+            let state = self.scheduler.host_state(id);
+            prop_assert!(
+                !spec.pinned || !self.run_pinned.contains(&id) || self.scheduler.slot_of(id).is_some(),
+                "{id} is pinned and {state:?}"
+            );
+        }
         self.run.kv_used_at_end = self.scheduler.kv_used();
         self.run.pins_at_end = self.scheduler.slots().map(|s| s.pins).sum();
         Ok(self.run)
@@ -211,9 +253,15 @@ impl<'a> Driver<'a> {
 
     fn handle(&mut self, event: Event<'_>, before: &[lora_sched::SlotView]) -> Result<(), TestCaseError> {
         self.out.clear();
-        self.scheduler
-            .handle(self.now, event, &mut self.out)
-            .map_err(|e| TestCaseError::fail(format!("{event:?}: {e}")))?;
+        let taken = self.scheduler.handle(self.now, event, &mut self.out);
+        if let (Event::Arrive(arrival), Err(EventError::UnknownAdapter(_) | EventError::AdapterFailed(_))) =
+            (event, &taken)
+        {
+            prop_assert!(!self.load.changes.is_empty(), "{event:?}: {taken:?}");
+            self.run.refused.insert(arrival.id);
+        } else {
+            taken.map_err(|e| TestCaseError::fail(format!("{event:?}: {e}")))?;
+        }
         let landed = if let Event::SwapDone(slot) = event { Some(slot) } else { None };
         self.take_out(before, landed)
     }
@@ -237,13 +285,20 @@ impl<'a> Driver<'a> {
                     self.run.preempted += 1;
                     prop_assert!(self.sequences.remove(&id).is_some());
                 }
-                Notice::AdapterGone(_) => {}
+                Notice::AdapterGone(adapter) => {
+                    prop_assert!(self.run.removed.contains(&adapter), "{adapter} went unasked");
+                    prop_assert!(self.run.gone.insert(adapter), "{adapter} went twice");
+                    prop_assert_eq!(self.scheduler.slot_of(adapter), None);
+                    prop_assert!(!self.fetches.contains_key(&adapter), "{adapter} is still being read");
+                }
             }
         }
         for i in 0..self.out.swaps.len() {
             let swap = self.out.swaps[i];
             let slot = &before[swap.slot.0 as usize];
             self.run.swaps += 1;
+            let there = self.scheduler.host_state(swap.adapter);
+            prop_assert_eq!(there, Some(HostState::Host), "{:?}", swap);
             self.run.prefetched += usize::from(swap.kind == SwapKind::Prefetch);
             prop_assert_eq!(slot.state.adapter(), swap.evicted.or(slot.state.adapter()), "{:?}", swap);
             let loading = matches!(slot.state, SlotState::Loading(_)) && landed != Some(swap.slot);
@@ -253,12 +308,64 @@ impl<'a> Driver<'a> {
                 && self.plan.seqs.iter().any(|s| s.adapter.is_some_and(|a| a.1 == swap.slot))
                 && !self.plan.loading.contains(&swap.slot);
             prop_assert!(!in_step, "{swap:?} writes a slot that the step reads");
-            prop_assert!(!slot.user_pinned, "{swap:?} evicts an adapter that the user pinned");
+            let kept = self.scheduler.adapters().any(|(id, spec)| Some(id) == swap.evicted && spec.pinned);
+            prop_assert!(!kept, "{swap:?} evicts an adapter that the user pinned");
             let end = self.now + self.duration();
             prop_assert!(self.swaps.insert(swap.slot, end).is_none());
             self.may_pass.insert(swap.adapter);
         }
+        for i in 0..self.out.fetches.len() {
+            self.start_fetch(self.out.fetches[i])?;
+        }
         Ok(())
+    }
+
+    /// A place in host memory is not taken from a copy under way.
+    fn start_fetch(&mut self, fetch: FetchPlan) -> Result<(), TestCaseError> {
+        self.run.fetches += 1;
+        let limit = self.load.config.host_loras.unwrap_or(0);
+        prop_assert!(
+            self.scheduler.host_used() <= Some(limit),
+            "{fetch:?}: more than {limit} in host memory"
+        );
+        if let Some(evicted) = fetch.evicted {
+            let slot = self.scheduler.slot_of(evicted);
+            let copied = slot.is_some_and(|s| self.swaps.contains_key(&s));
+            prop_assert!(!copied, "{fetch:?} takes what is being copied");
+            prop_assert!(!self.fetches.contains_key(&evicted), "{fetch:?} takes what is being read");
+        }
+        let end = self.now + self.duration();
+        prop_assert!(self.fetches.insert(fetch.adapter, end).is_none(), "{fetch:?} is read twice");
+        Ok(())
+    }
+
+    fn change(&mut self, change: Change, before: &[lora_sched::SlotView]) -> Result<(), TestCaseError> {
+        let event = match change {
+            Change::Add => Event::AddAdapter(AdapterSpec::new(8, 500)),
+            Change::Remove(adapter) => Event::RemoveAdapter(AdapterId(adapter)),
+            Change::Pin(adapter, pinned) => Event::PinAdapter(AdapterId(adapter), pinned),
+        };
+        self.out.clear();
+        // A trial, since what is refused must change nothing.
+        let mut trial = self.scheduler.clone();
+        if trial.handle(self.now, event, &mut Outbox::default()).is_err() {
+            let slots: Vec<_> = trial.slots().collect();
+            prop_assert_eq!(&slots[..], before, "a refused {:?} changes slots", event);
+            return Ok(());
+        }
+        match change {
+            Change::Add => {}
+            Change::Remove(adapter) => {
+                self.run.removed.insert(AdapterId(adapter));
+                self.run_pinned.remove(&AdapterId(adapter));
+            }
+            Change::Pin(adapter, true) => {
+                self.run.pinned += 1;
+                self.run_pinned.insert(AdapterId(adapter));
+            }
+            Change::Pin(adapter, false) => _ = self.run_pinned.remove(&AdapterId(adapter)),
+        }
+        self.handle(event, before)
     }
 
     fn form_step(&mut self) -> Result<(), TestCaseError> {
@@ -277,7 +384,7 @@ impl<'a> Driver<'a> {
         if !formed {
             prop_assert!(self.plan.seqs.is_empty());
             prop_assert!(
-                self.scheduler.waiting() == 0 || !self.swaps.is_empty(),
+                self.scheduler.waiting() == 0 || !self.swaps.is_empty() || !self.fetches.is_empty(),
                 "requests wait for nothing"
             );
             return Ok(());

@@ -18,6 +18,11 @@ impl ServeSettings {
                 "--emulate and --adapters exclude each other: an emulated engine has no adapters to read",
             ));
         }
+        if checked.host_loras.is_some() {
+            return Err(Failure::usage(
+                "--emulate and --host-loras exclude each other: a profile says nothing of disks",
+            ));
+        }
         let profile = load_profile("serve --emulate", Some(named))?;
         let default = Self::default();
         if self.model != default.model {

@@ -1,0 +1,165 @@
+//! From a request's bytes to sequences in the engine's queue: what `/generate` and the OpenAI endpoints share.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::Request;
+use bytes::Bytes;
+use lora_sched::AdapterId;
+use tower_http::request_id::RequestId;
+
+use super::body;
+use super::error::ApiError;
+use super::sequences::Sequences;
+use super::state::{InFlight, ServerInfo, State};
+use crate::engine::{Engine, GenerateParams, GenerateRequest};
+
+/// When a request's head had been read; put there by the listener.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Received(pub(super) Instant);
+
+/// Prompts of at least this many bytes are tokenised on a blocking thread: under a tenth of a
+/// millisecond of work is not worth the two hand-overs.
+const INLINE_BYTES: usize = 1024;
+/// Sequences that one request may ask for, over all its prompts.
+const MAX_SEQUENCES: usize = 1024;
+
+/// A request whose body is here, while the server takes requests.
+pub(super) struct Intake {
+    state: Arc<State>,
+    guard: InFlight,
+    received: Instant,
+    /// The request's id, as the client gave it or as the server made it.
+    pub(super) id: String,
+    pub(super) body: Bytes,
+}
+
+/// What is to be generated.
+pub(super) struct Ask {
+    /// Token ids of each prompt, none of them empty.
+    pub(super) prompts: Vec<Vec<u32>>,
+    /// Sequences of each prompt.
+    pub(super) n: usize,
+    pub(super) adapter: Option<AdapterId>,
+    pub(super) params: GenerateParams,
+    /// What the client calls the adapter's name, for messages.
+    pub(super) adapter_param: &'static str,
+}
+
+/// A prompt as it came.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Prompt {
+    /// To be tokenised, as the beginning of a text or as it is.
+    Text {
+        text: String,
+        /// Whether the ids that begin a text (BOS) are put in front.
+        special: bool,
+    },
+    Ids(Vec<u32>),
+}
+
+impl Intake {
+    /// Reads a request whose body is JSON.
+    pub(super) async fn read(state: &Arc<State>, request: Request) -> Result<Self, ApiError> {
+        let received = request.extensions().get::<Received>().map_or_else(Instant::now, |r| r.0);
+        let id = request.extensions().get::<RequestId>().and_then(|id| id.header_value().to_str().ok());
+        let id = id.unwrap_or_default().to_owned();
+        state.serving()?;
+        let body = body::read(request, &state.limits).await?;
+        // Counted only now: a client that does not go on sending must not hold up a drain.
+        let guard = InFlight::new(state);
+        state.serving()?;
+        Ok(Self { state: state.clone(), guard, received, id, body })
+    }
+
+    /// The engine and what is said about it.
+    pub(super) fn engine(&self) -> Result<(&Arc<Engine>, &ServerInfo), ApiError> {
+        self.state.loaded()
+    }
+
+    /// Puts everything that is asked for into the engine's queue, or nothing.
+    pub(super) async fn submit(self, ask: Ask) -> Result<Sequences, ApiError> {
+        let Self { state, guard, received, .. } = self;
+        let engine = state.loaded()?.0.clone();
+        let clock = engine.clock();
+        let received = clock.at(received);
+        let asked = ask.prompts.len().saturating_mul(ask.n);
+        if asked > MAX_SEQUENCES {
+            let message = format!(
+                "{} prompts with n = {} ask for {asked} sequences and a request may have {MAX_SEQUENCES}: \
+                 send several requests",
+                ask.prompts.len(),
+                ask.n
+            );
+            return Err(ApiError::bad("prompt", message));
+        }
+        let refused = |error| ApiError::refused(error, ask.adapter_param);
+        let mut requests = Vec::with_capacity(asked);
+        for prompt in &ask.prompts {
+            for i in 0..ask.n {
+                let mut params = ask.params.clone();
+                // Sequences of one prompt differ in their random streams alone.
+                params.seed = params.seed.map(|s| s.wrapping_add(i as u64));
+                let prompt = prompt.clone();
+                let request =
+                    GenerateRequest { prompt, adapter: ask.adapter, params, received: Some(received) };
+                if i == 0 {
+                    engine.check(&request).map_err(refused)?;
+                }
+                requests.push(request);
+            }
+        }
+        let mut handles = Vec::with_capacity(asked);
+        for request in requests {
+            handles.push(engine.submit(request).map_err(refused)?);
+        }
+        for handle in &mut handles {
+            handle.admitted().await.map_err(refused)?;
+        }
+        let prompt_tokens = ask.prompts.iter().map(Vec::len).collect();
+        Ok(Sequences::new(&state, guard, handles, prompt_tokens, ask.n, ask.adapter, (received, clock)))
+    }
+}
+
+/// Ids of each prompt.
+pub(super) async fn tokenize(
+    prompts: Vec<Prompt>,
+    engine: &Arc<Engine>,
+    param: &'static str,
+) -> Result<Vec<Vec<u32>>, ApiError> {
+    let bytes = |p: &Prompt| if let Prompt::Text { text, .. } = p { text.len() } else { 0 };
+    let all = prompts.iter().map(bytes).sum();
+    let engine = engine.clone();
+    tokenising(all, move || encode(prompts, &engine, param)).await?
+}
+
+/// Does `work` on a text of `bytes`: here, or on a blocking thread if it takes longer.
+pub(super) async fn tokenising<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    if bytes < INLINE_BYTES {
+        return Ok(work());
+    }
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| ApiError::internal(format!("tokenising failed: {e}")))
+}
+
+fn encode(prompts: Vec<Prompt>, engine: &Engine, param: &'static str) -> Result<Vec<Vec<u32>>, ApiError> {
+    let tokenizer = engine.tokenizer();
+    let ids = |prompt| match prompt {
+        Prompt::Ids(ids) => Ok(ids),
+        Prompt::Text { text, special: true } => tokenizer.encode(&text),
+        Prompt::Text { text, special: false } => tokenizer.encode_as_is(&text),
+    };
+    prompts.into_iter().map(|p| ids(p).map_err(|e| ApiError::bad(param, e.to_string()))).collect()
+}
+
+/// Refuses prompts without tokens: there is nothing to go on from.
+pub(super) fn none_empty(prompts: &[Vec<u32>], param: &'static str) -> Result<(), ApiError> {
+    match prompts.iter().position(Vec::is_empty) {
+        None => Ok(()),
+        Some(_) if prompts.len() == 1 => Err(ApiError::bad(param, format!("{param} has no tokens"))),
+        Some(i) => Err(ApiError::bad(param, format!("{param}[{i}] has no tokens"))),
+    }
+}

@@ -1,0 +1,245 @@
+//! The sequences of one request on their way to the client, and what is measured of them.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_util::stream::{SelectAll, Stream, StreamExt};
+use lora_sched::{AdapterId, Nanos};
+
+use super::error::ApiError;
+use super::state::{InFlight, State};
+use crate::engine::clock::Clock;
+use crate::engine::{Delta, Finish, GenerateHandle};
+use crate::report::record::PartsS;
+
+/// One sequence's output, with its number.
+struct Numbered {
+    choice: usize,
+    handle: GenerateHandle,
+    ended: bool,
+}
+
+impl Stream for Numbered {
+    type Item = (usize, Delta);
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let delta = match self.handle.poll_next(cx) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Some(delta)) => delta,
+            // The engine has gone without a word.
+            Poll::Ready(None) => Delta { finish: Some(Finish::Abort), ..Delta::default() },
+        };
+        self.ended = delta.finish.is_some();
+        Poll::Ready(Some((self.choice, delta)))
+    }
+}
+
+/// What is known of a sequence.
+#[derive(Clone, Copy, Debug, Default)]
+struct Track {
+    tokens: usize,
+    first: Option<Nanos>,
+    last: Nanos,
+    ended: bool,
+    prefill_s: f64,
+}
+
+/// A piece of one sequence's output.
+pub(super) struct Piece {
+    /// Which sequence: prompt number times `n` plus the sequence's number among the prompt's.
+    pub(super) choice: usize,
+    pub(super) text: String,
+    /// Tokens of the sequence so far, this piece's included.
+    pub(super) tokens: usize,
+    /// Why it is the sequence's last.
+    pub(super) finish: Option<Finish>,
+    /// With the last piece of a sequence that is not whole: why it is not.
+    pub(super) broken: Option<ApiError>,
+}
+
+/// Where a request's time went.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Timing {
+    /// Receipt to the first token of any sequence, by cause; none before it.
+    pub(super) parts: Option<PartsS>,
+    /// First token to the last piece, seconds.
+    pub(super) decode_s: f64,
+    /// Receipt to the last piece, seconds.
+    pub(super) total_s: f64,
+    /// Output tokens of all sequences.
+    pub(super) output_tokens: usize,
+    /// Between tokens of a sequence, mean over all, seconds; none where no sequence has two.
+    pub(super) mean_inter_token_s: Option<f64>,
+}
+
+/// The sequences of one request. Dropping it cancels what is not at its end.
+pub(super) struct Sequences {
+    running: SelectAll<Numbered>,
+    tracks: Vec<Track>,
+    /// Sequences that are not at their end.
+    open: usize,
+    /// Of each prompt.
+    prompt_tokens: Vec<usize>,
+    n: usize,
+    received: Nanos,
+    /// When the last piece was taken.
+    last: Nanos,
+    clock: Clock,
+    parts: Option<PartsS>,
+    first: Option<Nanos>,
+    gaps: (Nanos, u64),
+    state: Arc<State>,
+    adapter: Option<AdapterId>,
+    _guard: InFlight,
+}
+
+impl Sequences {
+    /// `n` sequences of each prompt, by prompt.
+    pub(super) fn new(
+        state: &Arc<State>,
+        guard: InFlight,
+        handles: Vec<GenerateHandle>,
+        prompt_tokens: Vec<usize>,
+        n: usize,
+        adapter: Option<AdapterId>,
+        (received, clock): (Nanos, Clock),
+    ) -> Self {
+        let tracks = vec![Track::default(); handles.len()];
+        for _ in &tracks {
+            state.observed.adapter_enters(adapter);
+        }
+        let numbered = |(choice, handle)| Numbered { choice, handle, ended: false };
+        Self {
+            open: handles.len(),
+            // Each is woken alone, so that many sequences do not cost the square of their number.
+            running: handles.into_iter().enumerate().map(numbered).collect(),
+            tracks,
+            prompt_tokens,
+            n,
+            received,
+            last: received,
+            clock,
+            parts: None,
+            first: None,
+            gaps: (0, 0),
+            state: state.clone(),
+            adapter,
+            _guard: guard,
+        }
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.tracks.len()
+    }
+
+    /// Sequences that are not at their end.
+    pub(super) fn open(&self) -> usize {
+        self.open
+    }
+
+    /// Tokens of the prompt of a sequence.
+    pub(super) fn prompt_tokens_of(&self, choice: usize) -> usize {
+        self.prompt_tokens[choice / self.n.max(1)]
+    }
+
+    /// Tokens of all prompts, each counted once.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens.iter().sum()
+    }
+
+    /// Receipt to the first token of any sequence, by cause; none before it.
+    pub(super) fn parts(&self) -> Option<PartsS> {
+        self.parts
+    }
+
+    /// Receipt to the last piece taken, and what lay between.
+    pub(super) fn timing(&self) -> Timing {
+        let s = |ns: Nanos| ns as f64 * 1e-9;
+        let (sum, count) = self.gaps;
+        Timing {
+            parts: self.parts,
+            decode_s: s(self.first.map_or(0, |first| self.last.saturating_sub(first))),
+            total_s: s(self.last.saturating_sub(self.received)),
+            output_tokens: self.tracks.iter().map(|t| t.tokens).sum(),
+            mean_inter_token_s: (count > 0).then(|| s(sum) / count as f64),
+        }
+    }
+
+    /// The next piece of any sequence; none when all have ended.
+    pub(super) async fn next(&mut self) -> Option<Piece> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// As [`Self::next`], for streams.
+    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Piece>> {
+        if self.open == 0 {
+            return Poll::Ready(None);
+        }
+        match self.running.poll_next_unpin(cx) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Ready(Some((choice, delta))) => Poll::Ready(Some(self.take(choice, delta))),
+        }
+    }
+
+    fn take(&mut self, choice: usize, delta: Delta) -> Piece {
+        let now = self.clock.now();
+        self.last = now;
+        let observed = &self.state.observed;
+        let track = &mut self.tracks[choice];
+        if delta.token.is_some() {
+            track.tokens += 1;
+            if track.first.is_some() {
+                let gap = now - track.last;
+                observed.inter_token.observe(gap as f64 * 1e-9);
+                self.gaps = (self.gaps.0 + gap, self.gaps.1 + 1);
+            }
+            track.last = now;
+        }
+        if let Some(first) = delta.first {
+            let parts: PartsS = first.parts_until(now);
+            track.first = Some(now);
+            track.prefill_s = parts.prefill;
+            observed.first_token(&parts);
+            observed.adapter_moves(self.adapter);
+            if self.parts.is_none() {
+                self.parts = Some(parts);
+                self.first = Some(now);
+            }
+        }
+        if let Some(finish) = delta.finish {
+            self.open -= 1;
+            track.ended = true;
+            observed.adapter_leaves(self.adapter, track.first.is_some());
+            if finish != Finish::Abort {
+                let prompt_tokens = self.prompt_tokens[choice / self.n.max(1)];
+                observed.e2e.observe((now - self.received) as f64 * 1e-9);
+                observed.decode.observe(track.first.map_or(0.0, |first| (now - first) as f64 * 1e-9));
+                observed.prefill.observe(track.prefill_s);
+                observed.prompt_tokens.observe(prompt_tokens as f64);
+                observed.output_tokens.observe(track.tokens as f64);
+            }
+        }
+        let broken = (delta.finish == Some(Finish::Abort)).then(|| match delta.failure {
+            Some(why) => ApiError::internal(why),
+            None => ApiError::stopped(),
+        });
+        Piece { choice, text: delta.text, tokens: track.tokens, finish: delta.finish, broken }
+    }
+}
+
+impl Drop for Sequences {
+    fn drop(&mut self) {
+        for track in self.tracks.iter().filter(|t| !t.ended) {
+            self.state.observed.adapter_leaves(self.adapter, track.first.is_some());
+        }
+        if self.open > 0 {
+            self.state.observed.abandoned(self.open as u64);
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! OpenAI's endpoints under many requests at once: outputs are what each gets alone, and the metrics are what
+//! the clients got.
+
+use lora_hbm::engine::server::LocalServer;
+use lora_hbm::engine::setup::{EngineSettings, Loaded};
+use lora_sched::Config;
+use serde_json::{Value, json};
+
+use crate::openai::{CHAT, COMPLETIONS, answer, events, post};
+use crate::support::{config, idle, options, site, until};
+
+/// The value of a sample whose line begins with `name`.
+fn sample(text: &str, name: &str) -> f64 {
+    let line = text.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("{name}: {text}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_agree_with_what_clients_got() {
+    let site = site(Config { max_num_seqs: 8, ..config() }, options(), 1, 1).await;
+    let (mut prompt, mut completion, mut sequences, mut refused) = (0, 0, 0, 0);
+    let mut all = Vec::new();
+    for i in 0..40u64 {
+        let n = 1 + i % 2;
+        let model = if i % 5 == 4 { "emulated".to_owned() } else { format!("lora-{}", i % 5) };
+        let mut body = json!({
+            "model": model, "n": n, "max_tokens": 1 + i % 7, "stream": i % 3 == 0,
+            "stream_options": {"include_usage": true},
+        });
+        let path = if i % 4 == 0 { CHAT } else { COMPLETIONS };
+        match path {
+            CHAT => body["messages"] = json!([{"role": "user", "content": "hello"}]),
+            _ => body["prompt"] = json!("x".repeat(5 + i as usize)),
+        }
+        if i % 10 == 9 {
+            body["model"] = json!("nobody");
+        }
+        let url = site.url.clone();
+        all.push(tokio::spawn(async move {
+            let response = post(&url, path, &body).await;
+            let status = response.status();
+            let text = response.text().await.unwrap();
+            let last = text.split_terminator("\n\n").filter(|e| *e != "data: [DONE]").last().unwrap();
+            let last: Value = serde_json::from_str(last.strip_prefix("data: ").unwrap_or(last)).unwrap();
+            (status, n, last["usage"].clone())
+        }));
+    }
+    for one in all {
+        let (status, n, usage) = one.await.unwrap();
+        if status != 200 {
+            refused += 1;
+            continue;
+        }
+        let of = |name: &str| usage[name].as_u64().unwrap();
+        sequences += n;
+        prompt += of("prompt_tokens") * n;
+        completion += of("completion_tokens");
+    }
+    let engine = site.engine.clone();
+    tokio::task::spawn_blocking(move || until(&engine, "idle", idle)).await.unwrap();
+    let text = reqwest::get(format!("{}/metrics", site.url)).await.unwrap().text().await.unwrap();
+    let is = |name: &str, value: u64| assert_eq!(sample(&text, name), value as f64, "{name}: {text}");
+    assert_eq!(refused, 4);
+    is("vllm:prompt_tokens_total", prompt);
+    is("vllm:generation_tokens_total", completion);
+    is("vllm:request_success_total{model_name=\"emulated\",finished_reason=\"length\"}", sequences);
+    for name in ["time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"] {
+        is(&format!("vllm:{name}_count"), sequences);
+    }
+    is("vllm:request_prompt_tokens_sum", prompt);
+    is("vllm:request_generation_tokens_sum", completion);
+    is("vllm:inter_token_latency_seconds_count", completion - sequences);
+    is("lora_hbm:first_tokens_total", sequences);
+    let ok = |path: &str| {
+        sample(
+            &text,
+            &format!(
+                "lora_hbm:http_responses_total{{model_name=\"emulated\",path=\"{path}\",status=\"200\"}}"
+            ),
+        )
+    };
+    assert_eq!(ok(COMPLETIONS) + ok(CHAT), 36.0);
+    is("lora_hbm:client_disconnects_total", 0);
+    for name in ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"] {
+        is(name, 0);
+    }
+    let parts: f64 = ["front", "queue", "kv", "slot", "swap", "prefill"]
+        .iter()
+        .map(|p| {
+            sample(
+                &text,
+                &format!("lora_hbm:ttft_part_seconds_total{{model_name=\"emulated\",part=\"{p}\"}}"),
+            )
+        })
+        .sum();
+    let ttft = sample(&text, "vllm:time_to_first_token_seconds_sum");
+    assert!(parts > 0.0 && parts <= ttft, "delivery comes on top: {parts} {ttft}");
+    let info = "vllm:lora_requests_info{model_name=\"emulated\",max_lora=\"2\",running_lora_adapters=\"\",\
+                waiting_lora_adapters=\"\"}";
+    assert!(sample(&text, info) > 1.6e9);
+    let slots = text.lines().filter(|l| l.starts_with("lora_hbm:adapter_resident{")).count();
+    assert_eq!(slots, 2);
+}
+
+/// Sixty-four requests at once over sixteen adapters, on a real model: each says what it says alone.
+#[test]
+fn concurrent_requests_say_what_each_says_alone() {
+    let loaded = Loaded::load(EngineSettings {
+        model: "tiny".into(),
+        total_loras: 16,
+        gpu_loras: 4,
+        ranks: vec![8, 4, 2],
+        max_num_seqs: 12,
+        max_num_batched_tokens: 128,
+        max_model_len: Some(128),
+        threads: 1,
+        ..EngineSettings::default()
+    })
+    .unwrap();
+    let server = LocalServer::start(&loaded, 4, None).unwrap();
+    let url = server.url();
+    let bodies: Vec<(&str, Value)> = (0..64usize)
+        .map(|i| {
+            let text = format!("{} of {}", i * i, "words ".repeat(1 + i % 5));
+            let mut body = json!({
+                "model": format!("lora-{}", i % 16), "max_tokens": 3 + i % 6, "seed": i,
+                "temperature": if i % 2 == 0 { 0.0 } else { 0.8 }, "n": 1 + i / 48,
+                "stream": i % 3 == 0,
+            });
+            if i % 4 == 3 {
+                body["messages"] = json!([{"role": "user", "content": text}]);
+                return (CHAT, body);
+            }
+            body["prompt"] = json!(text);
+            (COMPLETIONS, body)
+        })
+        .collect();
+    let one = |path: &'static str, body: Value| {
+        let url = url.clone();
+        async move {
+            let n = body["n"].as_u64().unwrap() as usize;
+            let mut texts = vec![String::new(); n];
+            let choices: Vec<Value> = if body["stream"] == true {
+                events(&url, path, &body).await.iter().map(|e| e["choices"][0].clone()).collect()
+            } else {
+                answer(&url, path, &body).await["choices"].as_array().unwrap().clone()
+            };
+            for choice in choices {
+                let text = [&choice["text"], &choice["delta"]["content"], &choice["message"]["content"]];
+                let text = text.iter().find_map(|t| t.as_str()).unwrap();
+                texts[choice["index"].as_u64().unwrap() as usize] += text;
+            }
+            texts
+        }
+    };
+    server.block_on(async {
+        let together = bodies.iter().map(|(path, body)| tokio::spawn(one(path, body.clone())));
+        let together: Vec<_> = together.collect();
+        let mut said = Vec::new();
+        for task in together {
+            said.push(task.await.unwrap());
+        }
+        for ((path, body), together) in bodies.iter().zip(&said) {
+            let alone = one(path, body.clone()).await;
+            assert!(alone.iter().all(|text| !text.is_empty()));
+            assert_eq!(together, &alone, "{path} {body}");
+        }
+        let different: std::collections::BTreeSet<_> = said.iter().collect();
+        assert!(different.len() > 60, "adapters and prompts matter: {}", different.len());
+    });
+    assert!(server.engine().stats().swaps > 12, "adapters had to take turns");
+    server.stop();
+}
