@@ -28,7 +28,7 @@ use crate::profile::{
     AdapterCosts, CostModel, EngineFacts, Feature, Holdout, HostCosts, Kind, Profile, ProfileError,
     Quantiles, SCHEMA_VERSION, StepCosts, SwapCosts,
 };
-use crate::report::machine::machine;
+use crate::report::machine::{Machine, machine};
 use crate::report::manifest::Tool;
 use crate::report::stats;
 use crate::workload::streams::stream;
@@ -157,7 +157,7 @@ pub fn calibrate(
         kind: Kind::Engine,
         created: chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false),
         tool: tool(),
-        machine: serde_json::to_value(machine()).unwrap_or_default(),
+        machine: serde_json::to_value(Machine { gpu: loaded.gpu(), ..machine() }).unwrap_or_default(),
         model: loaded.spec().name.clone(),
         adapter: AdapterCosts {
             ranks: ranks.iter().map(|r| r.0).collect(),
@@ -232,6 +232,8 @@ fn gpu_features() -> Vec<Feature> {
         .map(|(from, to)| Feature::PaddedTokens { from, to });
     let context = ranges(&[0, 512, 2048, 8192, 32_768]).map(|(from, to)| Feature::DecodeContext { from, to });
     let others = [
+        // Up to 16 rows have kernels of their own, which take as long for one as for all of them.
+        Feature::Tokens { from: 16, to: Some(17) },
         Feature::Mixed,
         Feature::Lora,
         Feature::MixedLora,

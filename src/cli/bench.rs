@@ -211,6 +211,7 @@ fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failure> {
         let of_rank = if s.each_rank.is_empty() { base.ranks.clone() } else { Vec::new() };
         let settings = setup::EngineSettings { max_r, ranks: of_rank, ..base.clone() };
         let loaded = load(settings.clone())?;
+        manifest.on_gpu(loaded.gpu());
         let slots = s.gpu_loras as usize;
         let mut report = run_engine(&loaded, slots, &steps, |what| {
             bar.set_message(format!("rank {max_r}: {what}"));
@@ -265,6 +266,7 @@ fn traces(args: &TraceBenchArgs, ctx: &Context) -> Result<(), Failure> {
     let mut manifest = Manifest::begin("bench trace", &(&s, &flags), &[]).map_err(Failure::failed)?;
     let largest = s.budgets.iter().copied().max().unwrap_or(1).max(1);
     let loaded = load(settings_of(&flags, &s, largest)?)?;
+    manifest.on_gpu(loaded.gpu());
     let mut rows = Vec::new();
     let bar = ui::bar((args.traces.len() * s.budgets.len()) as u64, "traces");
     for path in &args.traces {

@@ -11,6 +11,7 @@ use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress};
 use crate::report::files::check_writable;
+use crate::report::machine::Gpu;
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::ResultRow;
 use crate::report::stats;
@@ -106,7 +107,14 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
         )));
     }
     manifest.write(&manifest_path).map_err(Failure::failed)?;
-    let rows = execute(&sweep, measured)?;
+    let rows = if measured {
+        measure(&sweep, |gpu| {
+            manifest.on_gpu(gpu);
+            manifest.write(&manifest_path).map_err(Failure::failed)
+        })?
+    } else {
+        simulate(&sweep)?
+    };
     manifest.end(true);
     manifest.write(&manifest_path).map_err(Failure::failed)?;
     match ctx.format {
@@ -138,25 +146,30 @@ fn failed(e: SweepError) -> Failure {
     Failure::Failed(e.into())
 }
 
+/// `on` is told the GPU, if one is used, before the first run: a sweep that is cut short has it in its manifest.
 #[cfg(feature = "server")]
-fn execute(sweep: &Sweep<'_>, measured: bool) -> Result<Vec<ResultRow>, Failure> {
-    if !measured {
-        return simulate(sweep);
+fn measure(
+    sweep: &Sweep<'_>,
+    on: impl FnOnce(Option<Gpu>) -> Result<(), Failure>,
+) -> Result<Vec<ResultRow>, Failure> {
+    let mut engines = crate::experiment::Engines::default();
+    if let Some(cell) = sweep.experiment.cells().first() {
+        on(engines.loaded(&cell.engine).map_err(SweepError::from).map_err(failed)?.gpu())?;
     }
     let bar = ui::bar(0, "measuring");
-    let rows = sweep.measure(&mut crate::experiment::Engines::default(), |p| show(&bar, &p));
+    let rows = sweep.measure(&mut engines, |p| show(&bar, &p));
     bar.finish_and_clear();
     rows.map_err(failed)
 }
 
 #[cfg(not(feature = "server"))]
-fn execute(sweep: &Sweep<'_>, measured: bool) -> Result<Vec<ResultRow>, Failure> {
-    if measured {
-        return Err(Failure::usage(
-            "this program was built without an engine: build it with the feature 'server' to measure",
-        ));
-    }
-    simulate(sweep)
+fn measure(
+    _sweep: &Sweep<'_>,
+    _on: impl FnOnce(Option<Gpu>) -> Result<(), Failure>,
+) -> Result<Vec<ResultRow>, Failure> {
+    Err(Failure::usage(
+        "this program was built without an engine: build it with the feature 'server' to measure",
+    ))
 }
 
 fn simulate(sweep: &Sweep<'_>) -> Result<Vec<ResultRow>, Failure> {

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::digest::{canonical_json, sha256};
 use super::files::{self, FileError};
-use super::machine::{Machine, machine};
+use super::machine::{Gpu, Machine, machine};
 use crate::profile::{Kind, Profile};
 
 /// The format's version.
@@ -131,6 +131,11 @@ impl Manifest {
             ended: None,
             complete: false,
         })
+    }
+
+    /// Notes the GPU that the run computed on, if any.
+    pub fn on_gpu(&mut self, gpu: Option<Gpu>) {
+        self.machine.gpu = gpu;
     }
 
     /// Notes the profile that the run simulates with.

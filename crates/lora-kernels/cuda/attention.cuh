@@ -26,6 +26,17 @@ struct Paged {
     }
 };
 
+// Of both prefill kernels.
+struct PrefillArguments {
+    Paged paged;
+    const bf16* q;           // [rows, q_width]
+    bf16* out;               // [rows, heads * head_dim]
+    const uint32_t* starts;  // [sequences + 1] first rows
+    const uint32_t* tiles;   // [gridDim.y, 2]: sequence, first row within it
+    uint32_t q_width, heads, rows;
+    float scale;  // of scores, times log2(e)
+};
+
 // Element offset of the 16-byte piece `piece` of row `row` in a tile of rows of HD elements. Pieces are
 // permuted within a row so that the 8 rows that one ldmatrix phase reads at one piece lie in different banks.
 template <int HD>

@@ -6,16 +6,6 @@
 // makes one pass enough. Tiles come from the front, so that the first one gives every row a finite maximum.
 #include "attention.cuh"
 
-struct PrefillArguments {
-    Paged paged;
-    const bf16* q;           // [rows, q_width]
-    bf16* out;               // [rows, heads * head_dim]
-    const uint32_t* starts;  // [sequences + 1] first rows
-    const uint32_t* tiles;   // [gridDim.y, 2]: sequence, first row within it
-    uint32_t q_width, heads, rows;
-    float scale;  // of scores, times log2(e)
-};
-
 constexpr int ROWS = 128;
 constexpr int KEYS = 64;
 constexpr int WARPS = 4;

@@ -5,6 +5,7 @@ use crate::memory::{DeviceBuffer, View, ViewMut};
 use crate::module::{Function, Grid, Module, arguments};
 use crate::paged::{AttentionShape, KvCache, PREFILL_ROWS, Paged, Sequences};
 use crate::stream::Stream;
+use crate::tensor_map::Matrix;
 use crate::{CudaError, Device, bf16};
 
 const DECODE: &str = "attention_decode";
@@ -12,6 +13,9 @@ const PREFILL: &str = "attention_prefill";
 
 const PREFILL_KEYS: usize = 64;
 const PREFILL_THREADS: u32 = 128;
+const HOPPER_THREADS: u32 = 384;
+/// Queries, keys and values twice, barriers, and room to align them.
+const HOPPER_SHARED: u32 = 5 * 32_768 + 128 + 1024;
 /// Warps of a decode block, their stages, and bytes of a stage.
 const DECODE_THREADS: u32 = 128;
 const DECODE_SHARED: u32 = 4 * 3 * 8192;
@@ -70,6 +74,8 @@ struct PrefillArguments {
 pub struct Attention {
     decode: Function,
     prefill: Function,
+    /// For devices of sm_90 and heads of 128.
+    hopper: Option<Function>,
     shape: AttentionShape,
     multiprocessors: usize,
 }
@@ -112,7 +118,15 @@ impl Attention {
     pub fn load(device: &Device, shape: AttentionShape) -> Result<Self, CudaError> {
         const DECODE_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/attention_decode.fatbin"));
         const PREFILL_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/attention_prefill.fatbin"));
+        const HOPPER_IMAGE: &[u8] =
+            include_bytes!(concat!(env!("OUT_DIR"), "/attention_prefill_hopper.fatbin"));
         shape.check()?;
+        let hopper = if device.info().capability == (9, 0) && shape.head_dim == 128 {
+            let module = Module::load(device.context(), HOPPER_IMAGE)?;
+            Some(module.function_with_shared("attention_prefill_hopper", HOPPER_SHARED)?)
+        } else {
+            None
+        };
         let (queries, _) = shape.query_parts();
         let decode = match (shape.head_dim, queries) {
             (32, 8) => "attention_decode_32_1",
@@ -132,9 +146,15 @@ impl Attention {
                 .function_with_shared(decode, DECODE_SHARED)?,
             prefill: Module::load(device.context(), PREFILL_IMAGE)?
                 .function_with_shared(prefill, prefill_shared(shape.head_dim))?,
+            hopper,
             shape,
             multiprocessors: device.info().multiprocessors as usize,
         })
+    }
+
+    /// Without the kernels that only some devices have: what the others run, for tests and comparisons.
+    pub fn portable(self) -> Self {
+        Self { hopper: None, ..self }
     }
 
     /// The shape that it was loaded for.
@@ -270,10 +290,23 @@ impl Attention {
         };
         // Heads of one tile side by side: the list's order is the order of work.
         let blocks = (self.shape.heads as u32, count as u32, 1);
-        let grid = Grid { blocks, threads: PREFILL_THREADS, shared: prefill_shared(self.shape.head_dim) };
-        // SAFETY: the parameter is the kernel's; buffers hold the rows; tiles outside the rows, places, blocks
-        // and contexts are bounded in the kernel.
-        unsafe { stream.launch(&self.prefill, grid, arguments![arguments]) }
+        let Some(hopper) = &self.hopper else {
+            let shared = prefill_shared(self.shape.head_dim);
+            let grid = Grid { blocks, threads: PREFILL_THREADS, shared };
+            // SAFETY: the parameter is the kernel's; buffers hold the rows; tiles outside the rows, places, blocks
+            // and contexts are bounded in the kernel.
+            return unsafe { stream.launch(&self.prefill, grid, arguments![arguments]) };
+        };
+        let AttentionShape { heads, head_dim, block_size, .. } = self.shape;
+        let (address, width) = (q.rows.address(), q.width);
+        let queries = Matrix { address, columns: heads * head_dim, rows, width };
+        let kv = |address, len| Matrix { address, columns: head_dim, rows: len / head_dim, width: head_dim };
+        let queries = queries.boxes_of(PREFILL, PREFILL_ROWS as u32)?;
+        let keys = kv(cache.keys.address(), cache.keys.len()).boxes_of(PREFILL, block_size as u32)?;
+        let values = kv(cache.values.address(), cache.values.len()).boxes_of(PREFILL, block_size as u32)?;
+        let grid = Grid { blocks, threads: HOPPER_THREADS, shared: HOPPER_SHARED };
+        // SAFETY: the parameters are the kernel's; all else as above.
+        unsafe { stream.launch(hopper, grid, arguments![queries, keys, values, arguments]) }
     }
 
     /// Of scores, for powers of two.

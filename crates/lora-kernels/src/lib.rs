@@ -23,7 +23,9 @@ mod product;
 mod rope_kv;
 mod sample;
 mod stream;
+mod tensor_map;
 pub mod twins;
+mod words;
 
 pub use attention::{Attention, DecodeWorkspace, Queries};
 pub use ceilings::{Ceilings, ceilings};
@@ -43,3 +45,4 @@ pub use product::{Product, Weight};
 pub use rope_kv::{PADDING_ROW, RopeKv, Rotation, rope_frequencies, rope_table};
 pub use sample::Argmax;
 pub use stream::{Event, Graph, Stream};
+pub use words::HostWords;

@@ -276,7 +276,6 @@ fn a_captured_decode_is_replayed_with_other_contents() {
 /// Runs the prefill of `sequences` and checks rows around tiles' edges and each `stride`-th.
 fn check_prefill(shape: AttentionShape, sequences: &[(u32, u32)], stride: usize, seed: u64) {
     let (device, stream) = device();
-    let attention = Attention::load(&device, shape).unwrap();
     let max_context = sequences.iter().map(|s| s.1 as usize).max().unwrap();
     let batch = Batch::new(shape, sequences, max_context + 50, seed);
     let on = batch.upload(&device, &stream);
@@ -284,20 +283,25 @@ fn check_prefill(shape: AttentionShape, sequences: &[(u32, u32)], stride: usize,
     prefill_tiles(&batch.lens, &batch.contexts, &mut tiles);
     let tiles = upload(&device, &stream, tiles.as_flattened());
     let rows = batch.rows();
-    // One row more, which nobody may write.
-    let mut out = poisoned(&device, &stream, (rows + 1) * shape.heads * shape.head_dim);
-    let (seqs, queries, cache) = (on.sequences(), on.queries(), on.cache());
-    attention.prefill(&stream, rows, tiles.view(), &seqs, queries, cache, out.view_mut()).unwrap();
-    let out = download(&stream, &out);
-    batch.check_untouched(&out, rows..rows + 1, "prefill");
-    for (i, (&len, start)) in batch.lens.iter().zip(batch.starts()).enumerate() {
-        let (len, start) = (len as usize, start as usize);
-        if len == 1 {
-            batch.check_untouched(&out, start..start + 1, "prefill");
-            continue;
+    for portable in [true, false] {
+        let attention = Attention::load(&device, shape).unwrap();
+        let attention = if portable { attention.portable() } else { attention };
+        let case = if portable { "portable prefill" } else { "prefill" };
+        // One row more, which nobody may write.
+        let mut out = poisoned(&device, &stream, (rows + 1) * shape.heads * shape.head_dim);
+        let (seqs, queries, cache) = (on.sequences(), on.queries(), on.cache());
+        attention.prefill(&stream, rows, tiles.view(), &seqs, queries, cache, out.view_mut()).unwrap();
+        let out = download(&stream, &out);
+        batch.check_untouched(&out, rows..rows + 1, case);
+        for (i, (&len, start)) in batch.lens.iter().zip(batch.starts()).enumerate() {
+            let (len, start) = (len as usize, start as usize);
+            if len == 1 {
+                batch.check_untouched(&out, start..start + 1, case);
+                continue;
+            }
+            let checked = (0..len).filter(|r| r % stride == 0 || r % 64 < 2 || r % 64 > 62 || r + 2 > len);
+            checked.for_each(|r| batch.check_row(&out, i, r, case));
         }
-        let checked = (0..len).filter(|r| r % stride == 0 || r % 64 < 2 || r % 64 > 62 || r + 2 > len);
-        checked.for_each(|r| batch.check_row(&out, i, r, "prefill"));
     }
 }
 
@@ -329,4 +333,7 @@ fn prefill_of_a_long_prompt_is_the_twin() {
     check_prefill(shape(4, 2, 128, 16), &[(2048, 2048)], 101, 30);
     check_prefill(shape(2, 2, 128, 16), &[(1, 9), (1000, 3000), (511, 4111)], 101, 31);
     check_prefill(shape(2, 2, 64, 16), &[(1500, 1500)], 101, 32);
+    // Fewer rows than a tile has, of the whole batch.
+    check_prefill(shape(2, 1, 128, 16), &[(2, 2)], 1, 33);
+    check_prefill(shape(2, 1, 128, 16), &[(37, 300)], 1, 34);
 }

@@ -108,11 +108,14 @@ fn decode_times() {
 fn prefill_times() {
     let (device, stream) = device();
     let draw = Draw::load(&device).unwrap();
-    println!("| heads | kv heads | head | sequences | rows each | context | µs | TFLOP/s |");
-    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+    println!(
+        "| heads | kv heads | head | sequences | rows each | context | µs | TFLOP/s | portable: µs | TFLOP/s |"
+    );
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
     let models = [shape(32, 32, 128), shape(32, 8, 128), shape(12, 12, 64)];
     for shape in models {
         let attention = Attention::load(&device, shape).unwrap();
+        let portable = Attention::load(&device, shape).unwrap().portable();
         for (seqs, len, context) in [
             (1, 256, 256),
             (1, 512, 512),
@@ -145,28 +148,32 @@ fn prefill_times() {
             prefill_tiles(&lens, &contexts, &mut tiles);
             let tiles = upload(&device, &stream, tiles.as_flattened());
             let contexts = upload(&device, &stream, &contexts);
-            let ms = milliseconds(&device, &stream, |_| {
-                let sequences = Sequences {
-                    places: places.view(),
-                    starts: starts.view(),
-                    contexts: contexts.view(),
-                    block_tables: tables.view(),
-                    blocks_per_seq,
-                };
-                let queries = Queries { rows: q.view(), width: shape.qkv_width() };
-                let cache = KvCache { keys: keys.view(), values: values.view() };
-                attention
-                    .prefill(&stream, rows, tiles.view(), &sequences, queries, cache, out.view_mut())
-                    .unwrap();
+            let [ms, portable_ms] = [&attention, &portable].map(|attention| {
+                milliseconds(&device, &stream, |_| {
+                    let sequences = Sequences {
+                        places: places.view(),
+                        starts: starts.view(),
+                        contexts: contexts.view(),
+                        block_tables: tables.view(),
+                        blocks_per_seq,
+                    };
+                    let queries = Queries { rows: q.view(), width: shape.qkv_width() };
+                    let cache = KvCache { keys: keys.view(), values: values.view() };
+                    attention
+                        .prefill(&stream, rows, tiles.view(), &sequences, queries, cache, out.view_mut())
+                        .unwrap();
+                })
             });
             // Each row sees the tokens up to its own: two products of 2 · head_dim each.
             let seen: f64 = (0..len).map(|r| (context - len + r + 1) as f64).sum();
             let flops = 4.0 * seen * (seqs * heads * head_dim) as f64;
             println!(
-                "| {heads} | {} | {head_dim} | {seqs} | {len} | {context} | {:.1} | {:.0} |",
+                "| {heads} | {} | {head_dim} | {seqs} | {len} | {context} | {:.1} | {:.0} | {:.1} | {:.0} |",
                 shape.kv_heads,
                 ms * 1e3,
-                flops / ms / 1e9
+                flops / ms / 1e9,
+                portable_ms * 1e3,
+                flops / portable_ms / 1e9
             );
         }
     }

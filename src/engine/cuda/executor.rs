@@ -15,6 +15,7 @@ use crate::engine::batch::BatchLimits;
 use crate::engine::device::{Ceilings, Compute, DeviceExecutor, LoadedModel, Parts, check_options};
 use crate::engine::model::{Decoder, ModelSpec, WeightError, Weights};
 use crate::engine::setup::HostMemory;
+use crate::report::machine::Gpu;
 
 /// Layers of a piece of a copy. Each piece costs some 8 µs of the bus's time beside its bytes, so that one
 /// piece a layer would copy at 86 % of its speed; a step that waits for layers waits for a whole piece.
@@ -100,6 +101,18 @@ impl CudaDevice {
             info.driver / 1000,
             info.driver % 1000 / 10
         )
+    }
+
+    /// For manifests.
+    pub fn gpu(&self) -> Gpu {
+        let info = self.device.info();
+        Gpu {
+            name: info.name.clone(),
+            uuid: Some(info.uuid.clone()),
+            driver: std::fs::read_to_string("/sys/module/nvidia/version").ok().map(|v| v.trim().to_owned()),
+            cuda: Some(format!("{}.{}", info.driver / 1000, info.driver % 1000 / 10)),
+            memory_bytes: Some(info.memory),
+        }
     }
 
     /// Bytes that an engine may use under a share of the device's memory.

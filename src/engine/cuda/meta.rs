@@ -1,11 +1,11 @@
 //! One step's metadata on the device: a block of 32-bit words that is written in page-locked memory and
-//! copied once a step.
+//! read once a step, by a kernel.
 
 use std::ops::Range;
 
 use lora_kernels::{
-    CudaError, Device, DeviceBuffer, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, SMALL_ROWS, Segment, Sequences,
-    Stream, TILE_ROWS, Tile, View, large_tiles, prefill_tiles, words,
+    CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, SMALL_ROWS, Segment,
+    Sequences, Stream, TILE_ROWS, Tile, View, large_tiles, prefill_tiles, words,
 };
 
 use super::backend::CudaStepError;
@@ -80,6 +80,7 @@ impl MetaLayout {
 
 /// The metadata, on both sides.
 pub(super) struct Meta {
+    reader: HostWords,
     host: PinnedBuffer<u32>,
     device: DeviceBuffer<u32>,
     layouts: [MetaLayout; 2],
@@ -121,6 +122,7 @@ impl Meta {
         let rows = limits.max_num_batched_tokens;
         let layouts = [MetaLayout::new(limits, rows), MetaLayout::new(limits, limits.max_num_seqs)];
         Ok(Self {
+            reader: HostWords::load(device)?,
             host: device.pinned(layouts[0].words())?,
             device: device.buffer(layouts[0].words())?,
             layouts,
@@ -210,11 +212,11 @@ impl Meta {
     /// Puts the words that are used on their way to the device.
     ///
     /// # Safety
-    /// The last step's work must have ended: it reads these words, and so does its copy.
+    /// The last step's work must have ended: it reads these words, and so does the kernel that brings them.
     pub unsafe fn send(&mut self, stream: &Stream) -> Result<(), CudaError> {
         let words = self.layout().kv_rows.start + self.counts.rows;
         // SAFETY: the host's words stay until the step has ended, as the caller promises of the last one.
-        unsafe { stream.copy_in(&self.host[..words], self.device.view_mut().slice(0..words)) }
+        unsafe { self.reader.read(stream, &self.host, words, self.device.view_mut()) }
     }
 
     fn view(&self, range: &Range<usize>) -> View<'_, u32> {

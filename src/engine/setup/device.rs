@@ -14,6 +14,7 @@ use crate::engine::cuda::{CudaDevice, CudaOptions};
 use crate::engine::device::{Ceilings, DeviceExecutor, LoadedModel};
 use crate::engine::memory::MemoryPlan;
 use crate::engine::model::{Dtype, ModelSpec, Weights};
+use crate::report::machine::Gpu;
 
 /// A device, with the weights that were loaded onto it.
 #[derive(Debug)]
@@ -75,6 +76,15 @@ impl OpenDevice {
             Self::Cpu(_) => "cpu".into(),
             #[cfg(feature = "cuda")]
             Self::Cuda(device) => device.said(),
+        }
+    }
+
+    /// The GPU, for manifests.
+    pub fn gpu(&self) -> Option<Gpu> {
+        match self {
+            Self::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(device) => Some(device.gpu()),
         }
     }
 

@@ -18,6 +18,7 @@ use super::memory::{MemoryPlan, MemoryTable, free_memory, gb};
 use super::model::{self, Dtype, Family, GenerationConfig, Model, ModelSpec, SamplingDefaults};
 use super::{Engine, EngineConfig};
 use crate::report::decision_log::{DecisionLog, LogHeader};
+use crate::report::machine::Gpu;
 use crate::workload::tokenizer::Tokenizer;
 use device::OpenDevice;
 pub use error::SetupError;
@@ -137,6 +138,11 @@ impl Loaded {
     /// The device, in words.
     pub fn device_said(&self) -> String {
         self.device.said()
+    }
+
+    /// The GPU that it computes on, for manifests.
+    pub fn gpu(&self) -> Option<Gpu> {
+        self.device.gpu()
     }
 
     /// The number format of weights, adapters and KV cache.
