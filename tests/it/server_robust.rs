@@ -45,8 +45,8 @@ fn held(s: &EngineStats) -> [u64; 7] {
 }
 
 async fn nothing_held(site: &Site) {
-    wait_for(site, "everything given back", |s| held(s) == [0; 7]).await;
-    assert_eq!(site.engine.open_requests(), 0);
+    // The engine's figures are out before the last answer has been taken off the list.
+    wait_for(site, "everything given back", |s| held(s) == [0; 7] && site.engine.open_requests() == 0).await;
 }
 
 /// A request of somebody else, which must be answered whatever happens beside it.
