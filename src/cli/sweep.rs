@@ -153,7 +153,7 @@ fn measure(
     on: impl FnOnce(Option<Gpu>) -> Result<(), Failure>,
 ) -> Result<Vec<ResultRow>, Failure> {
     let mut engines = crate::experiment::Engines::default();
-    if let Some(cell) = sweep.experiment.cells().first() {
+    if let Some(cell) = sweep.first_to_measure().map_err(failed)? {
         on(engines.loaded(&cell.engine).map_err(SweepError::from).map_err(failed)?.gpu())?;
     }
     let bar = ui::bar(0, "measuring");

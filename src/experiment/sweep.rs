@@ -153,6 +153,13 @@ impl Sweep<'_> {
         Ok(rows)
     }
 
+    /// The cell of the first run that is left to measure.
+    #[cfg(feature = "server")]
+    pub fn first_to_measure(&self) -> Result<Option<&Cell>, SweepError> {
+        let pending = self.experiment.pending(self.shard, Source::Measured, &self.rows()?);
+        Ok(pending.first().map(|run| run.cell))
+    }
+
     /// Measures what is left, one run after another, each on an engine started for it. Gives the new rows.
     #[cfg(feature = "server")]
     pub fn measure(
