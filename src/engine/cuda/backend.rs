@@ -15,6 +15,7 @@ use lora_sched::{Nanos, SlotId};
 use super::graphs::{GraphKey, Graphs, padded, rounded, shapes};
 use super::meta::Meta;
 use super::slots::CudaSlots;
+use super::timeline::Timeline;
 use crate::engine::backend::{BackendShape, StepBackend};
 use crate::engine::batch::{Batch, BatchLimits};
 use crate::engine::device::{SeqSampler, StepError};
@@ -69,6 +70,7 @@ pub struct CudaBackend {
     last_tokens: Vec<TokenId>,
     pending: Pending,
     stalls: Stalls,
+    timeline: Timeline,
 }
 
 /// Where a module's part begins in an adapter that adapts all.
@@ -213,6 +215,7 @@ impl CudaBackend {
                 scratch: Vec::with_capacity(spec.vocab_size),
                 row: vec![0.0; spec.vocab_size],
             },
+            timeline: Timeline::new(),
             stalls: Stalls { loading: Vec::with_capacity(seqs), events: Vec::new(), used: Vec::new() },
             device,
             stream,
@@ -289,6 +292,11 @@ impl CudaBackend {
         }
     }
 
+    /// Tells the timeline what has just been submitted.
+    fn mark(&mut self, name: &'static str, width: usize) -> Result<(), CudaStepError> {
+        Ok(self.timeline.mark(&self.device, &self.stream, (name, width))?)
+    }
+
     /// Puts the step's results on their way to the host.
     fn send_results(&mut self, batch: &Batch) -> Result<(), CudaStepError> {
         let Pending { ended, ids, logits, logits_at, places, .. } = &mut self.pending;
@@ -342,7 +350,9 @@ impl StepBackend for CudaBackend {
         } else {
             self.shape =
                 LaunchShape { singles: counts.singles, longest: counts.longest, small: counts.small };
+            self.timeline.begin(&self.device, &self.stream, n)?;
             work(self, n, samples)?;
+            self.timeline.submitted();
         }
         self.send_results(batch)
     }
@@ -350,6 +360,7 @@ impl StepBackend for CudaBackend {
     fn sampled(&mut self) -> Result<&[TokenId], CudaStepError> {
         let Pending { ended, ids, logits, places, tokens, scratch, row, .. } = &mut self.pending;
         ended.synchronize()?;
+        self.timeline.log()?;
         tokens.clear();
         let vocab = self.spec.vocab_size;
         for (i, &(place, on_host)) in places.iter().enumerate() {

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use lora_kernels::{
-    CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, SMALL_ROWS, Segment,
-    Sequences, Stream, TILE_ROWS, Tile, View, large_tiles, prefill_tiles, words,
+    Cover, CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, SMALL_ROWS,
+    Segment, Sequences, Stream, TILE_ROWS, Tile, View, covers, large_tiles, prefill_tiles, words,
 };
 
 use super::backend::CudaStepError;
@@ -16,6 +16,7 @@ use crate::engine::executor::TokenId;
 
 const SEGMENT_WORDS: usize = size_of::<Segment>() / 4;
 const TILE_WORDS: usize = 2;
+const COVER_WORDS: usize = size_of::<Cover>() / 4;
 
 /// Where each array lies, in words. Decode steps use a layout of their own with room for as many rows as
 /// sequences, so that a graph finds everything in place and little is copied.
@@ -30,6 +31,7 @@ pub(super) struct MetaLayout {
     tables: Range<usize>,
     attention_tiles: Range<usize>,
     lora_tiles: Range<usize>,
+    covers: Range<usize>,
     tokens: Range<usize>,
     positions: Range<usize>,
     kv_rows: Range<usize>,
@@ -65,6 +67,7 @@ impl MetaLayout {
             tables: array(seqs * blocks),
             attention_tiles: array(TILE_WORDS * max_tiles(rows, seqs, PREFILL_ROWS)),
             lora_tiles: array(TILE_WORDS * max_tiles(rows, seqs, TILE_ROWS)),
+            covers: array(COVER_WORDS * max_covers(rows, seqs)),
             tokens: array(rows),
             positions: array(rows),
             kv_rows: array(rows),
@@ -90,6 +93,7 @@ pub(super) struct Meta {
     small: Vec<Segment>,
     large: Vec<Segment>,
     lora_tiles: Vec<Tile>,
+    covers: Vec<Cover>,
     attention_tiles: Vec<[u32; 2]>,
     /// What the last batch was made of.
     pub counts: Counts,
@@ -114,6 +118,8 @@ pub(super) struct Counts {
     pub large: usize,
     /// Tiles of large segments.
     pub lora_tiles: usize,
+    /// Covers of all rows, where there are large segments.
+    pub covers: usize,
 }
 
 impl Meta {
@@ -132,6 +138,7 @@ impl Meta {
             small: Vec::with_capacity(limits.max_num_seqs),
             large: Vec::with_capacity(limits.max_num_seqs),
             lora_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, TILE_ROWS)),
+            covers: Vec::with_capacity(max_covers(rows, limits.max_num_seqs)),
             attention_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, PREFILL_ROWS)),
             counts: Counts::default(),
         })
@@ -182,6 +189,10 @@ impl Meta {
             of_its_size.push(on_device(&resident, segment.start, segment.rows));
         }
         large_tiles(&self.large, &mut self.lora_tiles);
+        self.covers.clear();
+        if !self.large.is_empty() {
+            covers(&self.large, rows as u32, &mut self.covers);
+        }
         let singles = (0..batch.seqs()).take_while(|s| batch.seq_rows(*s).len() == 1).count();
         let longest = batch.contexts[..singles].iter().max().map_or(0, |c| *c as usize);
         self.lens.clear();
@@ -190,13 +201,15 @@ impl Meta {
         put(host, &at.small, words(&self.small));
         put(host, &at.large, words(&self.large));
         put(host, &at.lora_tiles, words(&self.lora_tiles));
+        put(host, &at.covers, words(&self.covers));
         put(host, &at.attention_tiles, self.attention_tiles.as_flattened());
         let (small, large) = (self.small.len(), self.large.len());
         let (lora_tiles, attention_tiles) = (self.lora_tiles.len(), self.attention_tiles.len());
         host[SINGLES] = singles as u32;
         host[SMALL] = small as u32;
         let seqs = batch.seqs();
-        self.counts = Counts { rows, seqs, singles, longest, attention_tiles, small, large, lora_tiles };
+        let covers = self.covers.len();
+        self.counts = Counts { rows, seqs, singles, longest, attention_tiles, small, large, lora_tiles, covers };
         Ok(())
     }
 
@@ -275,6 +288,12 @@ impl Meta {
         self.view(&(start..start + TILE_WORDS * self.counts.lora_tiles)).cast()
     }
 
+    /// Covers of all rows.
+    pub fn covers(&self) -> View<'_, Cover> {
+        let start = self.layout().covers.start;
+        self.view(&(start..start + COVER_WORDS * self.counts.covers)).cast()
+    }
+
     /// `[rows]`
     pub fn tokens(&self) -> View<'_, u32> {
         self.view(&self.layout().tokens)
@@ -298,6 +317,11 @@ fn put(host: &mut [u32], range: &Range<usize>, values: &[u32]) {
 /// Tiles of `tile` rows that `rows` rows of `seqs` sequences make, at most.
 fn max_tiles(rows: usize, seqs: usize, tile: usize) -> usize {
     rows.div_ceil(tile) + seqs
+}
+
+/// Covers of `rows` rows, at most: each sequence's chunk may follow rows of no large segment, and so may the end.
+fn max_covers(rows: usize, seqs: usize) -> usize {
+    rows.div_ceil(TILE_ROWS) + 2 * seqs + 1
 }
 
 fn on_device(resident: &Resident, start: u32, rows: u32) -> Segment {

@@ -9,6 +9,7 @@ mod memory;
 mod meta;
 mod slabs;
 mod slots;
+mod timeline;
 
 pub use backend::{CudaBackend, CudaStepError};
 pub use executor::{CudaDevice, CudaOptions, CudaStartError};
