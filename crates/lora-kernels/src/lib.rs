@@ -33,7 +33,7 @@ pub use device::{Device, DeviceInfo};
 pub use draw::{Draw, Uniform};
 pub use elementwise::{Elementwise, WIDEST_NORM};
 pub use error::CudaError;
-pub use gemm::Gemm;
+pub use gemm::{Choices, Gemm};
 pub use gemm_small::{GemmSmall, SmallForm};
 pub use half::bf16;
 pub use lora::{

@@ -104,7 +104,8 @@ impl Batch {
     }
 
     fn scratch(&self, device: &Device, stream: &Stream) -> LoraScratch {
-        let limits = LoraLimits { max_rows: self.rows, max_small: self.smalls.max(1), max_rank: self.max_rank };
+        let limits =
+            LoraLimits { max_rows: self.rows, max_small: self.smalls.max(1), max_rank: self.max_rank };
         let mut scratch = LoraScratch::new(device, limits).expect("scratch memory");
         scratch.poison(stream).expect("a copy");
         scratch
@@ -127,7 +128,12 @@ fn same(what: &str, got: &[bf16], expected: &[bf16]) {
     assert_eq!(got.len(), expected.len(), "{what}");
     let differs = |(a, b): (&bf16, &bf16)| a.to_bits() != b.to_bits();
     let off = got.iter().zip(expected).position(differs);
-    assert!(off.is_none(), "{what}: element {off:?} is {:?}, expected {:?}", off.map(|o| got[o]), off.map(|o| expected[o]));
+    assert!(
+        off.is_none(),
+        "{what}: element {off:?} is {:?}, expected {:?}",
+        off.map(|o| got[o]),
+        off.map(|o| expected[o])
+    );
 }
 
 #[test]
@@ -160,8 +166,18 @@ fn silu_of_expanded_halves() {
                 let mut scratch = batch.scratch(&device, &stream);
                 let covers = batch.covers.view();
                 let (from, to) = (gate_up.view_mut(), fused.view_mut());
-                lora.apply_silu_mul(&stream, &mut scratch, &step, covers, &targets, inputs, x.view(), from, to)
-                    .unwrap();
+                lora.apply_silu_mul(
+                    &stream,
+                    &mut scratch,
+                    &step,
+                    covers,
+                    &targets,
+                    inputs,
+                    x.view(),
+                    from,
+                    to,
+                )
+                .unwrap();
                 same(&what, &download(&stream, &fused), &download(&stream, &act));
             }
         }
@@ -175,7 +191,8 @@ fn rotated_and_cached_heads_of_expanded_projections() {
     for (number, made_of) in BATCHES.iter().enumerate() {
         for (heads, kv_heads, head_dim) in [(32, 32, 128), (8, 2, 128), (6, 2, 64), (5, 5, 32), (3, 1, 32)] {
             for overlap in [false, true] {
-                let what = format!("batch {number}, {heads}/{kv_heads} heads of {head_dim}, overlap {overlap}");
+                let what =
+                    format!("batch {number}, {heads}/{kv_heads} heads of {head_dim}, overlap {overlap}");
                 let mut random = Random::new(number as u64);
                 let inputs = 136;
                 let shape = AttentionShape { heads, kv_heads, head_dim, block_size: 16 };
@@ -192,7 +209,8 @@ fn rotated_and_cached_heads_of_expanded_projections() {
                 let positions: Vec<u32> = (0..batch.rows).map(|_| random.below(1024) as u32).collect();
                 let positions = upload(&device, &stream, &positions);
                 // Places in reverse, the batch's last rows at none.
-                let place = |row: usize| if row + 5 < batch.rows { (batch.rows - row) as u32 } else { PADDING_ROW };
+                let place =
+                    |row: usize| if row + 5 < batch.rows { (batch.rows - row) as u32 } else { PADDING_ROW };
                 let kv_rows = upload(&device, &stream, &(0..batch.rows).map(place).collect::<Vec<_>>());
                 let rotation = Rotation { table: table.view(), positions: positions.view() };
                 let elements = shape.cache_elements(batch.rows.div_ceil(16) + 1);
@@ -214,11 +232,25 @@ fn rotated_and_cached_heads_of_expanded_projections() {
                 let cache = KvCacheMut { keys: fused_keys.view_mut(), values: fused_values.view_mut() };
                 let call = RopeKvCall { kernel: &kernel, rotation, kv_rows: kv_rows.view(), cache };
                 let (covers, qkv) = (batch.covers.view(), fused.view_mut());
-                lora.apply_rope_kv(&stream, &mut scratch, &step, covers, &targets, inputs, x.view(), qkv, call)
-                    .unwrap();
+                lora.apply_rope_kv(
+                    &stream,
+                    &mut scratch,
+                    &step,
+                    covers,
+                    &targets,
+                    inputs,
+                    x.view(),
+                    qkv,
+                    call,
+                )
+                .unwrap();
 
                 same(&format!("{what}: keys"), &download(&stream, &fused_keys), &download(&stream, &keys));
-                same(&format!("{what}: values"), &download(&stream, &fused_values), &download(&stream, &values));
+                same(
+                    &format!("{what}: values"),
+                    &download(&stream, &fused_values),
+                    &download(&stream, &values),
+                );
                 let queries = |all: Vec<bf16>| -> Vec<bf16> {
                     let real = (0..batch.rows - 5).flat_map(|row| row * width..row * width + outputs[0]);
                     real.map(|at| all[at]).collect()
@@ -256,7 +288,8 @@ fn times() {
         });
         let fused = milliseconds(&device, &stream, |_| {
             let (covers, from, to) = (batch.covers.view(), gate_up.view_mut(), act.view_mut());
-            lora.apply_silu_mul(&stream, &mut scratch, &step, covers, &targets, inputs, x.view(), from, to).unwrap();
+            lora.apply_silu_mul(&stream, &mut scratch, &step, covers, &targets, inputs, x.view(), from, to)
+                .unwrap();
         });
         println!("| {rows} | {:.1} | {:.1} |", apart * 1e3, fused * 1e3);
     }

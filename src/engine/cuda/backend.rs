@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use half::bf16;
 use lora_kernels::{
-    Argmax, Attention, AttentionShape, CudaError, DecodeWorkspace, Device, DeviceBuffer, Draw, Elementwise,
-    Event, Gemm, Lora, LoraLimits, LoraScratch, PinnedBuffer, Product, RopeKv, Stream, rope_frequencies,
-    rope_table,
+    Argmax, Attention, AttentionShape, Choices, CudaError, DecodeWorkspace, Device, DeviceBuffer, Draw,
+    Elementwise, Event, Gemm, Lora, LoraLimits, LoraScratch, PinnedBuffer, Product, RopeKv, Stream,
+    rope_frequencies, rope_table,
 };
 use lora_sched::{Nanos, SlotId};
 
@@ -227,9 +227,16 @@ impl CudaBackend {
     }
 
     /// Chooses the products' algorithms and records every decode graph, so that no step does.
-    pub(super) fn prepare(&mut self, decoder: &mut Decoder<Self>) -> Result<(), CudaStepError> {
+    /// `choices` are those of earlier executors with the same weights, and what this one has chosen is added.
+    pub(super) fn prepare(
+        &mut self,
+        decoder: &mut Decoder<Self>,
+        choices: &mut Choices,
+    ) -> Result<(), CudaStepError> {
         self.stream.bind()?;
+        self.gemm.reuse(choices)?;
         self.choose_products(decoder)?;
+        *choices = self.gemm.choices();
         for key in self.graphs.keys(self.limits.max_num_seqs) {
             self.meta.fill_empty(key.rows);
             // SAFETY: every graph is waited for below.

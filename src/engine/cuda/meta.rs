@@ -209,7 +209,8 @@ impl Meta {
         host[SMALL] = small as u32;
         let seqs = batch.seqs();
         let covers = self.covers.len();
-        self.counts = Counts { rows, seqs, singles, longest, attention_tiles, small, large, lora_tiles, covers };
+        self.counts =
+            Counts { rows, seqs, singles, longest, attention_tiles, small, large, lora_tiles, covers };
         Ok(())
     }
 

@@ -31,7 +31,8 @@ impl Fused {
         const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lora_fused.fatbin"));
         let module = Module::load(device.context(), IMAGE)?;
         let room = device.info().block_shared as usize;
-        let most_rank = (1..=MAX_RANK / UNIT).map(|units| units * UNIT).filter(|r| shared(2, *r) <= room).max();
+        let most_rank =
+            (1..=MAX_RANK / UNIT).map(|units| units * UNIT).filter(|r| shared(2, *r) <= room).max();
         let most_rank = most_rank.unwrap_or(0);
         let load = |name, targets| module.function_with_shared(name, shared(targets, most_rank) as u32);
         Ok(Self {
@@ -158,7 +159,11 @@ impl Lora {
         let (q, kv) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         let places = [(0, q), (q, kv), (q + kv, kv)];
         let heads = targets.len() == 3 && targets.iter().zip(places).all(|(t, p)| (t.column, t.outputs) == p);
-        ensure!(NAME, heads, "queries, keys and values of {shape:?} are at {places:?}, and not at {targets:?}");
+        ensure!(
+            NAME,
+            heads,
+            "queries, keys and values of {shape:?} are at {places:?}, and not at {targets:?}"
+        );
         let out = Out::Bf16(qkv.reborrow());
         let call = self.fused_call(scratch, step, covers, targets, inputs, x, q + 2 * kv, &out)?;
         if !step.small.is_empty() {

@@ -94,7 +94,11 @@ pub fn covers(segments: &[Segment], rows: u32, covers: &mut Vec<Cover>) {
     covers.clear();
     let mut add = |segment, from: u32, to: u32| {
         let step = TILE_ROWS as u32;
-        covers.extend((from..to).step_by(TILE_ROWS).map(|row| Cover { segment, row, rows: step.min(to - row) }));
+        covers.extend((from..to).step_by(TILE_ROWS).map(|row| Cover {
+            segment,
+            row,
+            rows: step.min(to - row),
+        }));
     };
     let mut at = 0;
     for (index, segment) in segments.iter().enumerate() {
