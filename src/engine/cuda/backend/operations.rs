@@ -6,7 +6,7 @@ use lora_kernels::{
     Weight,
 };
 
-use super::super::graphs::rounded;
+use super::super::shape::rounded;
 use super::super::slabs::on_device;
 use super::{CudaBackend, CudaStepError};
 use crate::engine::backend::{Adapted, Backend, HostMatrix, LoraTarget, Norm};
@@ -52,8 +52,8 @@ impl CudaBackend {
         x: View<'_, bf16>,
         out: Out<'_>,
     ) -> Result<(), CudaStepError> {
-        let counts = self.meta.counts;
-        if self.shape.small == 0 && counts.large == 0 {
+        let shape = self.meta.shape;
+        if shape.small == 0 && shape.large == 0 {
             return Ok(());
         }
         let of = |target: &LoraTarget| Target {
@@ -67,10 +67,11 @@ impl CudaBackend {
             *to = of(from);
         }
         let step = LoraStep {
-            small: self.meta.small(self.shape.small),
+            small: self.meta.small(),
             small_count: self.meta.small_count(),
             large: self.meta.large(),
             tiles: self.meta.lora_tiles(),
+            tile_count: self.meta.lora_tile_count(),
             max_rank: self.max_rank,
         };
         let scratch = &mut self.lora_scratch;
@@ -259,26 +260,27 @@ impl Backend for CudaBackend {
         qkv: &DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
-        let (counts, width) = (self.meta.counts, self.spec.qkv_dim());
+        let (shape, width) = (self.meta.shape, self.spec.qkv_dim());
         let queries = Queries { rows: qkv.view(), width };
         let half = self.kv_half();
         let cache = kv_layer(&self.kv, half, layer);
-        if self.shape.singles > 0 {
+        if shape.singles > 0 {
             self.attention.decode(
                 &self.stream,
-                self.shape.singles,
-                self.shape.longest,
+                shape.singles,
+                shape.longest,
                 self.meta.singles(),
-                &self.meta.sequences(self.shape.singles),
+                &self.meta.sequences(shape.singles),
                 queries,
                 cache,
                 &mut self.attention_scratch,
                 out.view_mut(),
             )?;
         }
-        if counts.attention_tiles > 0 {
-            let (tiles, sequences) = (self.meta.attention_tiles(), self.meta.sequences(counts.seqs));
-            self.attention.prefill(&self.stream, n, tiles, &sequences, queries, cache, out.view_mut())?;
+        if shape.attention_tiles > 0 {
+            let (tiles, count) = (self.meta.attention_tiles(), self.meta.attention_tile_count());
+            let (stream, sequences) = (&self.stream, self.meta.sequences(shape.seqs));
+            self.attention.prefill(stream, n, tiles, count, &sequences, queries, cache, out.view_mut())?;
         }
         Ok(())
     }
