@@ -390,7 +390,10 @@ fn a_captured_prefill_is_replayed_with_other_contents() {
         let mut tiles = upload(&device, &stream, &vec![u32::MAX; 2 * bound]);
         let mut count = upload(&device, &stream, &[0u32]);
         let mut out = poisoned(&device, &stream, rows * width);
-        let launch = |on: &Uploaded, tiles: &DeviceBuffer<u32>, count: &DeviceBuffer<u32>, out: &mut DeviceBuffer<_>| {
+        let launch = |on: &Uploaded,
+                      tiles: &DeviceBuffer<u32>,
+                      count: &DeviceBuffer<u32>,
+                      out: &mut DeviceBuffer<_>| {
             let (sequences, queries, cache) = (on.sequences(), on.queries(), on.cache());
             let (tiles, count) = (tiles.view(), count.view());
             attention.prefill(&stream, rows, tiles, count, &sequences, queries, cache, out.view_mut())
@@ -425,7 +428,10 @@ fn a_captured_prefill_is_replayed_with_other_contents() {
             let mut launched = poisoned(&device, &stream, rows * width);
             launch(&on, &alone, &count, &mut launched).unwrap();
             let bits = |of: &[bf16]| of.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-            assert!(bits(&replayed) == bits(&download(&stream, &launched)), "{case}: other bits than launched");
+            assert!(
+                bits(&replayed) == bits(&download(&stream, &launched)),
+                "{case}: other bits than launched"
+            );
         }
     }
 }

@@ -218,8 +218,13 @@ mod tests {
     #[test]
     fn a_decodes_key_covers_the_longest_context() {
         let keys = GraphKeys::new(&limits(16, 4096, 4352));
-        let decode =
-            |rows, longest, adapted| Composition { rows, singles: rows, longest, adapted, ..Composition::default() };
+        let decode = |rows, longest, adapted| Composition {
+            rows,
+            singles: rows,
+            longest,
+            adapted,
+            ..Composition::default()
+        };
         let expected =
             GraphKey { rows: 4, chunks: false, singles: 4, context: 512, adapters: Adapters::Small };
         assert_eq!(keys.key(&decode(3, 512, true)), Some(expected));
@@ -276,9 +281,15 @@ mod tests {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as usize % end
         };
-        for (seqs, rows, longest) in
-            [(16, 4096, 4352), (256, 8192, 4352), (6, 256, 96), (1, 512, 512), (3, 20, 64), (40, 40, 900), (2, 2, 9)]
-        {
+        for (seqs, rows, longest) in [
+            (16, 4096, 4352),
+            (256, 8192, 4352),
+            (6, 256, 96),
+            (1, 512, 512),
+            (3, 20, 64),
+            (40, 40, 900),
+            (2, 2, 9),
+        ] {
             let limits = padded(&limits(seqs, rows, longest));
             let keys = GraphKeys::new(&limits);
             let all: HashSet<_> = keys.all().into_iter().collect();
@@ -315,7 +326,9 @@ mod tests {
                 let shape = key.shape(limits.max_num_seqs);
                 assert!(row_shapes.contains(&shape.rows), "{key:?}: no product was chosen for its rows");
                 assert!(shape.seqs <= limits.max_num_seqs && shape.samples <= limits.max_num_seqs);
-                let tiles = |lens: &mut dyn Iterator<Item = usize>, tile| lens.map(|l| l.div_ceil(tile)).sum::<usize>();
+                let tiles = |lens: &mut dyn Iterator<Item = usize>, tile| {
+                    lens.map(|l| l.div_ceil(tile)).sum::<usize>()
+                };
                 let large: Vec<_> = parts.iter().filter(|p| key.adapters.is_large(p)).collect();
                 let chunk_lens = || batch.iter().filter(|s| s.0 > 1).map(|s| s.0);
                 for (what, is, bound) in [
@@ -326,11 +339,7 @@ mod tests {
                     ("attention tiles", tiles(&mut chunk_lens(), PREFILL_ROWS), shape.attention_tiles),
                     ("small", parts.len() - large.len(), shape.small),
                     ("large", large.len(), shape.large),
-                    (
-                        "tiles",
-                        tiles(&mut large.iter().map(|p| p.rows as usize), TILE_ROWS),
-                        shape.lora_tiles,
-                    ),
+                    ("tiles", tiles(&mut large.iter().map(|p| p.rows as usize), TILE_ROWS), shape.lora_tiles),
                 ] {
                     assert!(is <= bound, "{what}: {is} in {batch:?}, {bound} of {key:?}");
                 }

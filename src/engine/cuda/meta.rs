@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use lora_kernels::{
-    CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, Segment,
-    Sequences, Stream, TILE_ROWS, Tile, View, large_tiles, prefill_tiles, words,
+    CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, Segment, Sequences,
+    Stream, TILE_ROWS, Tile, View, large_tiles, prefill_tiles, words,
 };
 
 use super::backend::CudaStepError;
