@@ -17,6 +17,7 @@ use super::graphs::{GraphKeys, Graphs};
 use super::meta::Meta;
 use super::shape::{Composition, padded, shapes};
 use super::slots::CudaSlots;
+use super::timeline::Timeline;
 use crate::engine::backend::{BackendShape, StepBackend};
 use crate::engine::batch::{Batch, BatchLimits};
 use crate::engine::device::{SeqSampler, StepError};
@@ -70,6 +71,7 @@ pub struct CudaBackend {
     last_tokens: Vec<TokenId>,
     pending: Pending,
     stalls: Stalls,
+    timeline: Timeline,
 }
 
 /// Where a module's part begins in an adapter that adapts all.
@@ -206,6 +208,7 @@ impl CudaBackend {
                 scratch: Vec::with_capacity(spec.vocab_size),
                 row: vec![0.0; spec.vocab_size],
             },
+            timeline: Timeline::new(),
             stalls: Stalls { loading: Vec::with_capacity(seqs), events: Vec::new(), used: Vec::new() },
             device,
             stream,
@@ -271,6 +274,11 @@ impl CudaBackend {
         Ok(())
     }
 
+    /// Tells the timeline what has just been submitted.
+    fn mark(&mut self, name: &'static str, width: usize) -> Result<(), CudaStepError> {
+        Ok(self.timeline.mark(&self.device, &self.stream, (name, width))?)
+    }
+
     /// Puts the step's results on their way to the host.
     fn send_results(&mut self, batch: &Batch) -> Result<(), CudaStepError> {
         let Pending { ended, ids, logits, logits_at, places, .. } = &mut self.pending;
@@ -320,7 +328,9 @@ impl StepBackend for CudaBackend {
             Some(graph) => graph.launch()?,
             None => {
                 let shape = self.meta.shape;
+                self.timeline.begin(&self.device, &self.stream, shape.rows)?;
                 work(self, shape.rows, shape.samples)?;
+                self.timeline.submitted();
             }
         }
         self.send_results(batch)
@@ -329,6 +339,7 @@ impl StepBackend for CudaBackend {
     fn sampled(&mut self) -> Result<&[TokenId], CudaStepError> {
         let Pending { ended, ids, logits, places, tokens, scratch, row, .. } = &mut self.pending;
         ended.synchronize()?;
+        self.timeline.log()?;
         tokens.clear();
         let vocab = self.spec.vocab_size;
         for (i, &(place, on_host)) in places.iter().enumerate() {

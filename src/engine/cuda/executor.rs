@@ -134,8 +134,13 @@ impl CudaDevice {
     /// If the device fails.
     pub fn ceilings(&self) -> Result<Ceilings, CudaStartError> {
         let measured = lora_kernels::ceilings(&self.device)?;
-        let lora_kernels::Ceilings { gemm_flops, read_bytes_s, pinned_bytes_s, pageable_bytes_s } = measured;
-        Ok(Ceilings { gemm_flops, read_bytes_s, pinned_bytes_s, pageable_bytes_s })
+        Ok(Ceilings {
+            gemm_flops: measured.gemm_flops,
+            gemm_sustained_flops: Some(measured.gemm_sustained_flops),
+            read_bytes_s: measured.read_bytes_s,
+            pinned_bytes_s: measured.pinned_bytes_s,
+            pageable_bytes_s: measured.pageable_bytes_s,
+        })
     }
 
     /// What makes the slabs that swaps are copied from.

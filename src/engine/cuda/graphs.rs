@@ -200,7 +200,7 @@ impl Graphs {
 mod tests {
     use std::collections::HashSet;
 
-    use lora_kernels::{PREFILL_ROWS, TILE_ROWS};
+    use lora_kernels::{PREFILL_ROWS, Segment, TILE_ROWS, covers};
 
     use super::super::shape::{padded, parts};
     use super::*;
@@ -241,6 +241,8 @@ mod tests {
         assert!(count(256, 8192, 4352) < 350, "{}", count(256, 8192, 4352));
         assert!(count(6, 256, 96) < 100);
     }
+
+    const NO_SEGMENT: Segment = Segment { matrices: 0, offsets: 0, start: 0, rows: 0, rank: 1, scale: 1.0 };
 
     /// A sequence's rows, its context and its adapter.
     type Seq = (usize, usize, Option<u32>);
@@ -330,6 +332,12 @@ mod tests {
                     lens.map(|l| l.div_ceil(tile)).sum::<usize>()
                 };
                 let large: Vec<_> = parts.iter().filter(|p| key.adapters.is_large(p)).collect();
+                let mut covered = Vec::new();
+                if shape.large > 0 {
+                    let of = |p: &Part| Segment { start: p.start, rows: p.rows, ..NO_SEGMENT };
+                    let segments: Vec<_> = large.iter().map(|p| of(p)).collect();
+                    covers(&segments, shape.rows as u32, &mut covered);
+                }
                 let chunk_lens = || batch.iter().filter(|s| s.0 > 1).map(|s| s.0);
                 for (what, is, bound) in [
                     ("rows", of.rows, shape.rows),
@@ -338,6 +346,7 @@ mod tests {
                     ("longest", of.longest, shape.longest),
                     ("attention tiles", tiles(&mut chunk_lens(), PREFILL_ROWS), shape.attention_tiles),
                     ("small", parts.len() - large.len(), shape.small),
+                    ("covers", covered.len(), shape.covers),
                     ("large", large.len(), shape.large),
                     ("tiles", tiles(&mut large.iter().map(|p| p.rows as usize), TILE_ROWS), shape.lora_tiles),
                 ] {

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use lora_kernels::{
-    CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, Segment, Sequences,
-    Stream, TILE_ROWS, Tile, View, large_tiles, prefill_tiles, words,
+    Cover, CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, Segment,
+    Sequences, Stream, TILE_ROWS, Tile, View, covers, large_tiles, prefill_tiles, words,
 };
 
 use super::backend::CudaStepError;
@@ -18,6 +18,7 @@ use crate::engine::executor::TokenId;
 
 const SEGMENT_WORDS: usize = size_of::<Segment>() / 4;
 const TILE_WORDS: usize = 2;
+const COVER_WORDS: usize = size_of::<Cover>() / 4;
 
 /// Where each array lies, in words. Decode steps use a layout of their own with room for as many rows as
 /// sequences, so that a graph finds everything in place and little is copied.
@@ -32,6 +33,7 @@ pub(super) struct MetaLayout {
     tables: Range<usize>,
     attention_tiles: Range<usize>,
     lora_tiles: Range<usize>,
+    covers: Range<usize>,
     tokens: Range<usize>,
     positions: Range<usize>,
     kv_rows: Range<usize>,
@@ -68,6 +70,7 @@ impl MetaLayout {
             tables: array(seqs * blocks),
             attention_tiles: array(TILE_WORDS * max_tiles(rows, seqs, PREFILL_ROWS)),
             lora_tiles: array(TILE_WORDS * max_tiles(rows, seqs, TILE_ROWS)),
+            covers: array(COVER_WORDS * max_covers(rows, seqs)),
             tokens: array(rows),
             positions: array(rows),
             kv_rows: array(rows),
@@ -94,6 +97,7 @@ pub(super) struct Meta {
     small: Vec<Segment>,
     large: Vec<Segment>,
     lora_tiles: Vec<Tile>,
+    covers: Vec<Cover>,
     attention_tiles: Vec<[u32; 2]>,
     /// What the step's launches are made for.
     pub shape: StepShape,
@@ -116,6 +120,7 @@ impl Meta {
             small: Vec::with_capacity(limits.max_num_seqs),
             large: Vec::with_capacity(limits.max_num_seqs),
             lora_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, TILE_ROWS)),
+            covers: Vec::with_capacity(max_covers(rows, limits.max_num_seqs)),
             attention_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, PREFILL_ROWS)),
             shape: StepShape::default(),
         })
@@ -187,12 +192,24 @@ impl Meta {
             small: self.small.len(),
             large: self.large.len(),
             lora_tiles: self.lora_tiles.len(),
+            covers: 0,
         };
         host[SINGLES] = own.singles as u32;
         host[SMALL] = own.small as u32;
         host[ATTENTION_TILES] = own.attention_tiles as u32;
         host[LORA_TILES] = own.lora_tiles as u32;
         self.shape = graph.map_or(own, |key| key.shape(self.max_seqs));
+        self.covers.clear();
+        if self.shape.large > 0 {
+            covers(&self.large, rows as u32, &mut self.covers);
+            if graph.is_none() {
+                self.shape.covers = self.covers.len();
+            }
+            debug_assert!(self.covers.len() <= self.shape.covers, "{:?}: {:?}", self.shape, self.covers);
+            // Of no rows behind those, as far as blocks look.
+            self.covers.resize(self.shape.covers, Cover { segment: 0, row: 0, rows: 0 });
+        }
+        put(host, &at.covers, words(&self.covers));
         Ok(())
     }
 
@@ -281,6 +298,12 @@ impl Meta {
         self.view(&(start..start + TILE_WORDS * self.shape.lora_tiles)).cast()
     }
 
+    /// Covers of all rows.
+    pub fn covers(&self) -> View<'_, Cover> {
+        let start = self.layout().covers.start;
+        self.view(&(start..start + COVER_WORDS * self.shape.covers)).cast()
+    }
+
     /// `[rows]`
     pub fn tokens(&self) -> View<'_, u32> {
         self.view(&self.layout().tokens)
@@ -304,6 +327,11 @@ fn put(host: &mut [u32], range: &Range<usize>, values: &[u32]) {
 /// Tiles of `tile` rows that `rows` rows of `seqs` sequences make, at most.
 fn max_tiles(rows: usize, seqs: usize, tile: usize) -> usize {
     rows.div_ceil(tile) + seqs
+}
+
+/// Covers of `rows` rows, at most: each sequence's chunk may follow rows of no large segment, and so may the end.
+fn max_covers(rows: usize, seqs: usize) -> usize {
+    rows.div_ceil(TILE_ROWS) + 2 * seqs + 1
 }
 
 fn on_device(resident: &Resident, start: u32, rows: u32) -> Segment {

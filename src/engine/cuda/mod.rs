@@ -10,6 +10,7 @@ mod meta;
 mod shape;
 mod slabs;
 mod slots;
+mod timeline;
 
 pub use backend::{CudaBackend, CudaStepError};
 pub use executor::{CudaDevice, CudaOptions, CudaStartError};

@@ -67,6 +67,8 @@ pub(super) struct StepShape {
     pub large: usize,
     /// Tiles of large segments.
     pub lora_tiles: usize,
+    /// Covers of all rows, where there may be large segments.
+    pub covers: usize,
 }
 
 /// What a batch consists of.
@@ -147,6 +149,8 @@ impl StepShape {
             small: if small { seqs } else { 0 },
             large,
             lora_tiles: most_tiles(rows, large, TILE_ROWS),
+            // Rows without a large segment between chunks are chunks too; single rows and padding are two parts more.
+            covers: if large > 0 { most_tiles(rows, chunks + 2, TILE_ROWS) } else { 0 },
         }
     }
 }
