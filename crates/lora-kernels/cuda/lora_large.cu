@@ -26,18 +26,20 @@ __device__ __forceinline__ uint32_t stage_at(uint32_t row, uint32_t piece) {
 
 // h[target][row][rank] = scale * x[row] . A[rank], rounded to bf16.
 //
-// Grid: tiles; groups of 4 units, a unit being 16 ranks of one target; parts of the inputs. Where the inputs
-// are split, `partial [tile][group][split]` takes the parts' sums in the registers' own order, and the last of
-// a tile's blocks adds them up in a fixed order; `arrived [tile][group]` is zero before and after.
+// Grid: an upper bound of tiles; groups of 4 units, a unit being 16 ranks of one target; parts of the inputs.
+// Where the inputs are split, `partial [tile][group][split]` takes the parts' sums in the registers' own order,
+// and the last of a tile's blocks adds them up in a fixed order; `arrived [tile][group]` is zero before and after.
 extern "C" __global__ void __launch_bounds__(THREADS)
-lora_shrink_large(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
-                  uint32_t target_count, const bf16* x, uint32_t inputs, uint32_t split_stages, uint32_t group_units,
-                  uint32_t pitch, size_t plane, float* partial, uint32_t* arrived, bf16* h) {
+lora_shrink_large(const Segment* segments, const Tile* tiles, const uint32_t* count,
+                  const __grid_constant__ Targets targets, uint32_t target_count, const bf16* x, uint32_t inputs,
+                  uint32_t split_stages, uint32_t group_units, uint32_t pitch, size_t plane, float* partial,
+                  uint32_t* arrived, bf16* h) {
     // `[STAGES]` of x's tile, then A's units.
     extern __shared__ uint4 shared[];
     __shared__ uint32_t is_last;
     let_next_begin();
     const Tile tile = tiles[blockIdx.x];
+    if (blockIdx.x >= *count) return;
     const Segment segment = segments[tile.segment];
     const uint32_t rows = min(static_cast<uint32_t>(ROWS), segment.rows - tile.row);
     const uint32_t rank_units = (segment.rank + UNIT - 1) / UNIT;
@@ -164,14 +166,15 @@ lora_shrink_large(const Segment* segments, const Tile* tiles, const __grid_const
 
 namespace {
 
-// out[row, column] += h[row] . Bt[:, column]; grid: column tiles of the widest target; tiles; targets.
+// out[row, column] += h[row] . Bt[:, column]; grid: column tiles of the widest target; an upper bound of tiles;
+// targets.
 //
 // The output's tile goes through shared memory: in by asynchronous copies, which keep a block's 16 KiB in
 // flight without registers, and out by 16 bytes a thread; the products start from it and end in it.
 template <typename T>
-__device__ __forceinline__ void expand_large(const Segment* segments, const Tile* tiles, const Targets& targets,
-                                             uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, T* out,
-                                             uint32_t width) {
+__device__ __forceinline__ void expand_large(const Segment* segments, const Tile* tiles, const uint32_t* count,
+                                             const Targets& targets, uint32_t inputs, uint32_t pitch, size_t plane,
+                                             const bf16* h, T* out, uint32_t width) {
     using Shape = OutTile<T>;
     // The output's tile, then Bt's `[pitch][COLUMNS]`, then h's `[ROWS][h_pitch]`.
     extern __shared__ uint4 shared[];
@@ -180,6 +183,7 @@ __device__ __forceinline__ void expand_large(const Segment* segments, const Tile
     const uint32_t column_0 = blockIdx.x * Shape::COLUMNS;
     if (column_0 >= target.outputs) return wait_for_previous();
     const Tile tile = tiles[blockIdx.y];
+    if (blockIdx.y >= *count) return wait_for_previous();
     const Segment segment = segments[tile.segment];
     const bf16* part = lora_part(segment, target);
     if (part == nullptr) return wait_for_previous();
@@ -217,13 +221,15 @@ __device__ __forceinline__ void expand_large(const Segment* segments, const Tile
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
-lora_expand_large_bf16(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
-                       uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, bf16* out, uint32_t width) {
-    expand_large(segments, tiles, targets, inputs, pitch, plane, h, out, width);
+lora_expand_large_bf16(const Segment* segments, const Tile* tiles, const uint32_t* count,
+                       const __grid_constant__ Targets targets, uint32_t inputs, uint32_t pitch, size_t plane,
+                       const bf16* h, bf16* out, uint32_t width) {
+    expand_large(segments, tiles, count, targets, inputs, pitch, plane, h, out, width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
-lora_expand_large_f32(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
-                      uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, float* out, uint32_t width) {
-    expand_large(segments, tiles, targets, inputs, pitch, plane, h, out, width);
+lora_expand_large_f32(const Segment* segments, const Tile* tiles, const uint32_t* count,
+                      const __grid_constant__ Targets targets, uint32_t inputs, uint32_t pitch, size_t plane,
+                      const bf16* h, float* out, uint32_t width) {
+    expand_large(segments, tiles, count, targets, inputs, pitch, plane, h, out, width);
 }

@@ -26,6 +26,7 @@ struct Batch {
     count: DeviceBuffer<u32>,
     large: DeviceBuffer<Segment>,
     tiles: DeviceBuffer<Tile>,
+    tile_count: DeviceBuffer<u32>,
     covers: DeviceBuffer<Cover>,
     _matrices: Vec<DeviceBuffer<bf16>>,
     _offsets: Vec<DeviceBuffer<i32>>,
@@ -74,6 +75,9 @@ impl Batch {
         rows += padding;
         let (mut tiles, mut cover) = (Vec::new(), Vec::new());
         large_tiles(&large, &mut tiles);
+        let tile_count = upload(device, stream, &[tiles.len() as u32]);
+        // As many tiles that nobody may look at.
+        tiles.resize(tiles.len() + padding, Tile { segment: u32::MAX, row: u32::MAX });
         covers(&large, rows as u32, &mut cover);
         cover.resize(cover.len() + padding, Cover { segment: 0, row: 0, rows: 0 });
         let smalls = small.len();
@@ -86,6 +90,7 @@ impl Batch {
             count: upload(device, stream, &[smalls as u32]),
             large: upload(device, stream, &large),
             tiles: upload(device, stream, &tiles),
+            tile_count,
             covers: upload(device, stream, &cover),
             _matrices: matrices,
             _offsets: offsets,
@@ -99,6 +104,7 @@ impl Batch {
             small_count: self.count.view(),
             large: self.large.view(),
             tiles: self.tiles.view(),
+            tile_count: self.tile_count.view(),
             max_rank: self.max_rank,
         }
     }

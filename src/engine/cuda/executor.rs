@@ -174,7 +174,7 @@ impl CudaDevice {
         };
         let mut backend = CudaBackend::new(BackendShape { spec: spec.clone(), limits }, parts)?;
         let model = self.loaded.get(&mut backend, &spec, &weights)?;
-        let mut decoder = Decoder::new(&mut backend, model, &spec, &super::graphs::padded(&limits))?;
+        let mut decoder = Decoder::new(&mut backend, model, &spec, &super::shape::padded(&limits))?;
         backend.prepare(&mut decoder, &mut self.choices.lock().unwrap_or_else(PoisonError::into_inner))?;
         let compute = Compute { backend, decoder, vocab, keep_logits };
         Ok(DeviceExecutor::start(Parts {

@@ -2,8 +2,9 @@
 
 use lora_kernels::Gemm;
 
-use super::graphs::padded;
+use super::graphs::GraphKeys;
 use super::meta::MetaLayout;
+use super::shape::padded;
 use super::slots::CudaSlots;
 use crate::engine::batch::BatchLimits;
 use crate::engine::memory::MemoryPlan;
@@ -11,8 +12,10 @@ use crate::engine::model::{Dtype, ModelSpec, WorkspaceElements};
 
 const BF16: u64 = 2;
 const F32: u64 = 4;
-/// What the driver takes for recorded graphs and loaded library kernels; measured below this.
+/// What the driver takes for loaded library kernels and the like; measured below this.
 const DRIVER: u64 = 512 << 20;
+/// What it takes for each kernel of a recorded graph.
+const GRAPH_KERNEL: u64 = 4 << 10;
 
 /// The memory of a GPU executor. Weights are kept in bf16, and a tied embedding table twice, once as the
 /// table and once as the output matrix.
@@ -32,7 +35,8 @@ pub(in crate::engine) fn plan(
         + MetaLayout::new(&limits, limits.max_num_batched_tokens).words() as u64 * 4
         + super::backend::scratch_bytes(spec, &limits, max_rank)
         + Gemm::WORKSPACE_BYTES as u64
-        + DRIVER;
+        + DRIVER
+        + GraphKeys::new(&limits).kernels(spec.layers) as u64 * GRAPH_KERNEL;
     let tables = (spec.layers * spec.modules().len()) as u64 * 4;
     MemoryPlan {
         weights: (spec.parameters() + tied) * BF16,

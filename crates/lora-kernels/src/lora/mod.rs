@@ -54,8 +54,11 @@ pub struct LoraStep<'a> {
     pub small_count: View<'a, u32>,
     /// Segments of any number of rows, all worked on by `tiles`.
     pub large: View<'a, Segment>,
-    /// Tiles of the large segments, from [`large_tiles`].
+    /// Tiles of the large segments, from [`large_tiles`]; the first `tile_count` of them count. Its length, the
+    /// upper bound, is what a captured graph is made for.
     pub tiles: View<'a, Tile>,
+    /// One number: how many tiles there are. Read where `tiles` is not empty.
+    pub tile_count: View<'a, u32>,
     /// The largest rank of the step, or of all adapters.
     pub max_rank: usize,
 }
@@ -264,6 +267,7 @@ impl Lora {
         let splits = stages.div_ceil(split_stages);
 
         let (segments, tiles) = (step.large.address(), step.tiles.address());
+        let count = step.tile_count.address();
         let (inputs, pitch, plane) = (call.inputs as u32, call.pitch as u32, call.plane());
         let (partial, arrived, h) = (scratch.partial(), scratch.arrived(), scratch.h());
         let grid = Grid {
@@ -280,6 +284,7 @@ impl Lora {
                 arguments![
                     segments,
                     tiles,
+                    count,
                     call.raw,
                     call.targets as u32,
                     call.x,
@@ -305,6 +310,7 @@ impl Lora {
         out: &Out<'_>,
     ) -> Result<(), CudaError> {
         let (segments, tiles, h) = (step.large.address(), step.tiles.address(), scratch.h());
+        let count = step.tile_count.address();
         let (inputs, width, pitch, plane) =
             (call.inputs as u32, call.width as u32, call.pitch as u32, call.plane());
         let columns = LARGE_ROW_BYTES / out.element();
@@ -318,7 +324,7 @@ impl Lora {
             stream.launch_after(
                 self.expand_large.get(out),
                 grid,
-                arguments![segments, tiles, call.raw, inputs, pitch, plane, h, out.address(), width],
+                arguments![segments, tiles, count, call.raw, inputs, pitch, plane, h, out.address(), width],
                 self.overlap,
             )
         }
@@ -428,6 +434,7 @@ fn check(
     ensure!(NAME, small == 0 || !step.small_count.is_empty(), "small segments without their number");
     let tiles = step.tiles.len();
     ensure!(NAME, tiles == 0 || !step.large.is_empty(), "{tiles} tiles without segments");
+    ensure!(NAME, tiles == 0 || !step.tile_count.is_empty(), "tiles without their number");
     ensure!(NAME, tiles <= u16::MAX as usize, "{tiles} tiles: at most 65535");
     ensure!(
         NAME,

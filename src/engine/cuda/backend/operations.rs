@@ -6,8 +6,8 @@ use lora_kernels::{
     Target, View, Weight,
 };
 
-use super::super::graphs::rounded;
 use super::super::meta::Meta;
+use super::super::shape::rounded;
 use super::super::slabs::on_device;
 use super::{CudaBackend, CudaStepError};
 use crate::engine::backend::{Adapted, Backend, HostMatrix, LoraTarget, Norm};
@@ -17,12 +17,13 @@ use crate::engine::model::Values;
 const MOST_TARGETS: usize = 3;
 
 /// The adapters of the step's rows.
-fn lora_step(meta: &Meta, small: usize, max_rank: usize) -> LoraStep<'_> {
+fn lora_step(meta: &Meta, max_rank: usize) -> LoraStep<'_> {
     LoraStep {
-        small: meta.small(small),
+        small: meta.small(),
         small_count: meta.small_count(),
         large: meta.large(),
         tiles: meta.lora_tiles(),
+        tile_count: meta.lora_tile_count(),
         max_rank,
     }
 }
@@ -80,11 +81,12 @@ impl CudaBackend {
         x: View<'_, bf16>,
         out: Out<'_>,
     ) -> Result<(), CudaStepError> {
-        if self.shape.small == 0 && self.meta.counts.large == 0 {
+        let shape = self.meta.shape;
+        if shape.small == 0 && shape.large == 0 {
             return Ok(());
         }
         let (targets, count) = self.targets(adapted);
-        let step = lora_step(&self.meta, self.shape.small, self.max_rank);
+        let step = lora_step(&self.meta, self.max_rank);
         let scratch = &mut self.lora_scratch;
         self.lora.apply(&self.stream, scratch, &step, &targets[..count], inputs, x, width, out)?;
         self.mark("adapters", width)
@@ -92,7 +94,7 @@ impl CudaBackend {
 
     /// Whether adapters' products are added by what reads their output next.
     fn fuses(&self) -> bool {
-        self.meta.counts.large > 0 && self.lora.fuses(self.max_rank)
+        self.meta.shape.large > 0 && self.lora.fuses(self.max_rank)
     }
 
     fn held(&mut self, values: Vec<Values>) -> Result<DeviceBuffer<bf16>, CudaError> {
@@ -292,7 +294,7 @@ impl Backend for CudaBackend {
             kv_rows: self.meta.kv_rows(),
             cache: KvCacheMut { keys, values },
         };
-        let step = lora_step(&self.meta, self.shape.small, self.max_rank);
+        let step = lora_step(&self.meta, self.max_rank);
         let (stream, scratch, covers) = (&self.stream, &mut self.lora_scratch, self.meta.covers());
         let (targets, inputs) = (&targets[..count], matrix.inputs);
         self.lora.apply_rope_kv(stream, scratch, &step, covers, targets, inputs, x, qkv.view_mut(), rope)?;
@@ -315,26 +317,27 @@ impl Backend for CudaBackend {
         qkv: &DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
-        let (counts, width) = (self.meta.counts, self.spec.qkv_dim());
+        let (shape, width) = (self.meta.shape, self.spec.qkv_dim());
         let queries = Queries { rows: qkv.view(), width };
         let half = self.kv_half();
         let cache = kv_layer(&self.kv, half, layer);
-        if self.shape.singles > 0 {
+        if shape.singles > 0 {
             self.attention.decode(
                 &self.stream,
-                self.shape.singles,
-                self.shape.longest,
+                shape.singles,
+                shape.longest,
                 self.meta.singles(),
-                &self.meta.sequences(self.shape.singles),
+                &self.meta.sequences(shape.singles),
                 queries,
                 cache,
                 &mut self.attention_scratch,
                 out.view_mut(),
             )?;
         }
-        if counts.attention_tiles > 0 {
-            let (tiles, sequences) = (self.meta.attention_tiles(), self.meta.sequences(counts.seqs));
-            self.attention.prefill(&self.stream, n, tiles, &sequences, queries, cache, out.view_mut())?;
+        if shape.attention_tiles > 0 {
+            let (tiles, count) = (self.meta.attention_tiles(), self.meta.attention_tile_count());
+            let (stream, sequences) = (&self.stream, self.meta.sequences(shape.seqs));
+            self.attention.prefill(stream, n, tiles, count, &sequences, queries, cache, out.view_mut())?;
         }
         self.mark("attention", self.spec.q_dim())
     }
@@ -368,7 +371,7 @@ impl Backend for CudaBackend {
         self.gemm.run(&self.stream, n, matrix, x, &mut Product::Store(gate_up.view_mut()))?;
         self.mark("product", matrix.outputs)?;
         let (targets, count) = self.targets(adapted);
-        let step = lora_step(&self.meta, self.shape.small, self.max_rank);
+        let step = lora_step(&self.meta, self.max_rank);
         let (stream, scratch, covers) = (&self.stream, &mut self.lora_scratch, self.meta.covers());
         let (targets, inputs) = (&targets[..count], matrix.inputs);
         let (gate_up, act) = (gate_up.view_mut(), out.view_mut());
