@@ -38,24 +38,23 @@ pub fn choose(experiment: &Experiment, simulator: &Simulator, time_s: f64) -> Re
     if runs.cells.len() < 2 {
         return Err(Failure::failed("the demonstration needs more than one budget"));
     }
-    let (mut best, mut last) = (None::<Load>, None);
+    // Of loads that do not have it all: first what ends in time, then where the budget matters, then what has most
+    // requests.
+    let worth = |l: &Load| (l.expected_s <= time_s, l.effect.min(EFFECT), l.requests);
+    let mut best = None::<Load>;
     for max_tokens in OUTPUTS {
         let most = runs.saturation_rate(max_tokens)?;
         for percent in (30..=95).step_by(5) {
             let load = runs.fitting(most * f64::from(percent) / 100.0, max_tokens, time_s)?;
-            last = Some(load);
-            if load.requests < LEAST {
-                continue;
-            }
-            if load.effect >= EFFECT {
+            if load.requests >= LEAST && load.effect >= EFFECT && load.expected_s <= time_s {
                 return Ok(load);
             }
-            if best.is_none_or(|b| load.effect > b.effect) {
+            if best.is_none_or(|b| worth(&load) > worth(&b)) {
                 best = Some(load);
             }
         }
     }
-    best.or(last).ok_or_else(|| Failure::failed("the demonstration has no load to choose from"))
+    best.ok_or_else(|| Failure::failed("the demonstration has no load to choose from"))
 }
 
 struct Runs<'a> {
@@ -141,7 +140,7 @@ mod tests {
         let mut outputs = Vec::new();
         for slower in [0.25, 1.0, 3.0, 6.0, 10.0] {
             let (machine, load) = chosen(slower, 60.0);
-            assert!(load.requests >= LEAST, "{slower} times as slow: {load:?}");
+            assert!(load.requests >= FEWEST && load.effect >= 2.0, "{slower} times as slow: {load:?}");
             // Over what is really run, from the experiment's own text.
             let full = experiment(&with_load(&load).unwrap()).unwrap();
             let mut all_s = 0.0;
@@ -155,7 +154,7 @@ mod tests {
             outputs.push(load.max_tokens);
         }
         assert_eq!(outputs[..2], [256, 256], "a machine that can does all of it");
-        assert!(outputs.is_sorted_by(|a, b| a >= b) && outputs[4] < 256, "{outputs:?}");
+        assert!(outputs[4] < 256, "a slow one does with less: {outputs:?}");
     }
 
     #[test]
@@ -167,6 +166,6 @@ mod tests {
     #[test]
     fn where_nothing_fits_few_requests_are_asked() {
         let (_, load) = chosen(1000.0, 60.0);
-        assert_eq!((load.requests, load.max_tokens), (FEWEST, 16));
+        assert_eq!(load.requests, FEWEST);
     }
 }

@@ -80,11 +80,7 @@ pub fn svg(figure: &Lines, options: &Options) -> Result<String, PlotError> {
     }
     y = MARGIN + header;
 
-    let values = figure.panels.iter().flat_map(|p| p.lines.iter().flatten()).flat_map(|p| {
-        let (low, high) = p.range.map_or((p.median_s, p.median_s), |r| (r.low, r.high));
-        [low, p.median_s, high]
-    });
-    let axes = Axes::of(&figure.budgets, Scale::covering(values, true, 5));
+    let axes = Axes::of(&figure.budgets, scale(figure));
     for (i, panel) in figure.panels.iter().enumerate() {
         let (column, row) = (i % figure.columns, i / figure.columns);
         let left = MARGIN + GUTTER + column as f64 * (panel_width + GAP);
@@ -114,6 +110,17 @@ pub fn svg(figure: &Lines, options: &Options) -> Result<String, PlotError> {
     }
     canvas.finish()?;
     canvas::finish(&text, width, height, &title)
+}
+
+/// Of all that a longer trace would not change: what is saturated grows with it, and stands at the upper edge.
+fn scale(figure: &Lines) -> Scale {
+    let points = || figure.panels.iter().flat_map(|p| p.lines.iter().flatten());
+    let all_saturated = points().all(|p| p.saturated);
+    let values = points().filter(|p| all_saturated || !p.saturated).flat_map(|p| {
+        let (low, high) = p.range.map_or((p.median_s, p.median_s), |r| (r.low, r.high));
+        [low, p.median_s, high]
+    });
+    Scale::covering(values, true, 5)
 }
 
 /// Bands, then lines, then markers: nothing hides a marker.
@@ -191,7 +198,7 @@ fn legend(figure: &Lines, width: f64) -> Result<Vec<Vec<Entry>>, PlotError> {
         shapes.insert(0, (Mark::None, "largest part of the mean TTFT:".to_owned()));
     }
     if points.iter().any(|p| p.saturated) {
-        shapes.push((Mark::Shape(Marker::Circle, true), "hollow: rate above 0.95 of saturation".to_owned()));
+        shapes.push((Mark::Shape(Marker::Circle, true), "hollow: rate above 0.95 of saturation, at the top where beyond the scale".to_owned()));
     }
     groups.push(shapes);
     let mut rows: Vec<Vec<Entry>> = Vec::new();
