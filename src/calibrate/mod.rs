@@ -27,8 +27,8 @@ pub use swaps::{SwapSample, SwapTimes};
 use crate::engine::executor::{Executor as _, ExecutorError};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::profile::{
-    AdapterCosts, CostModel, EngineFacts, Holdout, HostCosts, Kind, Profile, ProfileError,
-    Quantiles, SCHEMA_VERSION, StepCosts, SwapCosts, Term,
+    AdapterCosts, CostModel, EngineFacts, Holdout, HostCosts, Kind, Profile, ProfileError, Quantiles,
+    SCHEMA_VERSION, StepCosts, SwapCosts, Term,
 };
 use crate::report::machine::{Machine, machine};
 use crate::report::manifest::Tool;
@@ -148,7 +148,8 @@ pub fn calibrate(
     let host_times = host::time_host(&loaded, fewest.max(1), &lengths)?;
 
     // Every fifth is held out: all kinds of compositions are among them.
-    let steps: Vec<(bool, StepSample)> = steps.into_iter().enumerate().map(|(i, s)| (i % 5 == 4, s)).collect();
+    let steps: Vec<(bool, StepSample)> =
+        steps.into_iter().enumerate().map(|(i, s)| (i % 5 == 4, s)).collect();
 
     let s = loaded.settings();
     let (specs, config) = (loaded.pool().specs(), loaded.scheduler_config(rooms[0]));

@@ -55,7 +55,9 @@ mod tests {
 
     /// Blocks beside slots of 80 MB a rank of 16, of 61 GB for both, as on one H100 with Llama-2-7B.
     fn blocks(rank: u64, useful: u64) -> impl Fn(usize) -> u64 {
-        move |slots| (61_000_000_000u64.saturating_sub(slots as u64 * rank * 5_000_000) / 8_388_608).min(useful)
+        move |slots| {
+            (61_000_000_000u64.saturating_sub(slots as u64 * rank * 5_000_000) / 8_388_608).min(useful)
+        }
     }
 
     #[test]

@@ -70,7 +70,8 @@ pub fn run(args: &PlotArgs, ctx: &Context) -> Result<(), Failure> {
         None => HashMap::new(),
     };
     let footer = footer(&settings.csv, &rows);
-    let options = Options { by: settings.by, lines: settings.lines, title: settings.title, footer, within_run };
+    let options =
+        Options { by: settings.by, lines: settings.lines, title: settings.title, footer, within_run };
     write(&base, &rows, &options).map_err(|e| match e {
         PlotError::UnknownColumn(_)
         | PlotError::TooManyPanels { .. }

@@ -14,8 +14,8 @@ use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
 use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
 use crate::profile::{Kind, Profile};
-use crate::report::manifest::{Manifest, path_beside};
 use crate::report::binds::Binds;
+use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::{ResultRow, RunContext, append_rows};
 use crate::workload::spec::{Amount, Requests};
 

@@ -22,8 +22,8 @@ const WARM_UP: Duration = Duration::from_millis(500);
 /// Lengths of prefills, besides the longest: near where products change their shapes, then about the short
 /// regime, where times to the first token are decided.
 const LENGTHS: [u32; 27] = [
-    1, 4, 8, 16, 17, 24, 32, 48, 64, 65, 96, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048,
-    2560, 3072, 3584,
+    1, 4, 8, 16, 17, 24, 32, 48, 64, 65, 96, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536,
+    2048, 2560, 3072, 3584,
 ];
 
 /// How much of a survey there is time for.
@@ -81,11 +81,7 @@ impl StepBench<'_> {
     }
 
     /// Each length without an adapter, and with one of each rank.
-    fn single_prefills(
-        &mut self,
-        longest: u32,
-        samples: &mut Vec<StepSample>,
-    ) -> Result<(), ExecutorError> {
+    fn single_prefills(&mut self, longest: u32, samples: &mut Vec<StepSample>) -> Result<(), ExecutorError> {
         let mut slots = vec![None];
         for (slot, rank) in (0..).zip(&self.limits.ranks) {
             if self.limits.ranks[..slot].iter().all(|other| other != rank) {
@@ -347,10 +343,14 @@ mod tests {
         let samples = surveyed(128, 2420, &ranks);
         let any = |holds: &dyn Fn(&StepSample) -> bool| samples.iter().any(holds);
         let decodes = |s: &&StepSample| s.shape.prefills == 0;
-        let most = samples.iter().filter(decodes).max_by_key(|s| (s.shape.decodes, s.shape.adapters)).unwrap();
+        let most =
+            samples.iter().filter(decodes).max_by_key(|s| (s.shape.decodes, s.shape.adapters)).unwrap();
         assert!(most.shape.decodes >= 124 && most.shape.adapters >= 120, "{most:?}");
         assert!(any(&|s| s.shape.decodes >= 100 && s.shape.decode_context >= 100 * 200), "full contexts");
-        assert!(any(&|s| s.shape.decodes > 0 && s.shape.decode_context > s.shape.decodes * 3_500), "long ones");
+        assert!(
+            any(&|s| s.shape.decodes > 0 && s.shape.decode_context > s.shape.decodes * 3_500),
+            "long ones"
+        );
         assert!(any(&|s| s.shape.tokens == 4096 && s.shape.prefills == 1 && s.shape.adapters == 0));
         assert!(any(&|s| s.shape.prefills > 1 && s.shape.decodes > 64), "mixed");
         let rank_sums: BTreeSet<u64> = samples

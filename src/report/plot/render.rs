@@ -289,7 +289,13 @@ impl<'a> Axes<'a> {
 
 /// Breaks `text` at `separator` into lines of at most `width` pixels; a piece that is longer by
 /// itself stays whole.
-pub(super) fn wrap(text: &str, separator: &str, width: f64, size: f64, bold: bool) -> Result<Vec<String>, PlotError> {
+pub(super) fn wrap(
+    text: &str,
+    separator: &str,
+    width: f64,
+    size: f64,
+    bold: bool,
+) -> Result<Vec<String>, PlotError> {
     let mut lines: Vec<String> = Vec::new();
     for piece in text.split(separator).filter(|p| !p.is_empty()) {
         if let Some(line) = lines.last_mut() {

@@ -108,7 +108,8 @@ impl Lines {
                 agree(rows, &fixed, &label)?;
                 one_source(rows, first.row.source, &label)?;
             }
-            let of_name = |name: &&Natural| by_name.iter().find(|(k, _)| k[0] == **name).map(|(_, rows)| rows);
+            let of_name =
+                |name: &&Natural| by_name.iter().find(|(k, _)| k[0] == **name).map(|(_, rows)| rows);
             let lines = names.iter().map(|n| of_name(n).map_or_else(Vec::new, |r| figure.line(r))).collect();
             let all = by_name.values().flatten().map(|r| r.row);
             let full_rate = if by_line == "rho" { full_rate(all) } else { None };
@@ -196,11 +197,10 @@ mod tests {
         }
         let lines = Lines::prepare(&rows, "rho", &Options::default()).unwrap();
         let labels: Vec<&str> = lines.panels.iter().map(|p| p.label.as_str()).collect();
-        assert_eq!(labels[..3], [
-            "rank 8, up to 16 sequences",
-            "rank 8, up to 128 sequences",
-            "rank 16, up to 16 sequences"
-        ]);
+        assert_eq!(
+            labels[..3],
+            ["rank 8, up to 16 sequences", "rank 8, up to 128 sequences", "rank 16, up to 16 sequences"]
+        );
         assert_eq!((lines.columns, lines.panels.len(), lines.budgets.as_slice()), (2, 6, [2, 8].as_slice()));
         assert_eq!(lines.names, ["load ρ 0.5", "load ρ 0.8"]);
         let panel = &lines.panels[5];

@@ -45,9 +45,10 @@ pub fn svg(figure: &Lines, options: &Options) -> Result<String, PlotError> {
     let panel_width = [620.0, 440.0, 300.0, 230.0][figure.columns.min(4) - 1];
     let inner = GUTTER + figure.columns as f64 * panel_width + (figure.columns - 1) as f64 * GAP;
     let width = inner + 2.0 * MARGIN;
-    let title = options.title.clone().unwrap_or_else(|| {
-        format!("Median time to first token over adapter slots, {}", figure.source)
-    });
+    let title = options
+        .title
+        .clone()
+        .unwrap_or_else(|| format!("Median time to first token over adapter slots, {}", figure.source));
     let title_rows = wrap(&title, " ", inner, 19.0, true)?;
     let subtitle_rows = wrap(&figure.shared.join(" · "), " · ", inner, 12.5, false)?;
     let footer_rows = wrap(&options.footer, " · ", inner, 10.5, false)?;
@@ -85,11 +86,12 @@ pub fn svg(figure: &Lines, options: &Options) -> Result<String, PlotError> {
         let (column, row) = (i % figure.columns, i / figure.columns);
         let left = MARGIN + GUTTER + column as f64 * (panel_width + GAP);
         let top = y + row as f64 * (row_height + BETWEEN);
-        canvas.text(&panel.label, (left, top + 13.0), Anchor::Start, Font {
-            size: 12.5,
-            bold: true,
-            color: INK,
-        })?;
+        canvas.text(
+            &panel.label,
+            (left, top + 13.0),
+            Anchor::Start,
+            Font { size: 12.5, bold: true, color: INK },
+        )?;
         if let Some(rate) = panel.full_rate {
             let said = format!("ρ 1 is {}/s", number(rate));
             canvas.text(&said, (left + panel_width, top + 13.0), Anchor::End, faint(11.5))?;
@@ -124,12 +126,7 @@ fn scale(figure: &Lines) -> Scale {
 }
 
 /// Bands, then lines, then markers: nothing hides a marker.
-fn draw_panel(
-    canvas: &Canvas<'_>,
-    axes: &Axes<'_>,
-    panel: &Panel,
-    frame: Frame,
-) -> Result<(), PlotError> {
+fn draw_panel(canvas: &Canvas<'_>, axes: &Axes<'_>, panel: &Panel, frame: Frame) -> Result<(), PlotError> {
     let y = |value: f64| frame.bottom() - axes.ttft.place(value) * frame.height;
     let at = |p: &Point, value: f64| (axes.x(frame, p.budget), y(value));
     for (points, color) in panel.lines.iter().zip(COLORS) {
@@ -198,7 +195,10 @@ fn legend(figure: &Lines, width: f64) -> Result<Vec<Vec<Entry>>, PlotError> {
         shapes.insert(0, (Mark::None, "largest part of the mean TTFT:".to_owned()));
     }
     if points.iter().any(|p| p.saturated) {
-        shapes.push((Mark::Shape(Marker::Circle, true), "hollow: rate above 0.95 of saturation, at the top where beyond the scale".to_owned()));
+        shapes.push((
+            Mark::Shape(Marker::Circle, true),
+            "hollow: rate above 0.95 of saturation, at the top where beyond the scale".to_owned(),
+        ));
     }
     groups.push(shapes);
     let mut rows: Vec<Vec<Entry>> = Vec::new();
