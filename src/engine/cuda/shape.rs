@@ -3,20 +3,7 @@
 use lora_kernels::{PREFILL_ROWS, SMALL_ROWS, TILE_ROWS};
 
 use crate::engine::batch::{Batch, BatchLimits};
-
-/// Steps of more rows are rounded up to a multiple of this.
-const ROUNDED_TO: usize = 64;
-
-/// Rows of a batch of `rows`, rounded up to one of a few shapes.
-pub(super) fn rounded(rows: usize) -> usize {
-    match rows {
-        0..=1 => 1,
-        2 => 2,
-        3..=4 => 4,
-        5..=64 => rows.next_multiple_of(8),
-        _ => rows.next_multiple_of(ROUNDED_TO),
-    }
-}
+pub(super) use crate::profile::rounded_rows as rounded;
 
 /// Every shape up to `rows`.
 pub(super) fn shapes(rows: usize) -> Vec<usize> {
