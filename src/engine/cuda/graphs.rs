@@ -151,6 +151,8 @@ impl GraphKeys {
         for &rows in &self.mixed_rows {
             let mut singles: Vec<usize> = self.mixed_singles.iter().map(|s| *s.min(&rows)).collect();
             singles.dedup();
+            // A single row beside a chunk is another sequence's.
+            singles.retain(|_| self.seqs > 1 && rows > 2);
             let with = singles.iter().flat_map(|s| self.mixed_contexts.iter().map(|c| (*s, *c)));
             for (singles, context) in std::iter::once((0, 0)).chain(with) {
                 let mut kinds = vec![Adapters::None];
@@ -300,8 +302,11 @@ mod tests {
             let mut used = HashSet::new();
             for _ in 0..30_000 {
                 let chunks = below(seqs.min(MOST_CHUNKS) + 1);
-                let singles = below(seqs - chunks + 1);
-                let longest_chunk = 1 + below(rows.min(400));
+                // On every scale, so that small buckets are met as well.
+                let singles = (below(seqs + 1) >> below(7)).min(seqs - chunks);
+                let longest_single = longest >> below(6);
+                let scale = below(7);
+                let longest_chunk = 1 + below((rows >> scale).clamp(1, 1000));
                 let adapters = below(4);
                 let mut batch: Vec<Seq> = Vec::new();
                 let mut left = rows;
@@ -312,7 +317,7 @@ mod tests {
                     }
                     left -= len;
                     let adapter = below(adapters + 1);
-                    let context = 1 + below(longest);
+                    let context = 1 + below(longest_single.max(1));
                     batch.push((len, context, (adapter > 0).then_some(adapter as u32)));
                 }
                 if batch.is_empty() {
@@ -353,9 +358,7 @@ mod tests {
                     assert!(is <= bound, "{what}: {is} in {batch:?}, {bound} of {key:?}");
                 }
             }
-            // Few of the keys are out of a batch's reach.
-            println!("{seqs} sequences of {rows} rows: {} keys, {} used", all.len(), used.len());
-            assert!(used.len() * 2 > all.len());
+            assert_eq!(used.len(), all.len(), "{seqs} sequences of {rows} rows: keys that no batch has");
         }
     }
 
