@@ -1,4 +1,7 @@
-//! `lora-hbm profile`: look at a profile, or make a what-if copy.
+//! `lora-hbm profile`: look at a profile, fit it anew, or make a what-if copy.
+
+#[cfg(feature = "server")]
+mod refit;
 
 use std::path::PathBuf;
 
@@ -24,12 +27,17 @@ enum ProfileCommand {
     Check(CheckArgs),
     /// Make a marked copy of a machine with other rates
     Scale(ScaleArgs),
+    /// Fit a calibration's samples anew, with the terms that this program knows
+    #[cfg(feature = "server")]
+    Refit(refit::RefitArgs),
 }
 
 pub fn run(args: &ProfileArgs, ctx: &Context) -> Result<(), Failure> {
     match &args.command {
         ProfileCommand::Check(args) => check(args, ctx),
         ProfileCommand::Scale(args) => scale(args, ctx),
+        #[cfg(feature = "server")]
+        ProfileCommand::Refit(args) => refit::run(args, ctx),
     }
 }
 

@@ -1,159 +1,9 @@
 //! The cost model: integer nanoseconds from a step's shape or a swap's bytes.
 
-use std::fmt;
-use std::str::FromStr;
-
 use lora_sched::Nanos;
 
+use super::feature::{Term, within};
 use super::{Profile, ProfileError, StepShape};
-
-/// One term of a step's cost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Feature {
-    /// One a step.
-    Step,
-    /// The tokens of the step that lie between `from` and `to`: `tokens:64-512` is how far the
-    /// count reaches into that range. A set of adjoining ranges makes a piecewise-linear function,
-    /// monotone when no coefficient is negative.
-    Tokens {
-        /// Lower end.
-        from: u64,
-        /// Upper end; none is unbounded.
-        to: Option<u64>,
-    },
-    /// The tokens of a step with prefills, rounded up to a multiple of 64 rows, likewise in a range: what a
-    /// device computes that runs such steps in a finite set of shapes.
-    PaddedTokens {
-        /// Lower end.
-        from: u64,
-        /// Upper end; none is unbounded.
-        to: Option<u64>,
-    },
-    /// One a step with prefills: it is launched kernel by kernel where decodes are replayed as one graph.
-    Mixed,
-    /// One a step in which some sequence has an adapter.
-    Lora,
-    /// One a step with prefills in which some sequence has an adapter.
-    MixedLora,
-    /// [`StepShape::prefill_span`].
-    PrefillSpan,
-    /// [`StepShape::prefills`].
-    Prefills,
-    /// [`StepShape::prefill_pairs`].
-    PrefillPairs,
-    /// [`StepShape::decodes`].
-    Decodes,
-    /// [`StepShape::decode_context`] between `from` and `to`, likewise: keys and values of a large
-    /// batch do not fit where those of a small one do.
-    DecodeContext {
-        /// Lower end.
-        from: u64,
-        /// Upper end; none is unbounded.
-        to: Option<u64>,
-    },
-    /// [`StepShape::samples`].
-    Samples,
-    /// [`StepShape::adapters`].
-    Adapters,
-    /// [`StepShape::lora_tokens`].
-    LoraTokens,
-    /// [`StepShape::lora_token_ranks`].
-    LoraTokenRanks,
-}
-
-/// A name that is no feature.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown step feature '{0}' in the profile: it is from another version of this program")]
-pub struct FeatureError(String);
-
-impl Feature {
-    /// Its value for a step.
-    pub fn of(self, shape: &StepShape) -> u64 {
-        let (count, from, to) = self.range();
-        within(shape.counts()[count], from, to)
-    }
-
-    /// Which of the shape's counts it looks at, and between which values.
-    fn range(self) -> (usize, u64, u64) {
-        let (count, from, to) = match self {
-            Self::Step => (StepShape::ONE, 0, None),
-            Self::Tokens { from, to } => (StepShape::TOKENS, from, to),
-            Self::PaddedTokens { from, to } => (StepShape::PADDED_TOKENS, from, to),
-            Self::Mixed => (StepShape::MIXED, 0, None),
-            Self::Lora => (StepShape::LORA, 0, None),
-            Self::MixedLora => (StepShape::MIXED_LORA, 0, None),
-            Self::PrefillSpan => (StepShape::PREFILL_SPAN, 0, None),
-            Self::Prefills => (StepShape::PREFILLS, 0, None),
-            Self::PrefillPairs => (StepShape::PREFILL_PAIRS, 0, None),
-            Self::Decodes => (StepShape::DECODES, 0, None),
-            Self::DecodeContext { from, to } => (StepShape::DECODE_CONTEXT, from, to),
-            Self::Samples => (StepShape::SAMPLES, 0, None),
-            Self::Adapters => (StepShape::ADAPTERS, 0, None),
-            Self::LoraTokens => (StepShape::LORA_TOKENS, 0, None),
-            Self::LoraTokenRanks => (StepShape::LORA_TOKEN_RANKS, 0, None),
-        };
-        (count, from, to.unwrap_or(u64::MAX))
-    }
-}
-
-/// Rows that [`Feature::PaddedTokens`] rounds up to a multiple of.
-pub const PADDED_TO: u64 = 64;
-
-/// How far `count` reaches into a range.
-fn within(count: u64, from: u64, to: u64) -> u64 {
-    count.min(to).saturating_sub(from)
-}
-
-const NAMES: [(Feature, &str); 12] = [
-    (Feature::Step, "step"),
-    (Feature::Mixed, "mixed"),
-    (Feature::Lora, "lora"),
-    (Feature::MixedLora, "mixed_lora"),
-    (Feature::PrefillSpan, "prefill_span"),
-    (Feature::Prefills, "prefills"),
-    (Feature::PrefillPairs, "prefill_pairs"),
-    (Feature::Decodes, "decodes"),
-    (Feature::Samples, "samples"),
-    (Feature::Adapters, "adapters"),
-    (Feature::LoraTokens, "lora_tokens"),
-    (Feature::LoraTokenRanks, "lora_token_ranks"),
-];
-
-impl fmt::Display for Feature {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let range = match self {
-            Self::Tokens { from, to } => Some(("tokens", from, to)),
-            Self::PaddedTokens { from, to } => Some(("padded_tokens", from, to)),
-            Self::DecodeContext { from, to } => Some(("decode_context", from, to)),
-            _ => None,
-        };
-        if let Some((name, from, to)) = range {
-            write!(f, "{name}:{from}-")?;
-            return to.map_or(Ok(()), |to| write!(f, "{to}"));
-        }
-        NAMES.iter().find(|n| n.0 == *self).map_or(Ok(()), |n| f.write_str(n.1))
-    }
-}
-
-impl FromStr for Feature {
-    type Err = FeatureError;
-
-    fn from_str(s: &str) -> Result<Self, FeatureError> {
-        let unknown = || FeatureError(s.to_owned());
-        if let Some((name, range)) = s.split_once(':') {
-            let (from, to) = range.split_once('-').ok_or_else(unknown)?;
-            let from = from.parse().map_err(|_| unknown())?;
-            let to = if to.is_empty() { None } else { Some(to.parse().map_err(|_| unknown())?) };
-            return match name {
-                "tokens" => Ok(Self::Tokens { from, to }),
-                "padded_tokens" => Ok(Self::PaddedTokens { from, to }),
-                "decode_context" => Ok(Self::DecodeContext { from, to }),
-                _ => Err(unknown()),
-            };
-        }
-        NAMES.iter().find(|n| n.1 == s).map(|n| n.0).ok_or_else(unknown)
-    }
-}
 
 /// Fractions of a nanosecond in fixed point: 2⁻²⁰ ns.
 const FRACTION_BITS: u32 = 20;
@@ -162,7 +12,7 @@ pub(super) const MOST_NS: f64 = 1e13;
 
 /// A feature and its cost, to be evaluated without a branch.
 #[derive(Clone, Copy, Debug)]
-struct Term {
+struct Weighted {
     /// Index in [`StepShape::counts`].
     count: usize,
     from: u64,
@@ -175,7 +25,8 @@ struct Term {
 /// the order of evaluation, nor on the machine.
 #[derive(Clone, Debug)]
 pub struct CostModel {
-    terms: Vec<Term>,
+    /// Of steps without prefills, and of those with some.
+    terms: [Vec<Weighted>; 2],
     swap_fixed: Nanos,
     ns_per_byte: f64,
     busy_ns_per_byte: f64,
@@ -195,14 +46,18 @@ impl CostModel {
     /// The costs of a checked profile.
     pub fn new(profile: &Profile) -> Result<Self, ProfileError> {
         profile.check()?;
-        let terms = profile.step.features.iter().zip(&profile.step.coef_ns);
-        let terms = terms
-            .map(|(name, &coef)| {
-                let coef = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u64;
-                let (count, from, to) = name.parse::<Feature>()?.range();
-                Ok(Term { count, from, to, coef })
-            })
-            .collect::<Result<_, FeatureError>>()?;
+        let mut terms = [Vec::new(), Vec::new()];
+        for (name, &coef) in profile.step.features.iter().zip(&profile.step.coef_ns) {
+            let term = name.parse::<Term>()?;
+            let (count, from, to) = term.feature.range();
+            let coef = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u64;
+            for (mixed, terms) in [false, true].into_iter().zip(&mut terms) {
+                // What costs nothing need not be added up.
+                if term.counts_in(mixed) && coef > 0 {
+                    terms.push(Weighted { count, from, to, coef });
+                }
+            }
+        }
         let ns = |seconds: f64| (seconds * 1e9).round() as Nanos;
         Ok(Self {
             terms,
@@ -226,8 +81,8 @@ impl CostModel {
     /// A step's duration in fixed point.
     pub(crate) fn step_sum(&self, shape: &StepShape) -> u128 {
         let counts = shape.counts();
-        let cost = |t: &Term| u128::from(within(counts[t.count], t.from, t.to)) * u128::from(t.coef);
-        self.terms.iter().map(cost).sum()
+        let cost = |t: &Weighted| u128::from(within(counts[t.count], t.from, t.to)) * u128::from(t.coef);
+        self.terms[usize::from(shape.prefills > 0)].iter().map(cost).sum()
     }
 
     /// Durations of the steps after a decode step of this shape, which costs `sum`, as long as the same
@@ -302,7 +157,7 @@ impl DecodeRun<'_> {
         let before = self.context;
         self.slope = 0;
         let mut bend = u64::MAX;
-        for term in self.cost.terms.iter().filter(|t| t.count == StepShape::DECODE_CONTEXT) {
+        for term in self.cost.terms[0].iter().filter(|t| t.count == StepShape::DECODE_CONTEXT) {
             let further = within(context, term.from, term.to) - within(before, term.from, term.to);
             self.slope += u128::from(further) * u128::from(term.coef);
             bend = [term.from, term.to].into_iter().filter(|&end| end > before).fold(bend, u64::min);
@@ -316,37 +171,6 @@ impl DecodeRun<'_> {
 mod tests {
     use super::*;
     use crate::profile::tests::round;
-
-    #[test]
-    fn features_have_names_that_read_back() {
-        for feature in NAMES
-            .map(|n| n.0)
-            .into_iter()
-            .chain([Feature::Tokens { from: 0, to: Some(64) }, Feature::DecodeContext { from: 64, to: None }])
-            .chain([Feature::PaddedTokens { from: 64, to: Some(128) }])
-        {
-            assert_eq!(feature.to_string().parse(), Ok(feature));
-        }
-        assert!("tokens:a-b".parse::<Feature>().is_err());
-        assert!("luck:1-2".parse::<Feature>().is_err());
-    }
-
-    #[test]
-    fn token_ranges_make_a_piecewise_linear_function() {
-        let ranges = [Feature::Tokens { from: 0, to: Some(64) }, Feature::Tokens { from: 64, to: None }];
-        let at = |tokens| ranges.map(|r| r.of(&StepShape { tokens, ..StepShape::default() }));
-        assert_eq!(at(10), [10, 0]);
-        assert_eq!(at(64), [64, 0]);
-        assert_eq!(at(100), [64, 36]);
-    }
-
-    #[test]
-    fn steps_with_prefills_are_padded() {
-        let feature = Feature::PaddedTokens { from: 64, to: Some(512) };
-        let at = |tokens, prefills| feature.of(&StepShape { tokens, prefills, ..StepShape::default() });
-        assert_eq!([at(64, 1), at(65, 1), at(500, 2), at(900, 1)], [0, 64, 448, 448]);
-        assert_eq!(at(500, 0), 0);
-    }
 
     #[test]
     fn the_nearest_whole_number_is_that_of_the_library() {

@@ -2,6 +2,7 @@
 
 mod cost;
 mod error;
+mod feature;
 mod scale;
 mod shape;
 mod shipped;
@@ -11,11 +12,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-pub use cost::{CostModel, Feature, FeatureError};
+pub use cost::CostModel;
 pub(crate) use cost::{nearest, whole_ns};
 pub use error::ProfileError;
+pub use feature::{Feature, FeatureError, Steps, Term};
 pub use scale::{Scale, ScaleError};
-pub use shape::{SeenSlots, StepShape};
+pub use shape::{SeenSlots, StepShape, rounded_rows};
 
 /// The version that this program writes and reads.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -115,7 +117,7 @@ pub struct EngineFacts {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StepCosts {
-    /// Feature names; see [`Feature`].
+    /// Feature names; see [`Term`].
     pub features: Vec<String>,
     /// Nanoseconds for one unit of each.
     pub coef_ns: Vec<f64>,
@@ -238,7 +240,7 @@ impl Profile {
             }
         };
         for (feature, &coef) in self.step.features.iter().zip(&self.step.coef_ns) {
-            feature.parse::<Feature>()?;
+            feature.parse::<Term>()?;
             not_negative(&format!("step cost of '{feature}'"), coef)?;
             if coef > cost::MOST_NS {
                 return Err(ProfileError::Value {
@@ -308,8 +310,8 @@ impl Profile {
     }
 
     /// KV blocks left beside `gpu_loras` slots for adapters of up to `max_rank`, with blocks of
-    /// `block_size` tokens; at least one request of `max_model_len` must fit. `kv_memory` replaces
-    /// what the profile's engine had for its KV cache, where that has a memory of its own.
+    /// `block_size` tokens; at least one request of `max_model_len` must fit. `kv_memory` is what the KV cache
+    /// gets, as the engine's `--kv-memory`: instead of a memory of its own, or of all that the rest leaves.
     pub fn kv_blocks(
         &self,
         gpu_loras: usize,
@@ -321,20 +323,21 @@ impl Profile {
         let e = &self.engine;
         let block_bytes = e.kv_block_bytes / u64::from(e.block_size) * block_size as u64;
         let slots = gpu_loras as u64 * self.adapter_bytes(max_rank)?;
-        let (available, taken) = match (e.memory_bytes, e.kv_memory_bytes) {
-            (Some(memory), _) => (memory, e.weights_bytes + e.workspace_bytes + slots),
-            (None, own) => (kv_memory.or(own).unwrap_or(0), 0),
+        let needed = (max_model_len.div_ceil(block_size)) as u64 * block_bytes;
+        let (available, taken) = match e.memory_bytes {
+            Some(memory) => (memory, e.weights_bytes + e.workspace_bytes + slots),
+            None => (kv_memory.or(e.kv_memory_bytes).unwrap_or(0), 0),
         };
-        let blocks = (available.saturating_sub(taken) / block_bytes) as usize;
-        let needed = max_model_len.div_ceil(block_size);
-        if blocks < needed {
+        let room = available.saturating_sub(taken);
+        let cache = kv_memory.unwrap_or(room);
+        if room < cache || cache < needed {
             return Err(ProfileError::Memory {
                 gpu_loras,
-                required_gb: (taken + needed as u64 * block_bytes) as f64 / 1e9,
+                required_gb: (taken + needed.max(kv_memory.unwrap_or(0))) as f64 / 1e9,
                 available_gb: available as f64 / 1e9,
             });
         }
-        Ok(blocks)
+        Ok((cache / block_bytes) as usize)
     }
 }
 
@@ -433,5 +436,8 @@ pub(crate) mod tests {
         assert_eq!(profile.kv_blocks(10, 8, 16, 4352, None).unwrap(), 300);
         let error = profile.kv_blocks(11, 8, 16, 4352, None).unwrap_err();
         assert!(error.to_string().contains("lower --gpu-loras"), "{error}");
+        // A cache of a given size, as long as there is room for it.
+        assert_eq!(profile.kv_blocks(10, 8, 16, 4352, Some(280 << 14)).unwrap(), 280);
+        assert!(profile.kv_blocks(10, 8, 16, 4352, Some(301 << 14)).is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! What-if copies: the same engine on a machine with other rates.
 
-use super::{Feature, FeatureError, Kind, Profile};
+use super::{Feature, FeatureError, Kind, Profile, Term};
 
 /// How many times as fast a machine would be; 1 is as it is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,21 +46,23 @@ impl Profile {
         }
         let mut copy = self.clone();
         for (name, coef) in copy.step.features.iter().zip(&mut copy.step.coef_ns) {
-            *coef /= match name.parse()? {
+            *coef /= match name.parse::<Term>()?.feature {
                 Feature::Step
                 | Feature::Decodes
                 | Feature::DecodeContext { .. }
                 | Feature::Samples
                 | Feature::Adapters
+                | Feature::AdapterRanks
                 | Feature::Mixed
                 | Feature::Lora
                 | Feature::MixedLora => by.bandwidth,
                 Feature::Tokens { .. }
                 | Feature::PaddedTokens { .. }
+                | Feature::Rows { .. }
                 | Feature::PrefillSpan
                 | Feature::Prefills
                 | Feature::PrefillPairs
-                | Feature::LoraTokens
+                | Feature::LoraTokens { .. }
                 | Feature::LoraTokenRanks => by.compute,
             };
         }

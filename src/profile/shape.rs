@@ -3,7 +3,7 @@
 use lora_sched::StepPlan;
 use serde::{Deserialize, Serialize};
 
-use super::cost::PADDED_TO;
+use super::feature::PADDED_TO;
 
 /// A step's composition in integers, so that sums come out the same in any order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub struct StepShape {
     pub samples: u64,
     /// Distinct adapters.
     pub adapters: u64,
+    /// Σ over those of their rank.
+    #[serde(default)]
+    pub adapter_ranks: u64,
     /// Tokens of sequences that have an adapter.
     pub lora_tokens: u64,
     /// Σ over those tokens of their adapter's rank.
@@ -48,9 +51,11 @@ impl StepShape {
     pub(super) const LORA: usize = 12;
     pub(super) const MIXED_LORA: usize = 13;
     pub(super) const PREFILL_SPAN: usize = 14;
+    pub(super) const ADAPTER_RANKS: usize = 15;
+    pub(super) const ROWS: usize = 16;
 
     /// One, the counts, and what follows from them, in the order of the constants above.
-    pub(super) fn counts(&self) -> [u64; 15] {
+    pub(super) fn counts(&self) -> [u64; 17] {
         let (mixed, lora) = (u64::from(self.prefills > 0), u64::from(self.adapters > 0));
         [
             1,
@@ -68,6 +73,8 @@ impl StepShape {
             lora,
             mixed * lora,
             self.prefill_span,
+            self.adapter_ranks,
+            rounded_rows(self.tokens as usize) as u64,
         ]
     }
 
@@ -88,12 +95,26 @@ impl StepShape {
                 shape.prefill_span = shape.prefill_span.max(start + len);
             }
             if let Some((adapter, slot)) = seq.adapter {
-                shape.adapters += u64::from(seen.first(slot.0 as usize));
+                let (first, rank) = (u64::from(seen.first(slot.0 as usize)), u64::from(rank(adapter.0)));
+                shape.adapters += first;
+                shape.adapter_ranks += first * rank;
                 shape.lora_tokens += len;
-                shape.lora_token_ranks += len * u64::from(rank(adapter.0));
+                shape.lora_token_ranks += len * rank;
             }
         }
         shape
+    }
+}
+
+/// Rows that the GPU engine computes for a step of `rows`, so that shapes are a finite set.
+#[inline]
+pub fn rounded_rows(rows: usize) -> usize {
+    match rows {
+        0..=1 => 1,
+        2 => 2,
+        3..=4 => 4,
+        5..=64 => rows.next_multiple_of(8),
+        _ => rows.next_multiple_of(64),
     }
 }
 

@@ -137,6 +137,31 @@ fn a_scaled_profile_is_marked_and_a_bad_one_refused_with_the_reason() {
 }
 
 #[test]
+fn a_calibration_s_samples_are_fitted_anew() {
+    let (dir, program) = set_up();
+    for ending in ["json", "samples.jsonl"] {
+        let name = format!("h100-llama2-7b.{ending}");
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/profiles").join(&name);
+        std::fs::copy(from, dir.path().join(name)).unwrap();
+    }
+    program(&["profile", "refit", "h100-llama2-7b.json", "-o", "fitted.json"])
+        .assert()
+        .success()
+        .stdout(contains("114 steps held out"));
+    let load = |name: &str| Profile::load(&dir.path().join(name)).unwrap();
+    let (old, new) = (load("h100-llama2-7b.json"), load("fitted.json"));
+    assert!(new.holdout.mean_abs_error < 0.7 * old.holdout.mean_abs_error, "{:?}", new.holdout);
+    assert_eq!((&new.swap, &new.samples_file), (&old.swap, &old.samples_file));
+
+    program(&["profile", "refit", "p.json", "-o", "q.json"]).assert().code(2).stderr(contains("names no samples"));
+    std::fs::write(dir.path().join("h100-llama2-7b.samples.jsonl"), "{}\n").unwrap();
+    program(&["profile", "refit", "h100-llama2-7b.json", "-o", "q.json"])
+        .assert()
+        .code(1)
+        .stderr(contains("line 1 is no sample"));
+}
+
+#[test]
 fn a_warm_up_is_left_out_of_the_results() {
     let (dir, program) = set_up();
     let base = ["simulate", "--profile", "p.json", "-r", "60", "-n", "400", "--gpu-loras", "8", "-o"];

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::{BlackBoxOptions, BlackBoxSample};
-use crate::calibrate::{fit_costs, median, ranges};
-use crate::profile::{CostModel, Feature, StepCosts, StepShape};
+use crate::calibrate::terms::ranges;
+use crate::calibrate::{fit_costs, median};
+use crate::profile::{CostModel, Feature, StepCosts, StepShape, Term};
 
 /// Steps that were timed together: one decode, or the chunks of a prompt.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,6 +68,7 @@ fn chunks(options: &BlackBoxOptions, tokens: u32) -> Vec<StepShape> {
             prefill_span: start + len,
             samples: u64::from(start + len == tokens),
             adapters: 1,
+            adapter_ranks: u64::from(options.rank),
             lora_tokens: len,
             lora_token_ranks: len * u64::from(options.rank),
             ..StepShape::default()
@@ -83,6 +85,7 @@ fn decode(options: &BlackBoxOptions, batch: u32, adapters: u32, context: u64) ->
         decode_context: batch * context,
         samples: batch,
         adapters: u64::from(adapters),
+        adapter_ranks: u64::from(adapters) * u64::from(options.rank),
         lora_tokens: batch,
         lora_token_ranks: batch * u64::from(options.rank),
         ..StepShape::default()
@@ -90,7 +93,7 @@ fn decode(options: &BlackBoxOptions, batch: u32, adapters: u32, context: u64) ->
 }
 
 /// Few terms: what is seen from outside does not tell more apart.
-fn features() -> Vec<Feature> {
+fn terms() -> Vec<Term> {
     let tokens = ranges(&[0, 64, 256, 1024]).map(|(from, to)| Feature::Tokens { from, to });
     let others = [
         Feature::Prefills,
@@ -99,17 +102,17 @@ fn features() -> Vec<Feature> {
         Feature::DecodeContext { from: 0, to: None },
         Feature::Adapters,
     ];
-    [Feature::Step].into_iter().chain(tokens).chain(others).collect()
+    [Feature::Step].into_iter().chain(tokens).chain(others).map(Term::from).collect()
 }
 
 /// Least relative squares, none negative, as with micro-benchmarks.
 pub(super) fn fit_steps(points: &[Point]) -> StepCosts {
-    let features = features();
+    let terms = terms();
     let value = |row: usize, column: usize| {
         let point: &Point = &points[row];
-        point.steps.iter().map(|s| features[column].of(s) as f64).sum::<f64>() / point.ns
+        point.steps.iter().map(|s| terms[column].of(s) as f64).sum::<f64>() / point.ns
     };
-    fit_costs(&features, points.len(), value)
+    fit_costs(&terms, points.len(), value)
 }
 
 /// What a request to an adapter that is not resident takes longer: the median over samples, each less the

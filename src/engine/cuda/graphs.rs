@@ -5,23 +5,11 @@ use std::collections::HashMap;
 use lora_kernels::Graph;
 
 use crate::engine::batch::BatchLimits;
+pub(super) use crate::profile::rounded_rows as rounded;
 
-/// Steps of more rows are rounded up to a multiple of this.
-const PREFILL_ROWS: usize = 64;
 /// Longest contexts for which decode graphs are recorded, besides the longest that there is: how a step's
 /// attention is split among blocks depends on it.
 const CONTEXTS: [usize; 4] = [256, 512, 1024, 2048];
-
-/// Rows of a batch of `rows`, rounded up to one of a few shapes.
-pub(super) fn rounded(rows: usize) -> usize {
-    match rows {
-        0..=1 => 1,
-        2 => 2,
-        3..=4 => 4,
-        5..=64 => rows.next_multiple_of(8),
-        _ => rows.next_multiple_of(PREFILL_ROWS),
-    }
-}
 
 /// Every shape up to `rows`.
 pub(super) fn shapes(rows: usize) -> Vec<usize> {

@@ -67,4 +67,28 @@ mod tests {
         let left = 0.9 * 85.0e9 - plan.total() as f64;
         assert!(left > 90_000.0 * 524_288.0, "{left}");
     }
+
+    #[test]
+    fn the_simulator_has_the_blocks_that_the_engine_has() {
+        let profile = crate::profile::Profile::named("h100-llama2-7b").unwrap();
+        let spec = preset("meta-llama/Llama-2-7b-hf").unwrap();
+        let blocks = |max_num_seqs, rank, slots| {
+            let limits = BatchLimits {
+                max_num_seqs,
+                max_num_batched_tokens: 4096,
+                max_model_len: 4352,
+                block_size: 16,
+                kv_blocks: 0,
+            };
+            let plan = plan(&spec, &limits, rank, slots);
+            plan.kv_blocks_in(profile.engine.memory_bytes.unwrap() - plan.total())
+        };
+        for slots in [2, 16, 128] {
+            let simulated = profile.kv_blocks(slots, 16, 16, 4352, None).unwrap() as u64;
+            assert!(blocks(16, 16, slots).abs_diff(simulated) <= 1, "{slots} slots");
+        }
+        // A profile has one workspace, whatever the number of sequences and the rank: that is worth under 1 %.
+        let (small, large) = (blocks(16, 16, 32), blocks(128, 16, 32));
+        assert!(small - large < small / 100, "{small} and {large}");
+    }
 }

@@ -1,0 +1,66 @@
+//! What a step's cost is made of, on a CPU and on a GPU.
+
+use crate::profile::{Feature, Steps, Term};
+
+/// Ranges are narrow where matrix products change their tiling and where keys and values outgrow a cache.
+pub(super) fn cpu_terms() -> Vec<Term> {
+    let tokens = ranges(&[0, 2, 4, 16, 64, 256, 1024]).map(|(from, to)| Feature::Tokens { from, to });
+    let context = ranges(&[0, 1024, 2048, 4096]).map(|(from, to)| Feature::DecodeContext { from, to });
+    let others = [
+        Feature::Prefills,
+        Feature::PrefillPairs,
+        Feature::Decodes,
+        Feature::Adapters,
+        Feature::LoraTokens { from: 0, to: None },
+        Feature::LoraTokenRanks,
+    ];
+    [Feature::Step].into_iter().chain(tokens).chain(context).chain(others).map(Term::from).collect()
+}
+
+/// Rows up to which a step with prefills has a cost of its own for every shape that it is rounded up to: products
+/// are computed in tiles, so that their time goes in steps of 128 rows and of waves of tiles.
+const EVERY_SHAPE: u64 = 1024;
+
+/// Steps of decodes alone are graphs, bound by what they read; steps with prefills are launched kernel by kernel,
+/// and what hides behind the launches of a small one costs nothing there: the two kinds share no term.
+pub(super) fn gpu_terms() -> Vec<Term> {
+    let of = |steps: Steps, features: Vec<Feature>| {
+        features.into_iter().map(move |feature| Term { steps, feature }).collect::<Vec<_>>()
+    };
+    let context = |knots| ranges(knots).map(|(from, to)| Feature::DecodeContext { from, to });
+    let rows = |knots| ranges(knots).map(|(from, to)| Feature::Rows { from, to });
+    let lora = |knots| ranges(knots).map(|(from, to)| Feature::LoraTokens { from, to });
+    let adapters =
+        [Feature::Lora, Feature::Adapters, Feature::AdapterRanks, Feature::LoraTokenRanks].into_iter();
+    // Up to 16 rows products have kernels of their own, which take as long for one as for all of them.
+    let decode = rows(&[0, 8, 16, 24, 64])
+        .chain(context(&[0, 512, 2048, 8192, 32_768]))
+        .chain([Feature::Step, Feature::Decodes])
+        .chain(adapters.clone())
+        .chain(lora(&[0]))
+        .collect();
+    let shapes: Vec<u64> = [0, 16, 24]
+        .into_iter()
+        .chain((64..=EVERY_SHAPE).step_by(64))
+        .chain([1280, 1536, 2048, 2560, 3072, 3584])
+        .collect();
+    let mixed = rows(&shapes)
+        .chain(context(&[0]))
+        .chain([
+            Feature::Step,
+            Feature::Decodes,
+            Feature::Prefills,
+            Feature::PrefillSpan,
+            Feature::PrefillPairs,
+        ])
+        .chain(adapters)
+        // Segments of over 16 rows have kernels of their own, beside those of the decodes'.
+        .chain(lora(&[0, 64]))
+        .collect();
+    [of(Steps::Decode, decode), of(Steps::Mixed, mixed)].concat()
+}
+
+/// Adjoining ranges; the last one has no end.
+pub(super) fn ranges(knots: &[u64]) -> impl Iterator<Item = (u64, Option<u64>)> + '_ {
+    knots.iter().enumerate().map(|(i, &from)| (from, knots.get(i + 1).copied()))
+}
