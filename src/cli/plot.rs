@@ -28,6 +28,10 @@ pub struct PlotArgs {
     #[arg(long, value_name = "COLUMN", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
     by: Option<Vec<String>>,
+    /// A line in each panel for each value of this column, such as rho, marked by what binds
+    #[arg(long, value_name = "COLUMN")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lines: Option<String>,
     /// The figure's title
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -44,6 +48,7 @@ struct PlotSettings {
     csv: Vec<PathBuf>,
     out: Option<PathBuf>,
     by: Vec<String>,
+    lines: Option<String>,
     title: Option<String>,
     requests: Option<PathBuf>,
 }
@@ -64,12 +69,14 @@ pub fn run(args: &PlotArgs, ctx: &Context) -> Result<(), Failure> {
         Some(folder) => intervals(folder, &rows)?,
         None => HashMap::new(),
     };
+    let footer = footer(&settings.csv, &rows);
     let options =
-        Options { by: settings.by, title: settings.title, footer: footer(&settings.csv, &rows), within_run };
+        Options { by: settings.by, lines: settings.lines, title: settings.title, footer, within_run };
     write(&base, &rows, &options).map_err(|e| match e {
-        PlotError::UnknownColumn(_) | PlotError::TooManyPanels { .. } | PlotError::Mixed { .. } => {
-            Failure::Usage(e.into())
-        }
+        PlotError::UnknownColumn(_)
+        | PlotError::TooManyPanels { .. }
+        | PlotError::TooManyLines { .. }
+        | PlotError::Mixed { .. } => Failure::Usage(e.into()),
         _ => Failure::Failed(e.into()),
     })?;
     match ctx.format {

@@ -14,6 +14,7 @@ use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
 use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
 use crate::profile::{Kind, Profile};
+use crate::report::binds::Binds;
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::{ResultRow, RunContext, append_rows};
 use crate::workload::spec::{Amount, Requests};
@@ -313,14 +314,7 @@ fn print(rows: &[ResultRow], budgets: &[u32]) {
             crate::report::stats::mean(&values)
         };
         let time = |of| mean(of).map_or_else(String::new, ui::seconds);
-        let causes = [
-            ("queue", mean(|r| r.ttft_queue_mean)),
-            ("kv", mean(|r| r.ttft_kv_mean)),
-            ("slot", mean(|r| r.ttft_slot_mean)),
-            ("swap", mean(|r| r.ttft_swap_mean)),
-            ("prefill", mean(|r| r.ttft_prefill_mean)),
-        ];
-        let most = causes.iter().max_by(|a, b| a.1.unwrap_or(0.0).total_cmp(&b.1.unwrap_or(0.0)));
+        let binds = Binds::of(of_budget.iter().copied());
         let saturated = of_budget.iter().any(|r| r.saturated == Some(true));
         table.add_row([
             budget.to_string(),
@@ -329,7 +323,7 @@ fn print(rows: &[ResultRow], budgets: &[u32]) {
             time(|r| r.ttft_p90),
             time(|r| r.ttft_p99),
             mean(|r| r.swap_count.map(|n| n as f64)).map_or_else(String::new, |n| format!("{n:.0}")),
-            most.map_or("", |m| m.0).to_owned(),
+            binds.map_or("", Binds::as_str).to_owned(),
             if saturated { "saturated" } else { "" }.to_owned(),
         ]);
     }

@@ -50,7 +50,7 @@ pub use cell::Cell;
 pub use factor::{FactorError, Target, cost_factor};
 #[cfg(feature = "server")]
 pub use measure::{Engines, MeasureError, Measured};
-pub use plan::{Binds, BudgetPlan, Plan, PlanError, Planner, Seen, Verdict};
+pub use plan::{BudgetPlan, Plan, PlanError, Planner, Seen, Verdict};
 pub use settings::{EngineSettings, WorkloadSettings};
 pub use shard::{Shard, UnknownShard};
 pub use simulate::{Asked, BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};

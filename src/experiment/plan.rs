@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::EngineSettings;
 use super::simulate::{SimulateError, Simulator, is_saturated};
 use super::slo::Slo;
+use crate::report::binds::Binds;
 use crate::report::results::{ResultRow, RunContext, Source};
 use crate::report::stats::{Interval, mean, mean_interval};
 use crate::workload::pool::PromptPool;
@@ -48,50 +49,6 @@ pub struct Planner<'a> {
     pub requests: u64,
     /// Traces, of seeds `workload.seed`, `+ 1` …; at least 2.
     pub seeds: u64,
-}
-
-/// What holds a request up longest, on average.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Binds {
-    /// Sequence places or the batch's tokens, or the running step's end.
-    Queue,
-    /// KV blocks.
-    Kv,
-    /// Slots, all pinned.
-    Slot,
-    /// Copies of adapters.
-    Swap,
-    /// Its own prefill.
-    Compute,
-}
-
-impl Binds {
-    /// The word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Queue => "queue",
-            Self::Kv => "KV",
-            Self::Slot => "slot",
-            Self::Swap => "swap",
-            Self::Compute => "compute",
-        }
-    }
-
-    /// The largest mean part of the TTFT over rows.
-    pub fn of(rows: &[ResultRow]) -> Option<Self> {
-        let part = |of: fn(&ResultRow) -> Option<f64>| {
-            mean(&rows.iter().filter_map(of).collect::<Vec<_>>()).unwrap_or(0.0)
-        };
-        let parts = [
-            (Self::Queue, part(|r| r.ttft_queue_mean)),
-            (Self::Kv, part(|r| r.ttft_kv_mean)),
-            (Self::Slot, part(|r| r.ttft_slot_mean)),
-            (Self::Swap, part(|r| r.ttft_swap_mean)),
-            (Self::Compute, part(|r| r.ttft_prefill_mean)),
-        ];
-        parts.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).filter(|p| p.1 > 0.0).map(|p| p.0)
-    }
 }
 
 /// Whether objectives hold of a budget at a rate.
@@ -186,7 +143,7 @@ impl Planner<'_> {
             highest_rate: highest.as_ref().map(|h| h.0),
             verdict,
             seen: asked.as_deref().map_or_else(Vec::new, |rows| self.seen(rows)),
-            binds: asked.as_ref().or(highest.as_ref().map(|h| &h.1)).and_then(|rows| Binds::of(rows)),
+            binds: asked.as_ref().or(highest.as_ref().map(|h| &h.1)).and_then(|rows| Binds::of(rows.iter())),
         })
     }
 

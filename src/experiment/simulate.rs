@@ -10,8 +10,11 @@ use crate::report::results::{ResultRow, RunContext};
 use crate::sim::{FrontEnd, ModelDevice, Observer, Outcome, SimRequest, Totals, run};
 use crate::workload::trace::{Trace, TraceRequest};
 
-/// Requests in the burst whose draining gives the saturation rate.
+/// Requests in the burst whose draining gives the saturation rate, at least.
 pub const BURST: u64 = 200;
+/// And so many for each sequence place: while the last ones drain, places are empty, which a saturated engine's never
+/// are.
+const BURST_A_PLACE: u64 = 4;
 
 /// A cell that cannot be simulated.
 #[derive(Debug, thiserror::Error)]
@@ -149,7 +152,7 @@ impl Simulator {
     }
 
     /// The highest rate that the engine sustains on requests like these: the first [`BURST`] of
-    /// them at once, over the time that they take. Requests a second.
+    /// them or more at once, over the time that they take. Requests a second.
     pub fn saturation_rate(&self, engine: &EngineSettings, trace: &Trace) -> Result<f64, SimulateError> {
         self.burst_rate(engine, trace.requests.iter().map(Asked::of))
     }
@@ -168,7 +171,8 @@ impl Simulator {
         engine: &EngineSettings,
         requests: impl Iterator<Item = Asked>,
     ) -> Result<f64, SimulateError> {
-        let burst = requests.take(BURST as usize).map(|asked| Asked { at: 0, ..asked });
+        let burst = BURST.max(BURST_A_PLACE * u64::from(engine.max_num_seqs)) as usize;
+        let burst = requests.take(burst).map(|asked| Asked { at: 0, ..asked });
         let totals = self.observe(engine, burst, &mut Nobody)?;
         Ok(totals.requests as f64 / (totals.end.max(1) as f64 * 1e-9))
     }

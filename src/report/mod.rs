@@ -1,5 +1,6 @@
 //! Results: records, statistics, files, figures.
 
+pub mod binds;
 pub mod comparison;
 pub mod decision_log;
 pub mod digest;

@@ -142,6 +142,38 @@ fn settings_that_vary_make_panels_and_too_many_are_refused() {
 }
 
 #[test]
+fn lines_of_loads_say_what_binds_in_a_grid_of_panels() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rows = Vec::new();
+    for (rank, seqs) in [("8", 16), ("8", 64), ("64", 16), ("64", 64)] {
+        for rho in [0.5, 1.1] {
+            for budget in BUDGETS {
+                let mut row = row(Source::Simulated, budget, "skip", 0, rho / f64::from(budget));
+                (row.rank, row.max_num_seqs) = (Some(rank.to_owned()), Some(seqs));
+                (row.rho, row.arrival_rate) = (Some(rho), Some(rho * 20.0));
+                (row.ttft_slot_mean, row.ttft_prefill_mean) = (Some(1.0 / f64::from(budget)), Some(0.1));
+                row.saturated = Some(budget == 2 && rho > 1.0);
+                rows.push(row);
+            }
+        }
+    }
+    append_rows(dir.path().join("results.csv"), &rows).unwrap();
+    lora_hbm(dir.path()).args(["plot", "results.csv", "--lines", "rho"]).assert().success();
+    let svg = std::fs::read_to_string(dir.path().join("results.svg")).unwrap();
+    let texts: Vec<&str> = svg.lines().map(str::trim).filter(|l| !l.starts_with('<')).collect();
+    for text in ["load ρ 0.5", "load ρ 1.1", "slot", "prefill", "ρ 1 is 20/s", "rank 64, up to 16 sequences"] {
+        assert!(texts.contains(&text), "no {text:?} in {texts:?}");
+    }
+    assert!(!texts.contains(&"KV blocks"), "nothing waits for them");
+    assert!(texts.iter().any(|t| t.starts_with("hollow")));
+    lora_hbm(dir.path())
+        .args(["plot", "results.csv", "--lines", "rho", "--by", "rank"])
+        .assert()
+        .code(2)
+        .stderr(contains("differ in max_num_seqs (16, 64)"));
+}
+
+#[test]
 fn a_missing_foreign_or_unwritable_file_fails_by_name() {
     let dir = tempfile::tempdir().unwrap();
     lora_hbm(dir.path()).args(["plot", "no.csv"]).assert().code(1).stderr(contains("cannot read no.csv"));

@@ -44,6 +44,10 @@ pub enum Marker {
     Square,
     /// For counts.
     Triangle,
+    /// On its point.
+    Diamond,
+    /// A triangle upside down.
+    Down,
 }
 
 /// A surface of so many nominal pixels; the origin is at the top left.
@@ -92,6 +96,16 @@ impl<'a> Canvas<'a> {
                     let r = radius * 0.88;
                     let corners = [(-r, -r), (r, -r), (r, r), (-r, r)].map(|(x, y)| (at.0 + x, at.1 + y));
                     self.polygon(&corners, color.to_rgba())?;
+                }
+                Marker::Diamond => {
+                    let r = radius * 1.16;
+                    let corners = [(0.0, -r), (r, 0.0), (0.0, r), (-r, 0.0)];
+                    self.polygon(&corners.map(|(x, y)| (at.0 + x, at.1 + y)), color.to_rgba())?;
+                }
+                Marker::Down => {
+                    let r = radius * 1.12;
+                    let corners = [(0.0, r), (r * 0.95, -r * 0.7), (-r * 0.95, -r * 0.7)];
+                    self.polygon(&corners.map(|(x, y)| (at.0 + x, at.1 + y)), color.to_rgba())?;
                 }
                 Marker::Triangle => {
                     let r = radius * 1.12;

@@ -14,7 +14,7 @@ use crate::report::stats::{Interval, mean, mean_interval, quantile_interval, sor
 pub const MOST_PANELS: usize = 6;
 
 /// Settings by which rows can differ; rows that differ in one belong to different panels.
-const SETTINGS: [&str; 13] = [
+pub(super) const SETTINGS: [&str; 13] = [
     "model",
     "total_loras",
     "rank",
@@ -174,29 +174,20 @@ impl Data {
             agree(rows, &by, &label)?;
             panels.push(Panel { label, curves: curves(rows, options, &mut notes) });
         }
-        let shared = SETTINGS
-            .iter()
-            .chain(&["num_requests"])
-            .filter(|c| !by.contains(c) || groups.len() == 1)
-            .filter_map(|c| {
-                let mut all = values(&rows, c).into_iter();
-                let value = all.next()?;
-                all.next().is_none().then(|| describe(c, &value))
-            })
-            .collect();
+        let shared = shared(&rows, if groups.len() == 1 { &[] } else { &by });
         let budgets: BTreeSet<u32> = rows.iter().map(|r| r.row.gpu_loras).collect();
         Ok(Self { budgets: budgets.into_iter().collect(), panels, shared, notes })
     }
 }
 
 /// A row with its columns by name.
-struct Row<'a> {
-    row: &'a ResultRow,
-    columns: Map<String, Value>,
+pub(super) struct Row<'a> {
+    pub row: &'a ResultRow,
+    pub columns: Map<String, Value>,
 }
 
 impl<'a> Row<'a> {
-    fn new(row: &'a ResultRow) -> Self {
+    pub fn new(row: &'a ResultRow) -> Self {
         let columns = match serde_json::to_value(row) {
             Ok(Value::Object(columns)) => columns,
             _ => Map::new(),
@@ -205,7 +196,7 @@ impl<'a> Row<'a> {
     }
 
     /// A column as text; none where it is empty.
-    fn get(&self, column: &str) -> Option<String> {
+    pub fn get(&self, column: &str) -> Option<String> {
         match self.columns.get(column)? {
             Value::Null => None,
             Value::String(text) => Some(text.clone()),
@@ -216,12 +207,23 @@ impl<'a> Row<'a> {
 }
 
 /// The distinct values of a column among rows that have one.
-fn values(rows: &[Row<'_>], column: &str) -> BTreeSet<String> {
+pub(super) fn values(rows: &[Row<'_>], column: &str) -> BTreeSet<String> {
     rows.iter().filter_map(|r| r.get(column)).collect()
 }
 
+/// Settings that all rows share and that are not among `named`, as words.
+pub(super) fn shared(rows: &[Row<'_>], named: &[&str]) -> Vec<String> {
+    let settings = SETTINGS.iter().chain(&["num_requests"]).filter(|c| !named.contains(c));
+    let only = |c: &&str| {
+        let mut all = values(rows, c).into_iter();
+        let value = all.next()?;
+        all.next().is_none().then(|| describe(c, &value))
+    };
+    settings.filter_map(only).collect()
+}
+
 /// Whether rows of one panel agree in what they are not grouped by.
-fn agree(rows: &[&Row<'_>], by: &[&str], label: &str) -> Result<(), PlotError> {
+pub(super) fn agree(rows: &[&Row<'_>], by: &[&str], label: &str) -> Result<(), PlotError> {
     let implied = |c: &str| c == "arrival_rate" && rows.iter().all(|r| r.row.rho.is_some());
     for column in SETTINGS.into_iter().filter(|c| !by.contains(c) && !implied(c)) {
         let found: BTreeSet<String> = rows.iter().filter_map(|r| r.get(column)).collect();
@@ -268,10 +270,6 @@ fn point(
     notes: &mut Notes,
 ) -> Option<Point> {
     let all: Vec<f64> = rows.iter().filter_map(|r| quantity.of(r)).collect();
-    let range = || {
-        let ordered = sorted(&all);
-        Some(Interval { low: *ordered.first()?, high: *ordered.last()? })
-    };
     let interval = match (source, all.len()) {
         (_, 1) => {
             rows[0].run_key().and_then(|key| options.within_run.get(&key)).and_then(|w| match quantity {
@@ -281,7 +279,7 @@ fn point(
             })
         }
         (Source::Measured, 3..) => mean_interval(&all, 0.95),
-        _ => range(),
+        _ => range(&all),
     };
     if quantity == Quantity::Median {
         match (source, all.len()) {
@@ -294,6 +292,12 @@ fn point(
     let interval = interval.filter(|i| i.high > i.low);
     let saturated = rows.iter().any(|r| r.saturated == Some(true));
     Some(Point { budget, value: mean(&all)?, interval, saturated })
+}
+
+/// From the least to the greatest.
+pub(super) fn range(values: &[f64]) -> Option<Interval> {
+    let ordered = sorted(values);
+    Some(Interval { low: *ordered.first()?, high: *ordered.last()? })
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod canvas;
 pub mod data;
 mod font;
 mod legend;
+mod lines;
 mod render;
 mod words;
 
@@ -46,6 +47,24 @@ pub enum PlotError {
         /// The columns that tell them apart.
         columns: Vec<String>,
     },
+    /// More panels or lines than there is room for.
+    #[error(
+        "the rows would make {panels} panels by {} of {lines} lines, and {} of {} are the most: plot fewer rows, or \
+         choose the columns with --by and --lines",
+        columns.join(", "),
+        most.0,
+        most.1
+    )]
+    TooManyLines {
+        /// How many panels.
+        panels: usize,
+        /// How many lines.
+        lines: usize,
+        /// How many of each there may be.
+        most: (usize, usize),
+        /// The columns that tell panels apart.
+        columns: Vec<String>,
+    },
     /// Rows of different settings in one panel.
     #[error(
         "rows of {label} differ in {column} ({}): add {column} to --by, or plot rows of one value",
@@ -72,6 +91,9 @@ pub enum PlotError {
 pub struct Options {
     /// Columns whose values make panels; empty is every setting that varies.
     pub by: Vec<String>,
+    /// A column whose values are lines in each panel, with what binds at each budget, instead of the usual curves;
+    /// panels by two columns are then a grid.
+    pub lines: Option<String>,
     /// The title; none is a plain one.
     pub title: Option<String>,
     /// How the results were made, for the foot of the figure.
@@ -82,7 +104,10 @@ pub struct Options {
 
 /// The figure of `rows` as SVG text.
 pub fn svg(rows: &[ResultRow], options: &Options) -> Result<String, PlotError> {
-    render::svg(&Data::prepare(rows, options)?, options)
+    match &options.lines {
+        Some(column) => lines::svg(&lines::Lines::prepare(rows, column, options)?, options),
+        None => render::svg(&Data::prepare(rows, options)?, options),
+    }
 }
 
 /// An SVG of this module as PNG bytes, [`PNG_SCALE`] times its nominal size.

@@ -26,7 +26,7 @@ pub fn look(quantity: Quantity) -> (RGBColor, Marker) {
     }
 }
 
-const MARGIN: f64 = 24.0;
+pub(super) const MARGIN: f64 = 24.0;
 /// Left of a row of panels: the axis title and tick labels.
 const GUTTER: f64 = 66.0;
 const PANEL_GAP: f64 = 26.0;
@@ -39,19 +39,19 @@ const FOOT: f64 = 26.0;
 const LABEL_ROOM: f64 = 6.0;
 
 /// A vertical axis' title, and how its ticks are written.
-type Labels = (&'static str, fn(f64) -> String);
+pub(super) type Labels = (&'static str, fn(f64) -> String);
 
 /// A rectangle in pixels.
 #[derive(Clone, Copy)]
-struct Frame {
-    left: f64,
-    top: f64,
-    width: f64,
-    height: f64,
+pub(super) struct Frame {
+    pub left: f64,
+    pub top: f64,
+    pub width: f64,
+    pub height: f64,
 }
 
 impl Frame {
-    fn bottom(self) -> f64 {
+    pub fn bottom(self) -> f64 {
         self.top + self.height
     }
 }
@@ -128,9 +128,9 @@ pub fn svg(data: &Data, options: &Options) -> Result<String, PlotError> {
 }
 
 /// The scales that all panels share.
-struct Axes<'a> {
+pub(super) struct Axes<'a> {
     budgets: &'a [u32],
-    ttft: Scale,
+    pub ttft: Scale,
     swaps: Scale,
 }
 
@@ -150,6 +150,11 @@ impl<'a> Axes<'a> {
             ttft: Scale::covering(points(false).flat_map(extent), true, 5),
             swaps: Scale::covering(points(true).flat_map(extent), false, 4),
         }
+    }
+
+    /// Those of a figure without swaps.
+    pub fn of(budgets: &'a [u32], ttft: Scale) -> Self {
+        Self { budgets, ttft, swaps: Scale::covering(std::iter::empty(), false, 1) }
     }
 
     fn draw_panel(
@@ -180,7 +185,7 @@ impl<'a> Axes<'a> {
         Ok(())
     }
 
-    fn x(&self, frame: Frame, budget: u32) -> f64 {
+    pub fn x(&self, frame: Frame, budget: u32) -> f64 {
         // Half a step of air on both sides keeps markers off the frame.
         let log = |b: u32| f64::from(b.max(1)).log2();
         let (low, high) = match self.budgets {
@@ -191,7 +196,7 @@ impl<'a> Axes<'a> {
         frame.left + (log(budget) - low) / (high - low) * frame.width
     }
 
-    fn grid(
+    pub fn grid(
         &self,
         canvas: &Canvas<'_>,
         frame: Frame,
@@ -219,7 +224,7 @@ impl<'a> Axes<'a> {
         Ok(())
     }
 
-    fn budget_labels(&self, canvas: &Canvas<'_>, frame: Frame) -> Result<(), PlotError> {
+    pub fn budget_labels(&self, canvas: &Canvas<'_>, frame: Frame) -> Result<(), PlotError> {
         let font = Font { size: 11.5, bold: false, color: INK };
         let mut free_from = f64::NEG_INFINITY;
         for budget in self.budgets {
@@ -284,7 +289,13 @@ impl<'a> Axes<'a> {
 
 /// Breaks `text` at `separator` into lines of at most `width` pixels; a piece that is longer by
 /// itself stays whole.
-fn wrap(text: &str, separator: &str, width: f64, size: f64, bold: bool) -> Result<Vec<String>, PlotError> {
+pub(super) fn wrap(
+    text: &str,
+    separator: &str,
+    width: f64,
+    size: f64,
+    bold: bool,
+) -> Result<Vec<String>, PlotError> {
     let mut lines: Vec<String> = Vec::new();
     for piece in text.split(separator).filter(|p| !p.is_empty()) {
         if let Some(line) = lines.last_mut() {
