@@ -63,6 +63,14 @@ impl Engines {
         Ok(&self.loaded.insert(entry).1)
     }
 
+    /// How long an engine's start and end take, its weights and adapters being there, seconds.
+    pub fn start_s(&mut self, engine: &EngineSettings) -> Result<f64, MeasureError> {
+        let loaded = self.loaded(engine)?;
+        let begun = std::time::Instant::now();
+        LocalServer::start(loaded, engine.gpu_loras as usize, None)?.stop();
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
     /// Starts an engine, sends it the trace, and stops it. `progress` is told how many requests have
     /// ended, of how many.
     pub fn run(
