@@ -20,13 +20,21 @@ impl Floors {
     /// A prompt of `tokens`: the arithmetic of every linear layer, of causal attention, and of one row of
     /// logits, at the rate of large products. Adapters (0.6 % at rank 16) are left out.
     pub fn prefill_ms(&self, tokens: u32) -> Option<f64> {
+        Some(self.prefill_flops(tokens) / self.ceilings?.gemm_flops * 1e3)
+    }
+
+    /// The same at the rate that large products keep up: a device that is always busy runs at a lower clock.
+    pub fn prefill_sustained_ms(&self, tokens: u32) -> Option<f64> {
+        Some(self.prefill_flops(tokens) / self.ceilings?.gemm_sustained_flops? * 1e3)
+    }
+
+    fn prefill_flops(&self, tokens: u32) -> f64 {
         let n = f64::from(tokens);
         let s = &self.spec;
         let linear: usize = s.modules().iter().map(|m| m.inputs * m.outputs).sum();
-        let flops = 2.0 * (s.layers * linear) as f64 * n
+        2.0 * (s.layers * linear) as f64 * n
             + 2.0 * n * n * (s.q_dim() * s.layers) as f64
-            + 2.0 * (s.hidden * s.vocab_size) as f64;
-        Some(flops / self.ceilings?.gemm_flops * 1e3)
+            + 2.0 * (s.hidden * s.vocab_size) as f64
     }
 
     /// A decode of `seqs` sequences at `context` tokens: weights, KV cache and each adapter read once.

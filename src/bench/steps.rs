@@ -39,8 +39,11 @@ pub struct PrefillRow {
     pub adapters: u32,
     /// From submission to result.
     pub times: Times,
-    /// What the arithmetic alone would take.
+    /// What the arithmetic alone would take at the best rate of a large product.
     pub floor_ms: Option<f64>,
+    /// What it would take at the rate that large products keep up.
+    #[serde(default)]
+    pub sustained_floor_ms: Option<f64>,
 }
 
 /// One token more of each sequence.
@@ -89,8 +92,10 @@ pub(super) fn prefill(
             }
             let Some(times) = Times::of(&ns) else { continue };
             // Attention of shorter prompts is less work: the floor is that of one prompt alone.
-            let floor_ms = (prompts == 1).then(|| floors.prefill_ms(tokens)).flatten();
-            rows.push(PrefillRow { tokens, prompts, adapters, times, floor_ms });
+            let alone = prompts == 1;
+            let floor_ms = alone.then(|| floors.prefill_ms(tokens)).flatten();
+            let sustained_floor_ms = alone.then(|| floors.prefill_sustained_ms(tokens)).flatten();
+            rows.push(PrefillRow { tokens, prompts, adapters, times, floor_ms, sustained_floor_ms });
         }
     }
     Ok(rows)

@@ -28,6 +28,15 @@ pub struct TraceRow {
     pub ttft_mean_ms: f64,
     /// … and 99th percentile.
     pub ttft_p99_ms: f64,
+    /// Between two tokens of a sequence, milliseconds: median …
+    #[serde(default)]
+    pub itl_p50_ms: Option<f64>,
+    /// … and 99th percentile; none where every request has one token.
+    #[serde(default)]
+    pub itl_p99_ms: Option<f64>,
+    /// The most tokens of a step.
+    #[serde(default)]
+    pub max_num_batched_tokens: usize,
     /// From the first arrival's time zero to the last token.
     pub makespan_s: f64,
     /// Copies of adapters while it ran.
@@ -72,18 +81,19 @@ pub fn run_trace(
             engine.submit(GenerateRequest { prompt, adapter, params, received: None }).map_err(refused)?,
         );
     }
-    let mut ttft = Vec::with_capacity(handles.len());
+    let (mut ttft, mut gaps) = (Vec::with_capacity(handles.len()), Vec::new());
     for handle in handles {
         let done = handle.wait().map_err(refused)?;
         let first = done.first.ok_or_else(|| BenchError::Trace(format!("{name}: a request gave nothing")))?;
         ttft.push((first.at - done.received) as f64 * 1e-6);
+        gaps.extend(done.handed.windows(2).map(|pair| (pair[1] - pair[0]) as f64 * 1e-6));
     }
     let makespan_s = begin.elapsed().as_secs_f64();
     let swaps = engine.swap_stats();
     engine.shutdown();
     let none = || BenchError::Trace(format!("{name} has no requests"));
     let ttft_mean_ms = mean(&ttft).ok_or_else(none)?;
-    let ttft = sorted(&ttft);
+    let (ttft, gaps) = (sorted(&ttft), sorted(&gaps));
     let at = |p| percentile(&ttft, p).ok_or_else(none);
     Ok(TraceRow {
         trace: name.to_owned(),
@@ -93,6 +103,9 @@ pub fn run_trace(
         ttft_p50_ms: at(50.0)?,
         ttft_mean_ms,
         ttft_p99_ms: at(99.0)?,
+        itl_p50_ms: percentile(&gaps, 50.0),
+        itl_p99_ms: percentile(&gaps, 99.0),
+        max_num_batched_tokens: loaded.settings().max_num_batched_tokens,
         makespan_s,
         swaps: swaps.runtime.swap_count,
     })

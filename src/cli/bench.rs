@@ -312,15 +312,31 @@ fn print_engine(report: &EngineReport) {
     println!("{}, adapters of rank {:?}, on {}", report.model, report.ranks, report.device);
     if let Some(c) = report.ceilings {
         println!(
-            "ceilings: {:.0} TFLOP/s in large bf16 products, {:.2} TB/s read, {:.1} GB/s from pinned memory, {:.1} GB/s from pageable",
+            "ceilings: {:.0} TFLOP/s in a large bf16 product{}, {:.2} TB/s read, {:.1} GB/s from pinned memory, {:.1} GB/s from pageable",
             c.gemm_flops * 1e-12,
+            c.gemm_sustained_flops.map_or(String::new(), |f| format!(", {:.0} TFLOP/s sustained", f * 1e-12)),
             c.read_bytes_s * 1e-12,
             c.pinned_bytes_s * 1e-9,
             c.pageable_bytes_s * 1e-9
         );
     }
-    let prefill = report.prefill.iter().map(|r| ([r.tokens, r.prompts, r.adapters], &r.times, r.floor_ms));
-    print_steps(["prefill: tokens", "prompts", "adapters"], prefill);
+    let mut table = ui::table(&[
+        "prefill: tokens",
+        "prompts",
+        "adapters",
+        "ms",
+        "quartiles",
+        "floor",
+        "× floor",
+        "sustained",
+        "× sustained",
+    ]);
+    for r in &report.prefill {
+        let of = [r.tokens, r.prompts, r.adapters].map(|n| n.to_string());
+        let [_, _, sustained, ratio] = cells(&r.times, r.sustained_floor_ms);
+        table.add_row(of.into_iter().chain(cells(&r.times, r.floor_ms)).chain([sustained, ratio]));
+    }
+    println!("{table}");
     let decode = report.decode.iter().map(|r| ([r.batch, r.context, r.adapters], &r.times, r.floor_ms));
     print_steps(["decode: batch", "context", "adapters"], decode);
     let mut table = ui::table(&[
@@ -368,6 +384,8 @@ fn print_traces(rows: &[TraceRow], out: &Path) {
         "TTFT p50, ms",
         "mean",
         "p99",
+        "ITL p50, ms",
+        "p99",
         "all done, s",
         "swaps",
     ]);
@@ -380,6 +398,8 @@ fn print_traces(rows: &[TraceRow], out: &Path) {
             format!("{:.1}", r.ttft_p50_ms),
             format!("{:.1}", r.ttft_mean_ms),
             format!("{:.1}", r.ttft_p99_ms),
+            r.itl_p50_ms.map_or("–".into(), |ms| format!("{ms:.1}")),
+            r.itl_p99_ms.map_or("–".into(), |ms| format!("{ms:.1}")),
             format!("{:.2}", r.makespan_s),
             r.swaps.to_string(),
         ]);

@@ -171,6 +171,20 @@ pub trait Backend {
         qkv: &mut Self::Buffer,
     ) -> Result<(), Self::Error>;
 
+    /// [`Backend::linear`] of queries, keys and values into `qkv`, and [`Backend::rope_and_write_kv`]: one
+    /// operation for devices that save a pass over `qkv` by it.
+    fn linear_rope_kv(
+        &mut self,
+        n: usize,
+        matrix: &Self::Matrix,
+        adapted: Adapted<'_>,
+        x: &Self::Buffer,
+        qkv: &mut Self::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.linear(n, matrix, adapted, x, qkv)?;
+        self.rope_and_write_kv(adapted.layer, n, qkv)
+    }
+
     /// Writes the key and value columns of `qkv` `[n, q + k + v]` into the cache of `layer`, each
     /// row where the batch says.
     fn write_kv(&mut self, layer: usize, n: usize, qkv: &mut Self::Buffer) -> Result<(), Self::Error>;
@@ -193,6 +207,23 @@ pub trait Backend {
         gate_up: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<(), Self::Error>;
+
+    /// [`Backend::linear`] of gate and up into `gate_up`, and [`Backend::silu_mul`]: one operation for devices
+    /// that save a pass over `gate_up` by it. What `gate_up` holds afterwards is open.
+    #[expect(clippy::too_many_arguments, reason = "two operations' arguments")]
+    fn linear_silu_mul(
+        &mut self,
+        n: usize,
+        width: usize,
+        matrix: &Self::Matrix,
+        adapted: Adapted<'_>,
+        x: &Self::Buffer,
+        gate_up: &mut Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), Self::Error> {
+        self.linear(n, matrix, adapted, x, gate_up)?;
+        self.silu_mul(n, width, gate_up, out)
+    }
 
     /// `x = max(x, 0)`, `[n, width]`.
     fn relu(&mut self, n: usize, width: usize, x: &mut Self::Buffer) -> Result<(), Self::Error>;

@@ -104,6 +104,7 @@ impl GenerateHandle {
         let mut out = Generated {
             text: String::new(),
             tokens: Vec::new(),
+            handed: Vec::new(),
             finish: Finish::Abort,
             failure: None,
             first: None,
@@ -113,6 +114,7 @@ impl GenerateHandle {
         while let Some(StreamItem::Delta(delta)) = self.receiver.recv() {
             out.text.push_str(&delta.text);
             out.tokens.extend(delta.token);
+            out.handed.extend(delta.token.map(|_| delta.handed));
             out.first = out.first.or(delta.first);
             out.failure = out.failure.or(delta.failure);
             if let Some(finish) = delta.finish {

@@ -117,8 +117,9 @@ impl OutState {
     fn flush(&mut self, clock: &Clock) {
         self.touched = false;
         let mut delta = std::mem::take(&mut self.pending);
+        delta.handed = clock.now();
         if let Some(first) = &mut delta.first {
-            first.handed = clock.now();
+            first.handed = delta.handed;
         }
         if delta.finish.is_some() {
             // Whoever sees the last piece must not find the request still counted.

@@ -76,6 +76,8 @@ pub struct Delta {
     pub finish: Option<Finish>,
     /// With [`Finish::Abort`]: what was wrong, if it was the request's adapter rather than the engine.
     pub failure: Option<String>,
+    /// When it was handed to the caller's stream, on the engine's clock.
+    pub handed: Nanos,
 }
 
 /// When the first token was there, and what came before it.
@@ -165,6 +167,8 @@ pub struct Generated {
     pub text: String,
     /// Its token ids; a stop token is among them.
     pub tokens: Vec<TokenId>,
+    /// When each token was handed to the caller's stream, on the engine's clock.
+    pub handed: Vec<Nanos>,
     /// Why it ended.
     pub finish: Finish,
     /// See [`Delta::failure`].

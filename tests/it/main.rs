@@ -17,6 +17,8 @@ mod executor;
 mod experiment;
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(feature = "cuda")]
+mod gpu_graphs;
 #[cfg(feature = "server")]
 mod load_commands;
 #[cfg(feature = "server")]

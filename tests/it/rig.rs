@@ -6,10 +6,14 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use lora_hbm::engine::adapters::HostPool;
+#[cfg(feature = "cuda")]
+use lora_hbm::engine::adapters::{PoolError, SlabMaker};
 use lora_hbm::engine::batch::BatchLimits;
 use lora_hbm::engine::cpu::{CpuOptions, cpu_executor};
 use lora_hbm::engine::device::DeviceExecutor;
 use lora_hbm::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed};
+#[cfg(feature = "cuda")]
+use lora_hbm::engine::model::ModelSpec;
 use lora_hbm::engine::model::{DummyWeights, Model, resolve};
 use lora_sched::{AdapterId, PlaceId, RequestId, SeqStep, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
@@ -185,12 +189,32 @@ impl Rig {
         Self::on_gpu_in(folder, adapter_folders(folder).len(), largest_rank(folder), limits)
     }
 
+    /// A fixture on the first GPU with other limits, every adapter in a slot.
+    #[cfg(feature = "cuda")]
+    pub fn wide_on_gpu(family: &str, limits: BatchLimits) -> Self {
+        Self::on_gpu_in(&fixture(family), ADAPTERS.len(), 16, limits)
+    }
+
     #[cfg(feature = "cuda")]
     fn on_gpu_in(folder: &Path, gpu_loras: usize, max_rank: usize, limits: BatchLimits) -> Self {
-        let model = Self::model(folder);
+        let adapters = folder.join("adapters");
+        Self::on_gpu_of(Self::model(folder), gpu_loras, limits, |slabs, spec| {
+            HostPool::load_in(slabs, spec, max_rank, &adapters, None)
+        })
+    }
+
+    /// A model on the first GPU with a pool of its slabs.
+    #[cfg(feature = "cuda")]
+    pub fn on_gpu_of(
+        model: Model,
+        gpu_loras: usize,
+        limits: BatchLimits,
+        pool: impl FnOnce(Arc<dyn SlabMaker>, &ModelSpec) -> Result<HostPool, PoolError>,
+    ) -> Self {
         let device = lora_hbm::engine::cuda::CudaDevice::open().unwrap();
         let slabs = device.slabs(lora_hbm::engine::setup::HostMemory::Pinned).unwrap();
-        let pool = HostPool::load_in(slabs, &model.spec, max_rank, &folder.join("adapters"), None).unwrap();
+        let pool = pool(slabs, &model.spec).unwrap();
+        let preloaded = gpu_loras.min(pool.len());
         let executor = device.executor(lora_hbm::engine::cuda::CudaOptions {
             limits,
             spec: model.spec,
@@ -201,7 +225,7 @@ impl Rig {
             allowed_tokens: None,
             keep_logits: true,
         });
-        Self::over(executor.unwrap(), gpu_loras.min(adapter_folders(folder).len()), &limits)
+        Self::over(executor.unwrap(), preloaded, &limits)
     }
 
     fn model(folder: &Path) -> Model {

@@ -33,6 +33,7 @@ struct PrefillArguments {
     bf16* out;               // [rows, heads * head_dim]
     const uint32_t* starts;  // [sequences + 1] first rows
     const uint32_t* tiles;   // [gridDim.y, 2]: sequence, first row within it
+    const uint32_t* count;   // how many tiles are real
     uint32_t q_width, heads, rows;
     float scale;  // of scores, times log2(e)
 };

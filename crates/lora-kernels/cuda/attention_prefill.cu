@@ -26,6 +26,8 @@ __device__ __forceinline__ void prefill(const PrefillArguments& a) {
     const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const uint32_t head = blockIdx.x, kv_head = head / (a.heads / paged.kv_heads);
     const uint32_t sequence = a.tiles[2 * blockIdx.y], tile_first = a.tiles[2 * blockIdx.y + 1];
+    // Asked for with the tile, of which there are as many as blocks.
+    if (blockIdx.y >= *a.count) return;
     const uint32_t start = a.starts[sequence], len = a.starts[sequence + 1] - start;
     const uint32_t context = paged.context(sequence);
     const uint32_t* table = paged.table(sequence);

@@ -361,6 +361,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const uint32_t head = blockIdx.x, kv_head = head / (a.heads / a.paged.kv_heads);
     const uint32_t sequence = a.tiles[2 * blockIdx.y], tile_first = a.tiles[2 * blockIdx.y + 1];
+    // Asked for with the tile, of which there are as many as blocks.
+    if (blockIdx.y >= *a.count) return;
     const uint32_t start = a.starts[sequence], len = a.starts[sequence + 1] - start;
     const uint32_t context = a.paged.context(sequence);
     const uint32_t* table = a.paged.table(sequence);

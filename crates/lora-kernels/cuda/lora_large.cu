@@ -3,15 +3,9 @@
 //
 // The shrink is bound by reading x, the expand by reading and writing the output; both multiply on tensor
 // cores, with ranks padded to a multiple of 16 inside a tile only.
-#include "lora.cuh"
+#include "lora_tile.cuh"
 
 namespace {
-
-constexpr int ROWS = 64;
-// A warp for each 16 rows.
-constexpr int THREADS = 128;
-// Ranks of a product: what `units` count.
-constexpr int UNIT = 16;
 
 // Units of a shrinking block; inputs of a stage; stages in flight.
 constexpr int UNITS = 4;
@@ -32,18 +26,20 @@ __device__ __forceinline__ uint32_t stage_at(uint32_t row, uint32_t piece) {
 
 // h[target][row][rank] = scale * x[row] . A[rank], rounded to bf16.
 //
-// Grid: tiles; groups of 4 units, a unit being 16 ranks of one target; parts of the inputs. Where the inputs
-// are split, `partial [tile][group][split]` takes the parts' sums in the registers' own order, and the last of
-// a tile's blocks adds them up in a fixed order; `arrived [tile][group]` is zero before and after.
+// Grid: an upper bound of tiles; groups of 4 units, a unit being 16 ranks of one target; parts of the inputs.
+// Where the inputs are split, `partial [tile][group][split]` takes the parts' sums in the registers' own order,
+// and the last of a tile's blocks adds them up in a fixed order; `arrived [tile][group]` is zero before and after.
 extern "C" __global__ void __launch_bounds__(THREADS)
-lora_shrink_large(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
-                  uint32_t target_count, const bf16* x, uint32_t inputs, uint32_t split_stages, uint32_t group_units,
-                  uint32_t pitch, size_t plane, float* partial, uint32_t* arrived, bf16* h) {
+lora_shrink_large(const Segment* segments, const Tile* tiles, const uint32_t* count,
+                  const __grid_constant__ Targets targets, uint32_t target_count, const bf16* x, uint32_t inputs,
+                  uint32_t split_stages, uint32_t group_units, uint32_t pitch, size_t plane, float* partial,
+                  uint32_t* arrived, bf16* h) {
     // `[STAGES]` of x's tile, then A's units.
     extern __shared__ uint4 shared[];
     __shared__ uint32_t is_last;
     let_next_begin();
     const Tile tile = tiles[blockIdx.x];
+    if (blockIdx.x >= *count) return;
     const Segment segment = segments[tile.segment];
     const uint32_t rows = min(static_cast<uint32_t>(ROWS), segment.rows - tile.row);
     const uint32_t rank_units = (segment.rank + UNIT - 1) / UNIT;
@@ -170,33 +166,15 @@ lora_shrink_large(const Segment* segments, const Tile* tiles, const __grid_const
 
 namespace {
 
-// An output's tile in shared memory: rows of 256 bytes, 16 pieces. Pieces are reordered so that the products'
-// pairs, 4 bytes of 8 rows or 8 bytes of 4 rows at once, lie in different banks.
-template <typename T>
-struct OutTile {
-    static constexpr uint32_t COLUMNS = 256 / sizeof(T);
-    static constexpr uint32_t PIECE = 16 / sizeof(T);
-    // Pieces of 8 columns in a row of Bt's tile.
-    static constexpr uint32_t BT_PIECES = COLUMNS / 8;
-    static __device__ __forceinline__ uint32_t piece(uint32_t row, uint32_t piece) {
-        return row * 16 + (piece ^ row % 8 * (sizeof(T) / 2));
-    }
-    static __device__ __forceinline__ uint32_t element(uint32_t row, uint32_t column) {
-        return piece(row, column / PIECE) * PIECE + column % PIECE;
-    }
-    static __device__ __forceinline__ uint32_t bt(uint32_t rank, uint32_t piece) {
-        return rank * COLUMNS + (piece ^ rank % 8) * 8;
-    }
-};
-
-// out[row, column] += h[row] . Bt[:, column]; grid: column tiles of the widest target; tiles; targets.
+// out[row, column] += h[row] . Bt[:, column]; grid: column tiles of the widest target; an upper bound of tiles;
+// targets.
 //
 // The output's tile goes through shared memory: in by asynchronous copies, which keep a block's 16 KiB in
 // flight without registers, and out by 16 bytes a thread; the products start from it and end in it.
 template <typename T>
-__device__ __forceinline__ void expand_large(const Segment* segments, const Tile* tiles, const Targets& targets,
-                                             uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, T* out,
-                                             uint32_t width) {
+__device__ __forceinline__ void expand_large(const Segment* segments, const Tile* tiles, const uint32_t* count,
+                                             const Targets& targets, uint32_t inputs, uint32_t pitch, size_t plane,
+                                             const bf16* h, T* out, uint32_t width) {
     using Shape = OutTile<T>;
     // The output's tile, then Bt's `[pitch][COLUMNS]`, then h's `[ROWS][h_pitch]`.
     extern __shared__ uint4 shared[];
@@ -205,80 +183,30 @@ __device__ __forceinline__ void expand_large(const Segment* segments, const Tile
     const uint32_t column_0 = blockIdx.x * Shape::COLUMNS;
     if (column_0 >= target.outputs) return wait_for_previous();
     const Tile tile = tiles[blockIdx.y];
+    if (blockIdx.y >= *count) return wait_for_previous();
     const Segment segment = segments[tile.segment];
     const bf16* part = lora_part(segment, target);
     if (part == nullptr) return wait_for_previous();
 
     const uint32_t rows = min(static_cast<uint32_t>(ROWS), segment.rows - tile.row);
     const uint32_t columns = min(Shape::COLUMNS, target.outputs - column_0);
-    const uint32_t ranks = (segment.rank + UNIT - 1) / UNIT * UNIT;
-    // An odd number of pieces to a row: neighbouring rows lie in different banks.
-    const uint32_t h_pitch = ranks + 8;
+    const uint32_t ranks = whole_ranks(segment);
     const size_t row_0 = segment.start + tile.row;
-    const uint32_t thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     out += row_0 * width + target.column + column_0;
-    T* out_tile = reinterpret_cast<T*>(shared);
     bf16* bt_tile = reinterpret_cast<bf16*>(shared + ROWS * 16);
     bf16* h_tile = bt_tile + pitch * Shape::COLUMNS;
 
-    // Each warp copies the rows that it works on; everything that does not depend on the shrink is asked for
-    // before its results are waited for.
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint32_t row = warp * 16 + i * 2 + lane / 16, piece = lane % 16;
-        const bool valid = row < rows && piece * Shape::PIECE < columns;
-        if (valid) copy_async_16(shared + Shape::piece(row, piece), out + row * static_cast<size_t>(width) + piece * Shape::PIECE);
-    }
-    const bf16* bt = part + static_cast<size_t>(segment.rank) * inputs + column_0;
-    for (uint32_t i = thread; i < ranks * Shape::BT_PIECES; i += THREADS) {
-        const uint32_t rank = i / Shape::BT_PIECES, piece = i % Shape::BT_PIECES;
-        const bool valid = rank < segment.rank && piece * 8 < columns;
-        copy_async_16(bt_tile + Shape::bt(rank, piece),
-                      valid ? bt + static_cast<size_t>(rank) * target.outputs + piece * 8 : part, valid);
-    }
+    // Everything that does not depend on the shrink is asked for before its results are waited for.
+    load_out(shared, out, rows, columns, width);
+    load_bt<T>(bt_tile, part, segment, inputs, target.outputs, column_0, columns);
     wait_for_previous();
-    h += blockIdx.z * plane + row_0 * pitch;
-    const uint32_t h_pieces = ranks / 8;
-    for (uint32_t i = thread; i < ROWS * h_pieces; i += THREADS) {
-        const uint32_t row = i / h_pieces, piece = i % h_pieces;
-        const bool valid = row < rows;
-        copy_async_16(h_tile + row * h_pitch + piece * 8, h + (valid ? row * static_cast<size_t>(pitch) : 0) + piece * 8,
-                      valid);
-    }
+    load_h(h_tile, h + blockIdx.z * plane + row_0 * pitch, rows, ranks, pitch);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
 
-    const uint32_t group = lane / 4, quad = lane % 4;
-    const uint32_t product_row = warp * 16 + group;
-    for (uint32_t column = 0; column < columns; column += 32) {
-        float c[4][4];
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const float2 top = load_pair(out_tile + Shape::element(product_row, column + n * 8 + quad * 2));
-            const float2 low = load_pair(out_tile + Shape::element(product_row + 8, column + n * 8 + quad * 2));
-            c[n][0] = top.x, c[n][1] = top.y, c[n][2] = low.x, c[n][3] = low.y;
-        }
-        for (uint32_t rank = 0; rank < ranks; rank += UNIT) {
-            uint32_t a[4];
-            load_matrix_x4(a, h_tile + (warp * 16 + lane % 16) * h_pitch + rank + lane / 16 * 8);
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++) {
-                uint32_t b[4];
-                load_matrix_x4_trans(b, bt_tile + Shape::bt(rank + lane % 16, column / 8 + pair * 2 + lane / 16));
-                const uint32_t b_first[2] = {b[0], b[1]}, b_second[2] = {b[2], b[3]};
-                mma_16816(c[pair * 2], a, b_first);
-                mma_16816(c[pair * 2 + 1], a, b_second);
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            T* to = out_tile + Shape::element(product_row, column + n * 8 + quad * 2);
-            store_pair(to, make_float2(c[n][0], c[n][1]));
-            store_pair(out_tile + Shape::element(product_row + 8, column + n * 8 + quad * 2),
-                       make_float2(c[n][2], c[n][3]));
-        }
-    }
+    add_product(reinterpret_cast<T*>(shared), bt_tile, h_tile, ranks, columns);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -293,13 +221,15 @@ __device__ __forceinline__ void expand_large(const Segment* segments, const Tile
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
-lora_expand_large_bf16(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
-                       uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, bf16* out, uint32_t width) {
-    expand_large(segments, tiles, targets, inputs, pitch, plane, h, out, width);
+lora_expand_large_bf16(const Segment* segments, const Tile* tiles, const uint32_t* count,
+                       const __grid_constant__ Targets targets, uint32_t inputs, uint32_t pitch, size_t plane,
+                       const bf16* h, bf16* out, uint32_t width) {
+    expand_large(segments, tiles, count, targets, inputs, pitch, plane, h, out, width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
-lora_expand_large_f32(const Segment* segments, const Tile* tiles, const __grid_constant__ Targets targets,
-                      uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, float* out, uint32_t width) {
-    expand_large(segments, tiles, targets, inputs, pitch, plane, h, out, width);
+lora_expand_large_f32(const Segment* segments, const Tile* tiles, const uint32_t* count,
+                      const __grid_constant__ Targets targets, uint32_t inputs, uint32_t pitch, size_t plane,
+                      const bf16* h, float* out, uint32_t width) {
+    expand_large(segments, tiles, count, targets, inputs, pitch, plane, h, out, width);
 }

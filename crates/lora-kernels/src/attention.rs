@@ -63,6 +63,7 @@ struct PrefillArguments {
     out: u64,
     starts: u64,
     tiles: u64,
+    count: u64,
     q_width: u32,
     heads: u32,
     rows: u32,
@@ -248,26 +249,31 @@ impl Attention {
         unsafe { stream.launch_next(&self.decode, grid, arguments![arguments]) }
     }
 
-    /// Causal attention of the rows that `tiles` names over the cache, which holds them and what came before.
-    /// `tiles` is what [`prefill_tiles`](crate::prefill_tiles) wrote, `[tiles, 2]`; `out` is `[rows, heads · head_dim]`, of which
-    /// rows that no tile names are left alone.
+    /// Causal attention of the rows that the first `count` of `tiles` (one u32 on the device) name over the cache,
+    /// which holds them and what came before. `tiles` is what [`prefill_tiles`](crate::prefill_tiles) wrote, `[tiles, 2]`,
+    /// and anything behind that; `out` is `[rows, heads · head_dim]`, of which rows that no tile names are left alone.
+    ///
+    /// The grid depends on the length of `tiles` alone, so the launch can be captured and replayed with other
+    /// contents. A block of a surplus tile leaves at once.
     #[expect(clippy::too_many_arguments, reason = "a launch")]
     pub fn prefill(
         &self,
         stream: &Stream,
         rows: usize,
         tiles: View<'_, u32>,
+        count: View<'_, u32>,
         sequences: &Sequences<'_>,
         q: Queries<'_>,
         cache: KvCache<'_>,
         out: ViewMut<'_, bf16>,
     ) -> Result<(), CudaError> {
         ensure!(PREFILL, tiles.len().is_multiple_of(2), "{} numbers are not pairs", tiles.len());
-        let count = tiles.len() / 2;
-        if count == 0 {
+        let bound = tiles.len() / 2;
+        if bound == 0 {
             return Ok(());
         }
-        ensure!(PREFILL, count <= 65_535, "{count} tiles are too many");
+        ensure!(PREFILL, bound <= 65_535, "{bound} tiles are too many");
+        ensure!(PREFILL, !count.is_empty(), "no count of tiles");
         let seqs = sequences.contexts.len();
         let paged = Paged::new(PREFILL, &self.shape, seqs, sequences, cache)?;
         ensure!(
@@ -283,13 +289,14 @@ impl Attention {
             out: out.address(),
             starts: sequences.starts.address(),
             tiles: tiles.address(),
+            count: count.address(),
             q_width: q.width as u32,
             heads: self.shape.heads as u32,
             rows: rows as u32,
             scale: self.scale(),
         };
         // Heads of one tile side by side: the list's order is the order of work.
-        let blocks = (self.shape.heads as u32, count as u32, 1);
+        let blocks = (self.shape.heads as u32, bound as u32, 1);
         let Some(hopper) = &self.hopper else {
             let shared = prefill_shared(self.shape.head_dim);
             let grid = Grid { blocks, threads: PREFILL_THREADS, shared };

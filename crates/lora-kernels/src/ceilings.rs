@@ -7,14 +7,19 @@ use crate::{CudaError, Device, Draw, Gemm, Product, Stream, Uniform, Weight, bf1
 const READ_BYTES: usize = 4 << 30;
 const COPY_BYTES: usize = 80 << 20;
 const RUNS: usize = 10;
+/// Seconds of products before the sustained rate is measured, and while it is.
+const SETTLING_S: f64 = 0.5;
+const SUSTAINED_S: f64 = 1.0;
 /// Sides of the square product.
 const SQUARE: usize = 8192;
 
 /// Rates of one device, the best of several runs each.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ceilings {
-    /// bf16 products of 8192 × 8192 matrices, operations a second.
+    /// One bf16 product of 8192 × 8192 matrices, operations a second, on a device that was idle before.
     pub gemm_flops: f64,
+    /// The same products one after another for a second and a half: what the device's power and cooling bear.
+    pub gemm_sustained_flops: f64,
     /// Device memory read, bytes a second.
     pub read_bytes_s: f64,
     /// Page-locked host memory to the device, bytes a second.
@@ -29,8 +34,10 @@ pub struct Ceilings {
 /// If memory is short or the device fails.
 pub fn ceilings(device: &Device) -> Result<Ceilings, CudaError> {
     let stream = device.stream()?;
+    let (gemm_flops, gemm_sustained_flops) = gemm(device, &stream)?;
     Ok(Ceilings {
-        gemm_flops: gemm(device, &stream)?,
+        gemm_flops,
+        gemm_sustained_flops,
         read_bytes_s: read(device, &stream)?,
         pinned_bytes_s: copy(device, &stream, &device.pinned::<u32>(COPY_BYTES / 4)?)?,
         pageable_bytes_s: copy(device, &stream, &vec![1u32; COPY_BYTES / 4])?,
@@ -56,7 +63,7 @@ fn shortest(
     Ok(f64::from(best) * 1e-3)
 }
 
-fn gemm(device: &Device, stream: &Stream) -> Result<f64, CudaError> {
+fn gemm(device: &Device, stream: &Stream) -> Result<(f64, f64), CudaError> {
     let draw = Draw::load(device)?;
     let from = |byte| Uniform { key: [byte; 32], skip: 0, bound: 1.0, centre: 0.0 };
     let mut values = device.buffer::<bf16>(SQUARE * SQUARE)?;
@@ -67,10 +74,18 @@ fn gemm(device: &Device, stream: &Stream) -> Result<f64, CudaError> {
     let weight = Weight { values, bias: None, outputs: SQUARE, inputs: SQUARE };
     let mut gemm = Gemm::new(device)?;
     gemm.choose(device, stream, SQUARE, &[&weight], x.view(), &mut Product::Store(out.view_mut()))?;
-    let seconds = shortest(device, stream, || {
-        gemm.run(stream, SQUARE, &weight, x.view(), &mut Product::Store(out.view_mut()))
-    })?;
-    Ok(2.0 * (SQUARE as f64).powi(3) / seconds)
+    let mut product = || gemm.run(stream, SQUARE, &weight, x.view(), &mut Product::Store(out.view_mut()));
+    let seconds = shortest(device, stream, &mut product)?;
+    let (begin, end) = (device.event(true)?, device.event(true)?);
+    let times = |of: f64| (of / seconds).ceil() as usize;
+    (0..times(SETTLING_S)).try_for_each(|_| product())?;
+    stream.record(&begin)?;
+    (0..times(SUSTAINED_S)).try_for_each(|_| product())?;
+    stream.record(&end)?;
+    end.synchronize()?;
+    let sustained = f64::from(begin.milliseconds_to(&end)?) * 1e-3 / times(SUSTAINED_S) as f64;
+    let flops = 2.0 * (SQUARE as f64).powi(3);
+    Ok((flops / seconds, flops / sustained))
 }
 
 fn read(device: &Device, stream: &Stream) -> Result<f64, CudaError> {

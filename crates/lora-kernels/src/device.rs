@@ -22,6 +22,8 @@ pub struct DeviceInfo {
     pub multiprocessors: u32,
     /// Bytes of memory.
     pub memory: u64,
+    /// Bytes of shared memory that one block may ask for.
+    pub block_shared: u32,
     /// The driver's CUDA version, 13000 for 13.0.
     pub driver: i32,
 }
@@ -124,8 +126,8 @@ impl Device {
 
 fn describe(context: &Arc<CudaContext>) -> Result<DeviceInfo, CudaError> {
     const ASKING: &str = "asking what the device is";
-    let multiprocessors =
-        context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).doing(ASKING)?;
+    use sys::CUdevice_attribute as Attribute;
+    let attribute = |of| context.attribute(of).doing(ASKING);
     let mut driver = 0;
     // SAFETY: writes one integer.
     unsafe { sys::cuDriverGetVersion(&mut driver) }.result().doing(ASKING)?;
@@ -133,8 +135,9 @@ fn describe(context: &Arc<CudaContext>) -> Result<DeviceInfo, CudaError> {
         name: context.name().doing(ASKING)?,
         uuid: uuid(&context.uuid().doing(ASKING)?.bytes.map(|b| b as u8)),
         capability: context.compute_capability().doing(ASKING)?,
-        multiprocessors: multiprocessors as u32,
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
         memory: context.total_mem().doing(ASKING)? as u64,
+        block_shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32,
         driver,
     })
 }

@@ -44,6 +44,16 @@ enum Algorithm {
     Small(SmallForm),
 }
 
+/// What was chosen for each shape: of use to every [`Gemm`] of one device that multiplies by the same weights.
+#[derive(Clone, Default)]
+pub struct Choices(HashMap<Shape, Algorithm>);
+
+impl std::fmt::Debug for Choices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Choices for {} shapes", self.0.len())
+    }
+}
+
 /// Matrix products on one stream.
 pub struct Gemm {
     handle: sys::cublasLtHandle_t,
@@ -83,6 +93,23 @@ impl Gemm {
 
     /// Bytes that it holds on the device.
     pub const WORKSPACE_BYTES: usize = WORKSPACE;
+
+    /// What [`Gemm::choose`] has chosen so far.
+    pub fn choices(&self) -> Choices {
+        let chosen = self.plans.iter().filter(|(_, plan)| plan.chosen);
+        Choices(chosen.filter_map(|(shape, plan)| Some((*shape, plan.algorithm?))).collect())
+    }
+
+    /// Takes what another has chosen, instead of timing anew.
+    pub fn reuse(&mut self, choices: &Choices) -> Result<(), CudaError> {
+        for (shape, algorithm) in &choices.0 {
+            let mut plan = Plan::new(*shape)?;
+            plan.algorithm = Some(*algorithm);
+            plan.chosen = true;
+            self.plans.insert(*shape, plan);
+        }
+        Ok(())
+    }
 
     /// Chooses the algorithm for `n` rows by timing candidates on `weights`, which are of one shape: as many
     /// as there are layers, so that they come from memory and not from the cache, as in a step. What is in

@@ -33,11 +33,12 @@ pub use device::{Device, DeviceInfo};
 pub use draw::{Draw, Uniform};
 pub use elementwise::{Elementwise, WIDEST_NORM};
 pub use error::CudaError;
-pub use gemm::Gemm;
+pub use gemm::{Choices, Gemm};
 pub use gemm_small::{GemmSmall, SmallForm};
 pub use half::bf16;
 pub use lora::{
-    Lora, LoraLimits, LoraScratch, LoraStep, Out, SMALL_ROWS, Segment, TILE_ROWS, Target, Tile, large_tiles,
+    Cover, Lora, LoraLimits, LoraScratch, LoraStep, Out, RopeKvCall, SMALL_ROWS, Segment, TILE_ROWS, Target,
+    Tile, covers, large_tiles,
 };
 pub use memory::{DeviceBuffer, Element, PinnedBuffer, View, ViewMut, words};
 pub use paged::{AttentionShape, KvCache, KvCacheMut, PREFILL_ROWS, Sequences, prefill_tiles};

@@ -206,6 +206,11 @@ impl<'a, T: Element> ViewMut<'a, T> {
         }
     }
 
+    /// The same view for a shorter time.
+    pub fn reborrow(&mut self) -> ViewMut<'_, T> {
+        ViewMut { at: self.at, len: self.len, of: PhantomData }
+    }
+
     /// The address, for kernels and descriptors.
     pub fn address(&self) -> u64 {
         self.at

@@ -21,9 +21,10 @@ pub struct Rotation<'a> {
     pub positions: View<'a, u32>,
 }
 
-/// What the kernel takes, as `cuda/rope_kv.cu` lays it out.
+/// What the kernels take, as `cuda/rope_kv.cuh` lays it out.
 #[repr(C)]
-struct Arguments {
+#[derive(Clone, Copy)]
+pub(crate) struct Arguments {
     qkv: u64,
     keys: u64,
     values: u64,
@@ -76,34 +77,59 @@ impl RopeKv {
         kv_rows: View<'_, u32>,
         cache: KvCacheMut<'_>,
     ) -> Result<(), CudaError> {
-        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         if n == 0 {
             return Ok(());
         }
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let (function, taken) = match &rotation {
+            Some(_) => (&self.rotate, heads + 2 * kv_heads),
+            None => (&self.store, 2 * kv_heads),
+        };
+        let arguments = self.arguments(n, qkv, rotation, kv_rows, cache)?;
+        // 16 elements a thread.
+        let units = (taken * head_dim / 16) as u32;
+        let threads = units.min(256).next_multiple_of(32);
+        let grid = Grid::new((n as u32, units.div_ceil(threads), 1), threads);
+        // SAFETY: the parameter is the kernel's; rows are within the buffers, places in the cache and in the
+        // table are bounded in the kernel.
+        unsafe { stream.launch_next(function, grid, arguments![arguments]) }
+    }
+
+    /// The heads that it was loaded for.
+    pub(crate) fn shape(&self) -> &AttentionShape {
+        &self.shape
+    }
+
+    /// The kernels' parameters, checked: see [`RopeKv::apply`].
+    pub(crate) fn arguments(
+        &self,
+        n: usize,
+        qkv: ViewMut<'_, bf16>,
+        rotation: Option<Rotation<'_>>,
+        kv_rows: View<'_, u32>,
+        cache: KvCacheMut<'_>,
+    ) -> Result<Arguments, CudaError> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let width = (heads + 2 * kv_heads) * head_dim;
         ensure!(KERNEL, qkv.len() >= n * width, "{} elements for {n} rows of {width}", qkv.len());
         ensure!(KERNEL, kv_rows.len() >= n, "{} places in the cache for {n} rows", kv_rows.len());
         let cache_rows = self.shape.cache_rows(KERNEL, cache.keys.len(), cache.values.len())?;
-        let (function, taken) = match &rotation {
-            Some(Rotation { table, positions }) => {
-                ensure!(
-                    KERNEL,
-                    !table.is_empty() && table.len().is_multiple_of(head_dim),
-                    "a table of {} angles is not one of head_dim {head_dim}",
-                    table.len()
-                );
-                ensure!(KERNEL, positions.len() >= n, "{} positions for {n} rows", positions.len());
-                (&self.rotate, heads + 2 * kv_heads)
-            }
-            None => (&self.store, 2 * kv_heads),
-        };
+        if let Some(Rotation { table, positions }) = &rotation {
+            ensure!(
+                KERNEL,
+                !table.is_empty() && table.len().is_multiple_of(head_dim),
+                "a table of {} angles is not one of head_dim {head_dim}",
+                table.len()
+            );
+            ensure!(KERNEL, positions.len() >= n, "{} positions for {n} rows", positions.len());
+        }
         let addresses = [qkv.address(), cache.keys.address(), cache.values.address()];
         ensure!(
             KERNEL,
             addresses.iter().all(|a| a.is_multiple_of(16)),
             "a buffer is not aligned to 16 bytes"
         );
-        let arguments = Arguments {
+        Ok(Arguments {
             qkv: qkv.address(),
             keys: cache.keys.address(),
             values: cache.values.address(),
@@ -115,14 +141,7 @@ impl RopeKv {
             block_shift: self.shape.block_size.trailing_zeros(),
             cache_rows: cache_rows as u32,
             table_rows: rotation.map_or(0, |r| (r.table.len() / head_dim) as u32),
-        };
-        // 16 elements a thread.
-        let units = (taken * head_dim / 16) as u32;
-        let threads = units.min(256).next_multiple_of(32);
-        let grid = Grid::new((n as u32, units.div_ceil(threads), 1), threads);
-        // SAFETY: the parameter is the kernel's; rows are within the buffers, places in the cache and in the
-        // table are bounded in the kernel.
-        unsafe { stream.launch_next(function, grid, arguments![arguments]) }
+        })
     }
 }
 

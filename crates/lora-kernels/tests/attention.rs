@@ -134,6 +134,31 @@ impl Batch {
         }
     }
 
+    /// The tiles of its prefill, and behind them some that a kernel must not look at, `bound` in all where it is not
+    /// zero; how many are real.
+    fn tiles_and_traps(&self, bound: usize) -> (Vec<[u32; 2]>, u32) {
+        let mut tiles = Vec::new();
+        prefill_tiles(&self.lens, &self.contexts, &mut tiles);
+        let count = tiles.len();
+        assert!(bound == 0 || bound >= count);
+        tiles.resize(if bound == 0 { count + 3 } else { bound }, [u32::MAX; 2]);
+        (tiles, count as u32)
+    }
+
+    /// Compares rows of sequences of several rows, those around tiles' edges and each `stride`-th; others were left
+    /// alone.
+    fn check_prefilled(&self, out: &[bf16], stride: usize, case: &str) {
+        for (i, (&len, start)) in self.lens.iter().zip(self.starts()).enumerate() {
+            let (len, start) = (len as usize, start as usize);
+            if len == 1 {
+                self.check_untouched(out, start..start + 1, case);
+                continue;
+            }
+            let checked = (0..len).filter(|r| r % stride == 0 || r % 64 < 2 || r % 64 > 62 || r + 2 > len);
+            checked.for_each(|r| self.check_row(out, i, r, case));
+        }
+    }
+
     /// Rows `from..` were left alone.
     fn check_untouched(&self, out: &[bf16], rows: std::ops::Range<usize>, case: &str) {
         let width = self.shape.heads * self.shape.head_dim;
@@ -279,9 +304,9 @@ fn check_prefill(shape: AttentionShape, sequences: &[(u32, u32)], stride: usize,
     let max_context = sequences.iter().map(|s| s.1 as usize).max().unwrap();
     let batch = Batch::new(shape, sequences, max_context + 50, seed);
     let on = batch.upload(&device, &stream);
-    let mut tiles = Vec::new();
-    prefill_tiles(&batch.lens, &batch.contexts, &mut tiles);
+    let (tiles, count) = batch.tiles_and_traps(0);
     let tiles = upload(&device, &stream, tiles.as_flattened());
+    let count = upload(&device, &stream, &[count]);
     let rows = batch.rows();
     for portable in [true, false] {
         let attention = Attention::load(&device, shape).unwrap();
@@ -290,18 +315,11 @@ fn check_prefill(shape: AttentionShape, sequences: &[(u32, u32)], stride: usize,
         // One row more, which nobody may write.
         let mut out = poisoned(&device, &stream, (rows + 1) * shape.heads * shape.head_dim);
         let (seqs, queries, cache) = (on.sequences(), on.queries(), on.cache());
-        attention.prefill(&stream, rows, tiles.view(), &seqs, queries, cache, out.view_mut()).unwrap();
+        let (tiles, count) = (tiles.view(), count.view());
+        attention.prefill(&stream, rows, tiles, count, &seqs, queries, cache, out.view_mut()).unwrap();
         let out = download(&stream, &out);
         batch.check_untouched(&out, rows..rows + 1, case);
-        for (i, (&len, start)) in batch.lens.iter().zip(batch.starts()).enumerate() {
-            let (len, start) = (len as usize, start as usize);
-            if len == 1 {
-                batch.check_untouched(&out, start..start + 1, case);
-                continue;
-            }
-            let checked = (0..len).filter(|r| r % stride == 0 || r % 64 < 2 || r % 64 > 62 || r + 2 > len);
-            checked.for_each(|r| batch.check_row(&out, i, r, case));
-        }
+        batch.check_prefilled(&out, stride, case);
     }
 }
 
@@ -336,4 +354,84 @@ fn prefill_of_a_long_prompt_is_the_twin() {
     // Fewer rows than a tile has, of the whole batch.
     check_prefill(shape(2, 1, 128, 16), &[(2, 2)], 1, 33);
     check_prefill(shape(2, 1, 128, 16), &[(37, 300)], 1, 34);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_captured_prefill_is_replayed_with_other_contents() {
+    let (device, stream) = device();
+    let shape = shape(8, 8, 128, 16);
+    let (rows, seqs, bound, width) = (384, 4, 7, 8 * 128);
+    let batches = [
+        &[(1, 9), (1, 300), (2, 2), (129, 700)][..],
+        &[(384, 384)],
+        &[(100, 100), (100, 356), (100, 228), (84, 84)],
+        &[(1, 5), (1, 5), (1, 6)],
+        &[(2, 513)],
+    ];
+    let batches: Vec<_> = (40..).zip(batches).map(|(seed, of)| Batch::new(shape, of, 704, seed)).collect();
+    for portable in [true, false] {
+        let attention = Attention::load(&device, shape).unwrap();
+        let attention = if portable { attention.portable() } else { attention };
+        let case = if portable { "replayed portable prefill" } else { "replayed prefill" };
+        let longest = |of: fn(&Batch) -> usize| batches.iter().map(of).max().unwrap();
+        let elements = longest(|b| b.keys.len());
+        let mut on = Uploaded {
+            places: device.buffer(seqs).unwrap(),
+            starts: device.buffer(seqs + 1).unwrap(),
+            contexts: device.buffer(seqs).unwrap(),
+            tables: device.buffer(longest(|b| b.tables.len())).unwrap(),
+            blocks_per_seq: batches[0].blocks_per_seq,
+            keys: device.buffer(elements).unwrap(),
+            values: device.buffer(elements).unwrap(),
+            qkv: device.buffer(rows * shape.qkv_width()).unwrap(),
+            qkv_width: shape.qkv_width(),
+        };
+        let mut tiles = upload(&device, &stream, &vec![u32::MAX; 2 * bound]);
+        let mut count = upload(&device, &stream, &[0u32]);
+        let mut out = poisoned(&device, &stream, rows * width);
+        let launch = |on: &Uploaded,
+                      tiles: &DeviceBuffer<u32>,
+                      count: &DeviceBuffer<u32>,
+                      out: &mut DeviceBuffer<_>| {
+            let (sequences, queries, cache) = (on.sequences(), on.queries(), on.cache());
+            let (tiles, count) = (tiles.view(), count.view());
+            attention.prefill(&stream, rows, tiles, count, &sequences, queries, cache, out.view_mut())
+        };
+        let mut graph = stream.capture(|| launch(&on, &tiles, &count, &mut out)).unwrap();
+        for batch in batches.iter().chain(batches.iter().rev()) {
+            let put = |to: &mut DeviceBuffer<bf16>, values: &[bf16]| {
+                let mut padded = values.to_vec();
+                padded.resize(to.len(), bf16::NAN);
+                to.upload(&stream, &padded).unwrap();
+            };
+            put(&mut on.keys, &batch.keys);
+            put(&mut on.values, &batch.values);
+            put(&mut on.qkv, &batch.qkv);
+            put(&mut out, &[]);
+            on.places.upload(&stream, &batch.places[..batch.lens.len()]).unwrap();
+            on.starts.upload(&stream, &batch.starts()).unwrap();
+            on.contexts.upload(&stream, &batch.contexts).unwrap();
+            on.tables.upload(&stream, &batch.tables).unwrap();
+            let (listed, real) = batch.tiles_and_traps(bound);
+            tiles.upload(&stream, listed.as_flattened()).unwrap();
+            count.upload(&stream, &[real]).unwrap();
+            graph.launch().unwrap();
+            let replayed = download(&stream, &out);
+            batch.check_prefilled(&replayed, 13, case);
+            batch.check_untouched(&replayed, batch.rows()..rows, case);
+            if real == 0 {
+                continue;
+            }
+            // The tiles alone, launched as they are.
+            let alone = upload(&device, &stream, listed[..real as usize].as_flattened());
+            let mut launched = poisoned(&device, &stream, rows * width);
+            launch(&on, &alone, &count, &mut launched).unwrap();
+            let bits = |of: &[bf16]| of.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert!(
+                bits(&replayed) == bits(&download(&stream, &launched)),
+                "{case}: other bits than launched"
+            );
+        }
+    }
 }

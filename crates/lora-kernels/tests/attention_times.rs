@@ -146,6 +146,7 @@ fn prefill_times() {
             let (lens, contexts) = (vec![len as u32; seqs], vec![context as u32; seqs]);
             let mut tiles = Vec::new();
             prefill_tiles(&lens, &contexts, &mut tiles);
+            let count = upload(&device, &stream, &[tiles.len() as u32]);
             let tiles = upload(&device, &stream, tiles.as_flattened());
             let contexts = upload(&device, &stream, &contexts);
             let [ms, portable_ms] = [&attention, &portable].map(|attention| {
@@ -159,8 +160,9 @@ fn prefill_times() {
                     };
                     let queries = Queries { rows: q.view(), width: shape.qkv_width() };
                     let cache = KvCache { keys: keys.view(), values: values.view() };
+                    let (tiles, count) = (tiles.view(), count.view());
                     attention
-                        .prefill(&stream, rows, tiles.view(), &sequences, queries, cache, out.view_mut())
+                        .prefill(&stream, rows, tiles, count, &sequences, queries, cache, out.view_mut())
                         .unwrap();
                 })
             });

@@ -113,12 +113,15 @@ impl Batch {
         }
         let mut number = device.buffer::<u32>(1)?;
         number.upload(stream, &[count as u32])?;
+        let mut tile_count = device.buffer::<u32>(1)?;
+        tile_count.upload(stream, &[tiles.len() as u32])?;
         let shown = if small { on_device.view() } else { on_device.view().slice(0..0) };
         let step = LoraStep {
             small: shown,
             small_count: number.view(),
             large: on_device.view(),
             tiles: tiles_on_device.view(),
+            tile_count: tile_count.view(),
             max_rank: rank,
         };
         let x = random_buffer(device, stream, turns * all_rows * group.inputs)?;

@@ -231,6 +231,7 @@ impl Step {
             small_count: self.count.view(),
             large: self.segments.view(),
             tiles: self.tiles.view(),
+            tile_count: self.count.view(),
             max_rank: RANK,
         };
         let lora = &self.lora[usize::from(overlapped)];

@@ -3,18 +3,21 @@
 mod operations;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use half::bf16;
 use lora_kernels::{
-    Argmax, Attention, AttentionShape, CudaError, DecodeWorkspace, Device, DeviceBuffer, Draw, Elementwise,
-    Event, Gemm, Lora, LoraLimits, LoraScratch, PinnedBuffer, Product, RopeKv, Stream, rope_frequencies,
-    rope_table,
+    Argmax, Attention, AttentionShape, Choices, CudaError, DecodeWorkspace, Device, DeviceBuffer, Draw,
+    Elementwise, Event, Gemm, Lora, LoraLimits, LoraScratch, PinnedBuffer, Product, RopeKv, Stream,
+    rope_frequencies, rope_table,
 };
 use lora_sched::{Nanos, SlotId};
 
-use super::graphs::{GraphKey, Graphs, padded, rounded, shapes};
+use super::graphs::{GraphKeys, Graphs};
 use super::meta::Meta;
+use super::shape::{Composition, padded, shapes};
 use super::slots::CudaSlots;
+use super::timeline::Timeline;
 use crate::engine::backend::{BackendShape, StepBackend};
 use crate::engine::batch::{Batch, BatchLimits};
 use crate::engine::device::{SeqSampler, StepError};
@@ -59,9 +62,8 @@ pub struct CudaBackend {
     allowed_host: Option<Vec<bool>>,
     ids: DeviceBuffer<u32>,
     meta: Meta,
+    graph_keys: GraphKeys,
     graphs: Graphs,
-    /// What launches are shaped by.
-    shape: LaunchShape,
     /// A layer's modules, and the sum of all their widths.
     modules: Vec<ModuleWidths>,
     per_layer: usize,
@@ -69,6 +71,7 @@ pub struct CudaBackend {
     last_tokens: Vec<TokenId>,
     pending: Pending,
     stalls: Stalls,
+    timeline: Timeline,
 }
 
 /// Where a module's part begins in an adapter that adapts all.
@@ -76,14 +79,6 @@ struct ModuleWidths {
     /// `inputs + outputs` of the modules before it in a layer.
     before: usize,
     outputs: usize,
-}
-
-/// What the launches of a step are shaped by: exact where they are made for it, bounds in a graph.
-#[derive(Clone, Copy, Debug, Default)]
-struct LaunchShape {
-    singles: usize,
-    longest: usize,
-    small: usize,
 }
 
 /// Results that are on their way to the host.
@@ -193,8 +188,8 @@ impl CudaBackend {
             allowed_host: allowed,
             ids: device.buffer(seqs)?,
             meta: Meta::new(&device, &limits)?,
-            graphs: Graphs::new(limits.max_model_len),
-            shape: LaunchShape::default(),
+            graph_keys: GraphKeys::new(&limits),
+            graphs: Graphs::default(),
             per_layer: widths.iter().sum(),
             modules: modules
                 .iter()
@@ -213,6 +208,7 @@ impl CudaBackend {
                 scratch: Vec::with_capacity(spec.vocab_size),
                 row: vec![0.0; spec.vocab_size],
             },
+            timeline: Timeline::new(),
             stalls: Stalls { loading: Vec::with_capacity(seqs), events: Vec::new(), used: Vec::new() },
             device,
             stream,
@@ -223,21 +219,38 @@ impl CudaBackend {
         })
     }
 
-    /// Chooses the products' algorithms and records every decode graph, so that no step does.
-    pub(super) fn prepare(&mut self, decoder: &mut Decoder<Self>) -> Result<(), CudaStepError> {
+    /// Chooses the products' algorithms and records every graph, so that no step does.
+    /// `choices` are those of earlier executors with the same weights, and what this one has chosen is added.
+    pub(super) fn prepare(
+        &mut self,
+        decoder: &mut Decoder<Self>,
+        choices: &mut Choices,
+    ) -> Result<(), CudaStepError> {
         self.stream.bind()?;
+        self.gemm.reuse(choices)?;
         self.choose_products(decoder)?;
-        for key in self.graphs.keys(self.limits.max_num_seqs) {
-            self.meta.fill_empty(key.rows);
-            // SAFETY: every graph is waited for below.
-            unsafe { self.meta.send(&self.stream) }?;
-            self.record(key, |b, n, samples| {
-                decoder.forward(b, n, samples)?;
-                decoder.sample(b, samples)
+        *choices = self.gemm.choices();
+        let (begun, (free, _)) = (Instant::now(), self.device.memory()?);
+        for key in self.graph_keys.all() {
+            self.meta.fill_empty(&key);
+            let stream = self.stream.clone();
+            let mut graph = stream.capture(|| {
+                let shape = self.meta.shape;
+                decoder.forward(self, shape.rows, shape.samples)?;
+                decoder.sample(self, shape.samples)
             })?;
-            self.launch(&key)?;
-            self.stream.synchronize()?;
+            // Those of chunks take milliseconds each, a second or two together.
+            if !key.chunks {
+                // SAFETY: what reads the words is waited for below.
+                unsafe { self.meta.send(&self.stream) }?;
+                graph.launch()?;
+                self.stream.synchronize()?;
+            }
+            self.graphs.insert(key, graph);
         }
+        let (count, seconds) = (self.graphs.len(), begun.elapsed().as_secs_f64());
+        let bytes = free.saturating_sub(self.device.memory()?.0);
+        tracing::info!("{count} graphs recorded in {seconds:.1} s, {:.0} MB", bytes as f64 * 1e-6);
         Ok(())
     }
 
@@ -268,25 +281,9 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// Records the graph of `key` from what `work` submits.
-    fn record(
-        &mut self,
-        key: GraphKey,
-        mut work: impl FnMut(&mut Self, usize, usize) -> Result<(), CudaStepError>,
-    ) -> Result<(), CudaStepError> {
-        let small = if key.adapters { key.rows } else { 0 };
-        self.shape = LaunchShape { singles: key.rows, longest: key.context, small };
-        let stream = self.stream.clone();
-        let graph = stream.capture(|| work(self, key.rows, key.rows))?;
-        self.graphs.insert(key, graph);
-        Ok(())
-    }
-
-    fn launch(&mut self, key: &GraphKey) -> Result<(), CudaStepError> {
-        match self.graphs.get(key) {
-            Some(graph) => Ok(graph.launch()?),
-            None => Ok(()),
-        }
+    /// Tells the timeline what has just been submitted.
+    fn mark(&mut self, name: &'static str, width: usize) -> Result<(), CudaStepError> {
+        Ok(self.timeline.mark(&self.device, &self.stream, (name, width))?)
     }
 
     /// Puts the step's results on their way to the host.
@@ -322,27 +319,26 @@ impl StepBackend for CudaBackend {
         mut work: impl FnMut(&mut Self, usize, usize) -> Result<(), CudaStepError>,
     ) -> Result<(), CudaStepError> {
         self.stream.bind()?;
-        let (rows, samples) = (batch.rows(), batch.sample_rows.len());
-        let decode = batch.seqs() == rows && samples == rows && batch.loading.is_empty();
-        let n = rounded(rows);
+        let of = Composition::of(batch);
+        let key = self.graph_keys.key(&of);
         let vocab = self.spec.vocab_size;
-        self.meta.fill(batch, n, decode, &self.last_tokens, vocab, &self.slots)?;
+        self.meta.fill(batch, &of, key.as_ref(), &self.last_tokens, vocab, &self.slots)?;
         // SAFETY: the last step was waited for in `sampled`.
         unsafe { self.meta.send(&self.stream) }?;
         self.stalls.loading.clear();
         self.stalls.used.clear();
         self.stalls.loading.extend_from_slice(&batch.loading);
-        let counts = self.meta.counts;
-        if decode {
-            let key = self.graphs.key(rows, counts.longest, !batch.segments.is_empty());
-            if self.graphs.get(&key).is_none() {
-                self.record(key, work)?;
+        // Waits for layers that are being copied are not in a graph. Such a step's launches have the graph's shape
+        // all the same, so that it gives the same bits.
+        let graph = key.filter(|_| batch.loading.is_empty()).and_then(|key| self.graphs.get(&key));
+        match graph {
+            Some(graph) => graph.launch()?,
+            None => {
+                let shape = self.meta.shape;
+                self.timeline.begin(&self.device, &self.stream, shape.rows)?;
+                work(self, shape.rows, shape.samples)?;
+                self.timeline.submitted();
             }
-            self.launch(&key)?;
-        } else {
-            self.shape =
-                LaunchShape { singles: counts.singles, longest: counts.longest, small: counts.small };
-            work(self, n, samples)?;
         }
         self.send_results(batch)
     }
@@ -350,6 +346,7 @@ impl StepBackend for CudaBackend {
     fn sampled(&mut self) -> Result<&[TokenId], CudaStepError> {
         let Pending { ended, ids, logits, places, tokens, scratch, row, .. } = &mut self.pending;
         ended.synchronize()?;
+        self.timeline.log()?;
         tokens.clear();
         let vocab = self.spec.vocab_size;
         for (i, &(place, on_host)) in places.iter().enumerate() {

@@ -1,8 +1,8 @@
 //! The executor of a GPU.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use lora_kernels::{CudaError, Device};
+use lora_kernels::{Choices, CudaError, Device};
 use lora_sched::SwapMode;
 
 use super::backend::{BackendParts, CudaBackend, CudaStepError};
@@ -30,6 +30,8 @@ pub struct CudaDevice {
     /// Bytes that were free when it was opened.
     free: u64,
     loaded: LoadedModel<CudaBackend>,
+    /// How its products are computed: timed once for all executors that follow one another.
+    choices: Mutex<Choices>,
 }
 
 /// What a GPU executor is made with.
@@ -87,7 +89,7 @@ impl CudaDevice {
     pub fn open() -> Result<Self, CudaStartError> {
         let device = Device::open(0)?;
         let (free, _) = device.memory()?;
-        Ok(Self { device, free, loaded: LoadedModel::default() })
+        Ok(Self { device, free, loaded: LoadedModel::default(), choices: Mutex::default() })
     }
 
     /// In words.
@@ -134,8 +136,13 @@ impl CudaDevice {
     /// If the device fails.
     pub fn ceilings(&self) -> Result<Ceilings, CudaStartError> {
         let measured = lora_kernels::ceilings(&self.device)?;
-        let lora_kernels::Ceilings { gemm_flops, read_bytes_s, pinned_bytes_s, pageable_bytes_s } = measured;
-        Ok(Ceilings { gemm_flops, read_bytes_s, pinned_bytes_s, pageable_bytes_s })
+        Ok(Ceilings {
+            gemm_flops: measured.gemm_flops,
+            gemm_sustained_flops: Some(measured.gemm_sustained_flops),
+            read_bytes_s: measured.read_bytes_s,
+            pinned_bytes_s: measured.pinned_bytes_s,
+            pageable_bytes_s: measured.pageable_bytes_s,
+        })
     }
 
     /// What makes the slabs that swaps are copied from.
@@ -167,8 +174,8 @@ impl CudaDevice {
         };
         let mut backend = CudaBackend::new(BackendShape { spec: spec.clone(), limits }, parts)?;
         let model = self.loaded.get(&mut backend, &spec, &weights)?;
-        let mut decoder = Decoder::new(&mut backend, model, &spec, &super::graphs::padded(&limits))?;
-        backend.prepare(&mut decoder)?;
+        let mut decoder = Decoder::new(&mut backend, model, &spec, &super::shape::padded(&limits))?;
+        backend.prepare(&mut decoder, &mut self.choices.lock().unwrap_or_else(PoisonError::into_inner))?;
         let compute = Compute { backend, decoder, vocab, keep_logits };
         Ok(DeviceExecutor::start(Parts {
             device: "cuda",

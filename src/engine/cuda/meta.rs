@@ -4,11 +4,13 @@
 use std::ops::Range;
 
 use lora_kernels::{
-    CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, SMALL_ROWS, Segment,
-    Sequences, Stream, TILE_ROWS, Tile, View, large_tiles, prefill_tiles, words,
+    Cover, CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, Segment,
+    Sequences, Stream, TILE_ROWS, Tile, View, covers, large_tiles, prefill_tiles, words,
 };
 
 use super::backend::CudaStepError;
+use super::graphs::{Adapters, GraphKey};
+use super::shape::{Composition, StepShape, parts, rounded};
 use super::slots::{CudaSlots, Resident};
 use crate::engine::batch::{Batch, BatchLimits};
 use crate::engine::device::{input_ids, wanted};
@@ -16,6 +18,7 @@ use crate::engine::executor::TokenId;
 
 const SEGMENT_WORDS: usize = size_of::<Segment>() / 4;
 const TILE_WORDS: usize = 2;
+const COVER_WORDS: usize = size_of::<Cover>() / 4;
 
 /// Where each array lies, in words. Decode steps use a layout of their own with room for as many rows as
 /// sequences, so that a graph finds everything in place and little is copied.
@@ -30,6 +33,7 @@ pub(super) struct MetaLayout {
     tables: Range<usize>,
     attention_tiles: Range<usize>,
     lora_tiles: Range<usize>,
+    covers: Range<usize>,
     tokens: Range<usize>,
     positions: Range<usize>,
     kv_rows: Range<usize>,
@@ -40,6 +44,8 @@ pub(super) struct MetaLayout {
 const COUNTS: usize = 4;
 const SINGLES: usize = 0;
 const SMALL: usize = 1;
+const ATTENTION_TILES: usize = 2;
+const LORA_TILES: usize = 3;
 
 impl MetaLayout {
     /// The layout for steps of up to `rows` rows; `limits` are rounded up.
@@ -58,13 +64,13 @@ impl MetaLayout {
             starts: array(seqs + 1),
             contexts: array(seqs),
             sample_rows: array(seqs),
-            // A sequence with an adapter makes one segment at most; adapters that have both single rows and
-            // chunks make two, of two sequences.
+            // No more than sequences: a part of a segment has one at least.
             small: array(seqs * SEGMENT_WORDS),
             large: array(seqs * SEGMENT_WORDS),
             tables: array(seqs * blocks),
             attention_tiles: array(TILE_WORDS * max_tiles(rows, seqs, PREFILL_ROWS)),
             lora_tiles: array(TILE_WORDS * max_tiles(rows, seqs, TILE_ROWS)),
+            covers: array(COVER_WORDS * max_covers(rows, seqs)),
             tokens: array(rows),
             positions: array(rows),
             kv_rows: array(rows),
@@ -86,34 +92,15 @@ pub(super) struct Meta {
     layouts: [MetaLayout; 2],
     decode: bool,
     blocks_per_seq: usize,
+    max_seqs: usize,
     lens: Vec<u32>,
     small: Vec<Segment>,
     large: Vec<Segment>,
     lora_tiles: Vec<Tile>,
+    covers: Vec<Cover>,
     attention_tiles: Vec<[u32; 2]>,
-    /// What the last batch was made of.
-    pub counts: Counts,
-}
-
-/// Sizes of a step that shape its launches.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counts {
-    /// Rows, rounded up.
-    pub rows: usize,
-    /// Sequences.
-    pub seqs: usize,
-    /// Those of one row.
-    pub singles: usize,
-    /// The longest context among those.
-    pub longest: usize,
-    /// Tiles of attention over sequences of several rows.
-    pub attention_tiles: usize,
-    /// Small segments.
-    pub small: usize,
-    /// Large segments.
-    pub large: usize,
-    /// Tiles of large segments.
-    pub lora_tiles: usize,
+    /// What the step's launches are made for.
+    pub shape: StepShape,
 }
 
 impl Meta {
@@ -128,12 +115,14 @@ impl Meta {
             layouts,
             decode: false,
             blocks_per_seq: limits.blocks_per_seq(),
+            max_seqs: limits.max_num_seqs,
             lens: Vec::with_capacity(limits.max_num_seqs),
             small: Vec::with_capacity(limits.max_num_seqs),
             large: Vec::with_capacity(limits.max_num_seqs),
             lora_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, TILE_ROWS)),
+            covers: Vec::with_capacity(max_covers(rows, limits.max_num_seqs)),
             attention_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, PREFILL_ROWS)),
-            counts: Counts::default(),
+            shape: StepShape::default(),
         })
     }
 
@@ -141,18 +130,20 @@ impl Meta {
         &self.layouts[usize::from(self.decode)]
     }
 
-    /// Writes a batch of which `rows` rows are run; `decode` batches have one row a sequence.
+    /// Writes a batch `of` which this is the composition, for launches in the shape of a graph, recorded or not, or
+    /// of the step's own.
     pub fn fill(
         &mut self,
         batch: &Batch,
-        rows: usize,
-        decode: bool,
+        of: &Composition,
+        graph: Option<&GraphKey>,
         last_tokens: &[TokenId],
         vocab: usize,
         slots: &CudaSlots,
     ) -> Result<(), CudaStepError> {
-        self.decode = decode;
-        let at = self.layouts[usize::from(decode)].clone();
+        self.decode = of.chunks == 0;
+        let at = self.layout().clone();
+        let rows = graph.map_or_else(|| rounded(of.rows), |key| key.rows);
         let host = &mut *self.host;
         put(host, &at.places, &batch.places);
         put(host, &at.starts, &batch.starts);
@@ -174,16 +165,16 @@ impl Meta {
 
         self.small.clear();
         self.large.clear();
+        let adapters = graph.map_or(Adapters::Both, |key| key.adapters);
         for segment in &batch.segments {
             let held = slots.resident(segment.slot).map(|resident| (resident.adapter, resident));
             let resident = wanted(segment, held)?;
-            let of_its_size =
-                if segment.rows as usize <= SMALL_ROWS { &mut self.small } else { &mut self.large };
-            of_its_size.push(on_device(&resident, segment.start, segment.rows));
+            for part in parts(segment.start, segment.rows, of.singles as u32) {
+                let of_its_size = if adapters.is_large(&part) { &mut self.large } else { &mut self.small };
+                of_its_size.push(on_device(&resident, part.start, part.rows));
+            }
         }
         large_tiles(&self.large, &mut self.lora_tiles);
-        let singles = (0..batch.seqs()).take_while(|s| batch.seq_rows(*s).len() == 1).count();
-        let longest = batch.contexts[..singles].iter().max().map_or(0, |c| *c as usize);
         self.lens.clear();
         self.lens.extend((0..batch.seqs()).map(|s| batch.seq_rows(s).len() as u32));
         prefill_tiles(&self.lens, &batch.contexts, &mut self.attention_tiles);
@@ -191,22 +182,44 @@ impl Meta {
         put(host, &at.large, words(&self.large));
         put(host, &at.lora_tiles, words(&self.lora_tiles));
         put(host, &at.attention_tiles, self.attention_tiles.as_flattened());
-        let (small, large) = (self.small.len(), self.large.len());
-        let (lora_tiles, attention_tiles) = (self.lora_tiles.len(), self.attention_tiles.len());
-        host[SINGLES] = singles as u32;
-        host[SMALL] = small as u32;
-        let seqs = batch.seqs();
-        self.counts = Counts { rows, seqs, singles, longest, attention_tiles, small, large, lora_tiles };
+        let own = StepShape {
+            rows,
+            samples,
+            seqs: batch.seqs(),
+            singles: of.singles,
+            longest: of.longest,
+            attention_tiles: self.attention_tiles.len(),
+            small: self.small.len(),
+            large: self.large.len(),
+            lora_tiles: self.lora_tiles.len(),
+            covers: 0,
+        };
+        host[SINGLES] = own.singles as u32;
+        host[SMALL] = own.small as u32;
+        host[ATTENTION_TILES] = own.attention_tiles as u32;
+        host[LORA_TILES] = own.lora_tiles as u32;
+        self.shape = graph.map_or(own, |key| key.shape(self.max_seqs));
+        self.covers.clear();
+        if self.shape.large > 0 {
+            covers(&self.large, rows as u32, &mut self.covers);
+            if graph.is_none() {
+                self.shape.covers = self.covers.len();
+            }
+            debug_assert!(self.covers.len() <= self.shape.covers, "{:?}: {:?}", self.shape, self.covers);
+            // Of no rows behind those, as far as blocks look.
+            self.covers.resize(self.shape.covers, Cover { segment: 0, row: 0, rows: 0 });
+        }
+        put(host, &at.covers, words(&self.covers));
         Ok(())
     }
 
-    /// Writes a decode batch of nothing: for running graphs before there is work.
-    pub fn fill_empty(&mut self, rows: usize) {
-        self.decode = true;
-        let at = self.layouts[1].clone();
+    /// Writes a batch of nothing in the shape of `graph`: for recording it, and running it before there is work.
+    pub fn fill_empty(&mut self, graph: &GraphKey) {
+        self.decode = !graph.chunks;
+        let at = self.layout().clone();
         self.host[..at.words()].fill(0);
-        self.host[at.kv_rows.start..at.kv_rows.start + rows].fill(PADDING_ROW);
-        self.counts = Counts { rows, ..Counts::default() };
+        self.host[at.kv_rows.start..at.kv_rows.start + graph.rows].fill(PADDING_ROW);
+        self.shape = graph.shape(self.max_seqs);
     }
 
     /// Puts the words that are used on their way to the device.
@@ -214,7 +227,7 @@ impl Meta {
     /// # Safety
     /// The last step's work must have ended: it reads these words, and so does the kernel that brings them.
     pub unsafe fn send(&mut self, stream: &Stream) -> Result<(), CudaError> {
-        let words = self.layout().kv_rows.start + self.counts.rows;
+        let words = self.layout().kv_rows.start + self.shape.rows;
         // SAFETY: the host's words stay until the step has ended, as the caller promises of the last one.
         unsafe { self.reader.read(stream, &self.host, words, self.device.view_mut()) }
     }
@@ -231,6 +244,16 @@ impl Meta {
     /// `[1]` how many small segments there are.
     pub fn small_count(&self) -> View<'_, u32> {
         self.view(&(SMALL..SMALL + 1))
+    }
+
+    /// `[1]` how many tiles of attention there are.
+    pub fn attention_tile_count(&self) -> View<'_, u32> {
+        self.view(&(ATTENTION_TILES..ATTENTION_TILES + 1))
+    }
+
+    /// `[1]` how many tiles of large segments there are.
+    pub fn lora_tile_count(&self) -> View<'_, u32> {
+        self.view(&(LORA_TILES..LORA_TILES + 1))
     }
 
     /// The first `seqs` sequences.
@@ -251,28 +274,34 @@ impl Meta {
         self.view(&self.layout().sample_rows)
     }
 
-    /// Tiles of the sequences of several rows.
+    /// Tiles of the sequences of several rows: room for the shape's.
     pub fn attention_tiles(&self) -> View<'_, u32> {
         let start = self.layout().attention_tiles.start;
-        self.view(&(start..start + TILE_WORDS * self.counts.attention_tiles))
+        self.view(&(start..start + TILE_WORDS * self.shape.attention_tiles))
     }
 
-    /// Segments of few rows: room for `count`.
-    pub fn small(&self, count: usize) -> View<'_, Segment> {
+    /// Segments of few rows: room for the shape's.
+    pub fn small(&self) -> View<'_, Segment> {
         let start = self.layout().small.start;
-        self.view(&(start..start + SEGMENT_WORDS * count)).cast()
+        self.view(&(start..start + SEGMENT_WORDS * self.shape.small)).cast()
     }
 
-    /// Segments of many rows.
+    /// Segments of many rows: room for the shape's.
     pub fn large(&self) -> View<'_, Segment> {
         let start = self.layout().large.start;
-        self.view(&(start..start + SEGMENT_WORDS * self.counts.large)).cast()
+        self.view(&(start..start + SEGMENT_WORDS * self.shape.large)).cast()
     }
 
-    /// Tiles of the segments of many rows.
+    /// Tiles of the segments of many rows: room for the shape's.
     pub fn lora_tiles(&self) -> View<'_, Tile> {
         let start = self.layout().lora_tiles.start;
-        self.view(&(start..start + TILE_WORDS * self.counts.lora_tiles)).cast()
+        self.view(&(start..start + TILE_WORDS * self.shape.lora_tiles)).cast()
+    }
+
+    /// Covers of all rows.
+    pub fn covers(&self) -> View<'_, Cover> {
+        let start = self.layout().covers.start;
+        self.view(&(start..start + COVER_WORDS * self.shape.covers)).cast()
     }
 
     /// `[rows]`
@@ -298,6 +327,11 @@ fn put(host: &mut [u32], range: &Range<usize>, values: &[u32]) {
 /// Tiles of `tile` rows that `rows` rows of `seqs` sequences make, at most.
 fn max_tiles(rows: usize, seqs: usize, tile: usize) -> usize {
     rows.div_ceil(tile) + seqs
+}
+
+/// Covers of `rows` rows, at most: each sequence's chunk may follow rows of no large segment, and so may the end.
+fn max_covers(rows: usize, seqs: usize) -> usize {
+    rows.div_ceil(TILE_ROWS) + 2 * seqs + 1
 }
 
 fn on_device(resident: &Resident, start: u32, rows: u32) -> Segment {

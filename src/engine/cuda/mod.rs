@@ -1,5 +1,5 @@
 //! NVIDIA GPUs: a backend of our own kernels and cuBLASLt, slots in device memory, swaps from host memory
-//! on a stream of their own, decode steps replayed as graphs.
+//! on a stream of their own, steps replayed as graphs.
 
 mod backend;
 mod copier;
@@ -7,8 +7,10 @@ mod executor;
 mod graphs;
 mod memory;
 mod meta;
+mod shape;
 mod slabs;
 mod slots;
+mod timeline;
 
 pub use backend::{CudaBackend, CudaStepError};
 pub use executor::{CudaDevice, CudaOptions, CudaStartError};

@@ -260,6 +260,32 @@ impl<B: Backend> Linear<B> {
         b.linear(n, &self.matrix, Adapted { layer, targets: &self.targets }, x, out)
     }
 
+    /// [`Linear::forward`] of queries, keys and values, then positions and the cache.
+    pub fn forward_rope_kv(
+        &self,
+        b: &mut B,
+        layer: usize,
+        n: usize,
+        x: &B::Buffer,
+        qkv: &mut B::Buffer,
+    ) -> Result<(), B::Error> {
+        b.linear_rope_kv(n, &self.matrix, Adapted { layer, targets: &self.targets }, x, qkv)
+    }
+
+    /// [`Linear::forward`] of gate and up into `gate_up`, then `out = silu(gate) · up`, `[n, outputs / 2]`.
+    pub fn forward_silu_mul(
+        &self,
+        b: &mut B,
+        layer: usize,
+        (n, width): (usize, usize),
+        x: &B::Buffer,
+        gate_up: &mut B::Buffer,
+        out: &mut B::Buffer,
+    ) -> Result<(), B::Error> {
+        let adapted = Adapted { layer, targets: &self.targets };
+        b.linear_silu_mul(n, width, &self.matrix, adapted, x, gate_up, out)
+    }
+
     /// `residual += x · weightᵀ + bias + adapters`; `x` is `[n, inputs]`, `residual` `[n, outputs]`.
     pub fn forward_add(
         &self,

@@ -63,18 +63,16 @@ impl<B: Backend> Llama<B> {
 
     /// One step over `n` rows, `samples` of which get logits.
     pub fn forward(&self, b: &mut B, w: &mut Workspace<B>, n: usize, samples: usize) -> Result<(), B::Error> {
-        let h = self.hidden;
+        let (h, width) = (self.hidden, self.intermediate);
         b.embed(n, h, &self.embed, &mut w.residual)?;
         for (i, layer) in self.layers.iter().enumerate() {
             b.await_adapters(i)?;
             b.rms_norm(n, &layer.input_norm, &w.residual, &mut w.normed)?;
-            layer.qkv.forward(b, i, n, &w.normed, &mut w.qkv)?;
-            b.rope_and_write_kv(i, n, &mut w.qkv)?;
+            layer.qkv.forward_rope_kv(b, i, n, &w.normed, &mut w.qkv)?;
             b.attention(i, n, &w.qkv, &mut w.attended)?;
             layer.out.forward_add(b, i, n, &w.attended, &mut w.residual)?;
             b.rms_norm(n, &layer.post_norm, &w.residual, &mut w.normed)?;
-            layer.gate_up.forward(b, i, n, &w.normed, &mut w.up)?;
-            b.silu_mul(n, self.intermediate, &w.up, &mut w.act)?;
+            layer.gate_up.forward_silu_mul(b, i, (n, width), &w.normed, &mut w.up, &mut w.act)?;
             layer.down.forward_add(b, i, n, &w.act, &mut w.residual)?;
         }
         if samples > 0 {

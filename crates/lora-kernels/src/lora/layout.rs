@@ -49,6 +49,22 @@ pub struct Tile {
 unsafe impl Element for Tile {}
 const _: () = assert!(size_of::<Tile>() == 8);
 
+/// Rows of a batch, [`TILE_ROWS`] at most, that have one large segment's adapter or none's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cover {
+    /// The segment's index among the large ones, or `u32::MAX`.
+    pub segment: u32,
+    /// The first row in the batch.
+    pub row: u32,
+    /// Rows; a cover of none is padding.
+    pub rows: u32,
+}
+
+// SAFETY: plain numbers, 12 bytes without padding.
+unsafe impl Element for Cover {}
+const _: () = assert!(size_of::<Cover>() == 12);
+
 /// A projection that gets an adapter's product added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
@@ -70,6 +86,27 @@ pub fn large_tiles(segments: &[Segment], tiles: &mut Vec<Tile>) {
         let rows = (0..segment.rows).step_by(TILE_ROWS);
         tiles.extend(rows.map(|row| Tile { segment: index as u32, row }));
     }
+}
+
+/// Lists covers of the first `rows` rows of a batch into `covers`, which is emptied first: each row is in one.
+/// `segments` are the large ones, in the order of their rows.
+pub fn covers(segments: &[Segment], rows: u32, covers: &mut Vec<Cover>) {
+    covers.clear();
+    let mut add = |segment, from: u32, to: u32| {
+        let step = TILE_ROWS as u32;
+        covers.extend((from..to).step_by(TILE_ROWS).map(|row| Cover {
+            segment,
+            row,
+            rows: step.min(to - row),
+        }));
+    };
+    let mut at = 0;
+    for (index, segment) in segments.iter().enumerate() {
+        add(u32::MAX, at, segment.start);
+        at = segment.start + segment.rows;
+        add(index as u32, segment.start, at);
+    }
+    add(u32::MAX, at, rows);
 }
 
 #[repr(C)]
@@ -115,5 +152,27 @@ mod tests {
         large_tiles(&[of(17), of(64), of(129)], &mut tiles);
         let expected = [(0, 0), (1, 0), (2, 0), (2, 64), (2, 128)];
         assert_eq!(tiles, expected.map(|(segment, row)| Tile { segment, row }));
+    }
+
+    #[test]
+    fn covers_hold_every_row_of_the_batch_once() {
+        let of = |start, rows| Segment { matrices: 0, offsets: 0, start, rows, rank: 8, scale: 1.0 };
+        let mut found = vec![Cover { segment: 9, row: 9, rows: 9 }];
+        covers(&[of(3, 17), of(20, 130), of(220, 64)], 320, &mut found);
+        let none = u32::MAX;
+        let expected = [
+            (none, 0, 3),
+            (0, 3, 17),
+            (1, 20, 64),
+            (1, 84, 64),
+            (1, 148, 2),
+            (none, 150, 64),
+            (none, 214, 6),
+            (2, 220, 64),
+            (none, 284, 36),
+        ];
+        assert_eq!(found, expected.map(|(segment, row, rows)| Cover { segment, row, rows }));
+        covers(&[], 65, &mut found);
+        assert_eq!(found.iter().map(|c| (c.row, c.rows)).collect::<Vec<_>>(), [(0, 64), (64, 1)]);
     }
 }

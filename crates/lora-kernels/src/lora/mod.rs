@@ -5,10 +5,12 @@
 //! (decode) read each adapter once; large ones (prefill) run on tensor cores in tiles of 64 rows. Sums are
 //! made in an order that depends on the shapes alone, so that a repeated step gives the same bits.
 
+mod fused;
 mod layout;
 mod scratch;
 
-pub use layout::{SMALL_ROWS, Segment, TILE_ROWS, Target, Tile, large_tiles};
+pub use fused::RopeKvCall;
+pub use layout::{Cover, SMALL_ROWS, Segment, TILE_ROWS, Target, Tile, covers, large_tiles};
 pub use scratch::{LoraLimits, LoraScratch};
 
 use half::bf16;
@@ -18,6 +20,7 @@ use crate::memory::{View, ViewMut};
 use crate::module::{Function, Grid, Module, arguments};
 use crate::stream::Stream;
 use crate::{CudaError, Device};
+use fused::Fused;
 use layout::RawTargets;
 use scratch::{LARGE_PARTS, PARTIAL_BLOCK, rank_pitch, small_splits};
 
@@ -51,8 +54,11 @@ pub struct LoraStep<'a> {
     pub small_count: View<'a, u32>,
     /// Segments of any number of rows, all worked on by `tiles`.
     pub large: View<'a, Segment>,
-    /// Tiles of the large segments, from [`large_tiles`].
+    /// Tiles of the large segments, from [`large_tiles`]; the first `tile_count` of them count. Its length, the
+    /// upper bound, is what a captured graph is made for.
     pub tiles: View<'a, Tile>,
+    /// One number: how many tiles there are. Read where `tiles` is not empty.
+    pub tile_count: View<'a, u32>,
     /// The largest rank of the step, or of all adapters.
     pub max_rank: usize,
 }
@@ -112,6 +118,7 @@ pub struct Lora {
     expand_small: ByOut,
     shrink_large: Function,
     expand_large: ByOut,
+    fused: Fused,
     can_overlap: bool,
     overlap: bool,
 }
@@ -137,6 +144,7 @@ impl Lora {
                 bf16: expand("lora_expand_large_bf16", size_of::<bf16>())?,
                 f32: expand("lora_expand_large_f32", size_of::<f32>())?,
             },
+            fused: Fused::load(device)?,
             can_overlap: device.overlaps(),
             overlap: false,
         })
@@ -171,22 +179,13 @@ impl Lora {
         width: usize,
         out: Out<'_>,
     ) -> Result<(), CudaError> {
-        check(scratch.limits(), step, targets, inputs, x, width, &out)?;
-        let call = Call {
-            raw: RawTargets::new(targets),
-            targets: targets.len(),
-            widest: targets.iter().map(|t| t.outputs).max().unwrap_or(0),
-            inputs,
-            rows: x.len() / inputs,
-            x: x.address(),
-            width,
-            pitch: rank_pitch(step.max_rank),
-        };
+        let call = Call::new(scratch.limits(), step, targets, inputs, x, width, &out)?;
         if !step.small.is_empty() {
             self.small(stream, scratch, step, &call, &out)?;
         }
         if !step.tiles.is_empty() {
-            self.large(stream, scratch, step, &call, &out)?;
+            self.shrink_large(stream, scratch, step, &call)?;
+            self.expand_large(stream, scratch, step, &call, &out)?;
         }
         Ok(())
     }
@@ -250,13 +249,12 @@ impl Lora {
         }
     }
 
-    fn large(
+    fn shrink_large(
         &self,
         stream: &Stream,
         scratch: &mut LoraScratch,
         step: &LoraStep<'_>,
         call: &Call,
-        out: &Out<'_>,
     ) -> Result<(), CudaError> {
         let tiles_count = step.tiles.len();
         let units = call.targets * (call.pitch / UNIT);
@@ -269,8 +267,8 @@ impl Lora {
         let splits = stages.div_ceil(split_stages);
 
         let (segments, tiles) = (step.large.address(), step.tiles.address());
-        let (inputs, width, pitch) = (call.inputs as u32, call.width as u32, call.pitch as u32);
-        let plane = call.rows * call.pitch;
+        let count = step.tile_count.address();
+        let (inputs, pitch, plane) = (call.inputs as u32, call.pitch as u32, call.plane());
         let (partial, arrived, h) = (scratch.partial(), scratch.arrived(), scratch.h());
         let grid = Grid {
             blocks: (tiles_count as u32, groups as u32, splits as u32),
@@ -286,6 +284,7 @@ impl Lora {
                 arguments![
                     segments,
                     tiles,
+                    count,
                     call.raw,
                     call.targets as u32,
                     call.x,
@@ -298,11 +297,25 @@ impl Lora {
                     arrived,
                     h
                 ],
-            )?;
+            )
         }
+    }
+
+    fn expand_large(
+        &self,
+        stream: &Stream,
+        scratch: &mut LoraScratch,
+        step: &LoraStep<'_>,
+        call: &Call,
+        out: &Out<'_>,
+    ) -> Result<(), CudaError> {
+        let (segments, tiles, h) = (step.large.address(), step.tiles.address(), scratch.h());
+        let count = step.tile_count.address();
+        let (inputs, width, pitch, plane) =
+            (call.inputs as u32, call.width as u32, call.pitch as u32, call.plane());
         let columns = LARGE_ROW_BYTES / out.element();
         let grid = Grid {
-            blocks: (call.widest.div_ceil(columns) as u32, tiles_count as u32, call.targets as u32),
+            blocks: (call.widest.div_ceil(columns) as u32, step.tiles.len() as u32, call.targets as u32),
             threads: 128,
             shared: expand_large_shared(call.pitch, out.element()) as u32,
         };
@@ -311,7 +324,7 @@ impl Lora {
             stream.launch_after(
                 self.expand_large.get(out),
                 grid,
-                arguments![segments, tiles, call.raw, inputs, pitch, plane, h, out.address(), width],
+                arguments![segments, tiles, count, call.raw, inputs, pitch, plane, h, out.address(), width],
                 self.overlap,
             )
         }
@@ -328,6 +341,35 @@ struct Call {
     x: u64,
     width: usize,
     pitch: usize,
+}
+
+impl Call {
+    fn new(
+        limits: &LoraLimits,
+        step: &LoraStep<'_>,
+        targets: &[Target],
+        inputs: usize,
+        x: View<'_, bf16>,
+        width: usize,
+        out: &Out<'_>,
+    ) -> Result<Self, CudaError> {
+        check(limits, step, targets, inputs, x, width, out)?;
+        Ok(Self {
+            raw: RawTargets::new(targets),
+            targets: targets.len(),
+            widest: targets.iter().map(|t| t.outputs).max().unwrap_or(0),
+            inputs,
+            rows: x.len() / inputs,
+            x: x.address(),
+            width,
+            pitch: rank_pitch(step.max_rank),
+        })
+    }
+
+    /// Elements of one target's h.
+    fn plane(&self) -> usize {
+        self.rows * self.pitch
+    }
 }
 
 /// Shared memory of the large shrink: stages of x's tile and `units` of A.
@@ -392,6 +434,7 @@ fn check(
     ensure!(NAME, small == 0 || !step.small_count.is_empty(), "small segments without their number");
     let tiles = step.tiles.len();
     ensure!(NAME, tiles == 0 || !step.large.is_empty(), "{tiles} tiles without segments");
+    ensure!(NAME, tiles == 0 || !step.tile_count.is_empty(), "tiles without their number");
     ensure!(NAME, tiles <= u16::MAX as usize, "{tiles} tiles: at most 65535");
     ensure!(
         NAME,

@@ -2,11 +2,12 @@
 
 use half::bf16;
 use lora_kernels::{
-    CudaError, DeviceBuffer, KvCache, KvCacheMut, LoraStep, Out, Product, Queries, Rotation, Target, View,
-    Weight,
+    CudaError, DeviceBuffer, KvCache, KvCacheMut, LoraStep, Out, Product, Queries, RopeKvCall, Rotation,
+    Target, View, Weight,
 };
 
-use super::super::graphs::rounded;
+use super::super::meta::Meta;
+use super::super::shape::rounded;
 use super::super::slabs::on_device;
 use super::{CudaBackend, CudaStepError};
 use crate::engine::backend::{Adapted, Backend, HostMatrix, LoraTarget, Norm};
@@ -14,6 +15,18 @@ use crate::engine::model::Values;
 
 /// Modules that share an input, at most: query, key and value.
 const MOST_TARGETS: usize = 3;
+
+/// The adapters of the step's rows.
+fn lora_step(meta: &Meta, max_rank: usize) -> LoraStep<'_> {
+    LoraStep {
+        small: meta.small(),
+        small_count: meta.small_count(),
+        large: meta.large(),
+        tiles: meta.lora_tiles(),
+        tile_count: meta.lora_tile_count(),
+        max_rank,
+    }
+}
 
 /// One layer's cache.
 fn kv_layer(kv: &DeviceBuffer<bf16>, half: usize, layer: usize) -> KvCache<'_> {
@@ -41,21 +54,12 @@ impl CudaBackend {
         let rotation = Rotation { table: self.rope.view(), positions: self.meta.positions() };
         let rotation = rotate.then_some(rotation);
         let cache = KvCacheMut { keys, values };
-        Ok(self.rope_kv.apply(&self.stream, n, qkv.view_mut(), rotation, self.meta.kv_rows(), cache)?)
+        self.rope_kv.apply(&self.stream, n, qkv.view_mut(), rotation, self.meta.kv_rows(), cache)?;
+        self.mark("positions and cache", self.spec.qkv_dim())
     }
 
-    fn lora(
-        &mut self,
-        adapted: Adapted<'_>,
-        inputs: usize,
-        width: usize,
-        x: View<'_, bf16>,
-        out: Out<'_>,
-    ) -> Result<(), CudaStepError> {
-        let counts = self.meta.counts;
-        if self.shape.small == 0 && counts.large == 0 {
-            return Ok(());
-        }
+    /// The places of a fused linear layer's modules in an adapter and in the output.
+    fn targets(&self, adapted: Adapted<'_>) -> ([Target; MOST_TARGETS], usize) {
         let of = |target: &LoraTarget| Target {
             index: adapted.layer * self.modules.len() + target.module,
             elements_before: adapted.layer * self.per_layer + self.modules[target.module].before,
@@ -66,15 +70,31 @@ impl CudaBackend {
         for (to, from) in targets.iter_mut().zip(adapted.targets) {
             *to = of(from);
         }
-        let step = LoraStep {
-            small: self.meta.small(self.shape.small),
-            small_count: self.meta.small_count(),
-            large: self.meta.large(),
-            tiles: self.meta.lora_tiles(),
-            max_rank: self.max_rank,
-        };
+        (targets, count)
+    }
+
+    fn lora(
+        &mut self,
+        adapted: Adapted<'_>,
+        inputs: usize,
+        width: usize,
+        x: View<'_, bf16>,
+        out: Out<'_>,
+    ) -> Result<(), CudaStepError> {
+        let shape = self.meta.shape;
+        if shape.small == 0 && shape.large == 0 {
+            return Ok(());
+        }
+        let (targets, count) = self.targets(adapted);
+        let step = lora_step(&self.meta, self.max_rank);
         let scratch = &mut self.lora_scratch;
-        Ok(self.lora.apply(&self.stream, scratch, &step, &targets[..count], inputs, x, width, out)?)
+        self.lora.apply(&self.stream, scratch, &step, &targets[..count], inputs, x, width, out)?;
+        self.mark("adapters", width)
+    }
+
+    /// Whether adapters' products are added by what reads their output next.
+    fn fuses(&self) -> bool {
+        self.meta.shape.large > 0 && self.lora.fuses(self.max_rank)
     }
 
     fn held(&mut self, values: Vec<Values>) -> Result<DeviceBuffer<bf16>, CudaError> {
@@ -136,7 +156,8 @@ impl Backend for CudaBackend {
         out: &mut DeviceBuffer<f32>,
     ) -> Result<(), CudaStepError> {
         let tokens = self.meta.tokens();
-        Ok(self.elementwise.embed(&self.stream, n, width, tokens, table.view(), out.view_mut())?)
+        self.elementwise.embed(&self.stream, n, width, tokens, table.view(), out.view_mut())?;
+        self.mark("embedding", width)
     }
 
     fn add_positions(
@@ -160,7 +181,8 @@ impl Backend for CudaBackend {
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
         let (stream, weight) = (&self.stream, norm.weight.view());
-        Ok(self.elementwise.rms_norm(stream, n, norm.eps, weight, x.view(), out.view_mut())?)
+        self.elementwise.rms_norm(stream, n, norm.eps, weight, x.view(), out.view_mut())?;
+        self.mark("norm", norm.width)
     }
 
     fn layer_norm(
@@ -176,7 +198,8 @@ impl Backend for CudaBackend {
             .as_ref()
             .ok_or(CudaError::Shape { kernel: "layer_norm", what: "a LayerNorm has a bias".into() })?;
         let out = out.view_mut();
-        Ok(self.elementwise.layer_norm(stream, n, norm.eps, weight, bias.view(), x.view(), out)?)
+        self.elementwise.layer_norm(stream, n, norm.eps, weight, bias.view(), x.view(), out)?;
+        self.mark("norm", norm.width)
     }
 
     fn await_adapters(&mut self, layer: usize) -> Result<(), CudaStepError> {
@@ -207,6 +230,7 @@ impl Backend for CudaBackend {
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
         self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::Store(out.view_mut()))?;
+        self.mark("product", matrix.outputs)?;
         self.lora(adapted, matrix.inputs, matrix.outputs, x.view(), Out::Bf16(out.view_mut()))
     }
 
@@ -219,6 +243,7 @@ impl Backend for CudaBackend {
         residual: &mut DeviceBuffer<f32>,
     ) -> Result<(), CudaStepError> {
         self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::Add(residual.view_mut()))?;
+        self.mark("product of", matrix.inputs)?;
         self.lora(adapted, matrix.inputs, matrix.outputs, x.view(), Out::F32(residual.view_mut()))
     }
 
@@ -231,7 +256,8 @@ impl Backend for CudaBackend {
     ) -> Result<(), CudaStepError> {
         // Sampling rows come in any number; their buffers have room for the shape above it.
         let n = rounded(n);
-        Ok(self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::StoreWide(out.view_mut()))?)
+        self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::StoreWide(out.view_mut()))?;
+        self.mark("product", matrix.outputs)
     }
 
     fn rope_and_write_kv(
@@ -241,6 +267,38 @@ impl Backend for CudaBackend {
         qkv: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
         self.write(layer, n, qkv, true)
+    }
+
+    fn linear_rope_kv(
+        &mut self,
+        n: usize,
+        matrix: &Weight,
+        adapted: Adapted<'_>,
+        x: &DeviceBuffer<bf16>,
+        qkv: &mut DeviceBuffer<bf16>,
+    ) -> Result<(), CudaStepError> {
+        if !self.fuses() {
+            self.linear(n, matrix, adapted, x, qkv)?;
+            return self.rope_and_write_kv(adapted.layer, n, qkv);
+        }
+        let x = x.view().slice(0..n * matrix.inputs);
+        self.gemm.run(&self.stream, n, matrix, x, &mut Product::Store(qkv.view_mut()))?;
+        self.mark("product", matrix.outputs)?;
+        let (targets, count) = self.targets(adapted);
+        let half = self.kv_half();
+        let at = 2 * adapted.layer * half;
+        let (keys, values) = self.kv.view_mut().split(at..at + half, at + half..at + 2 * half);
+        let rope = RopeKvCall {
+            kernel: &self.rope_kv,
+            rotation: Rotation { table: self.rope.view(), positions: self.meta.positions() },
+            kv_rows: self.meta.kv_rows(),
+            cache: KvCacheMut { keys, values },
+        };
+        let step = lora_step(&self.meta, self.max_rank);
+        let (stream, scratch, covers) = (&self.stream, &mut self.lora_scratch, self.meta.covers());
+        let (targets, inputs) = (&targets[..count], matrix.inputs);
+        self.lora.apply_rope_kv(stream, scratch, &step, covers, targets, inputs, x, qkv.view_mut(), rope)?;
+        self.mark("adapters, positions and cache", matrix.outputs)
     }
 
     fn write_kv(
@@ -259,28 +317,29 @@ impl Backend for CudaBackend {
         qkv: &DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
-        let (counts, width) = (self.meta.counts, self.spec.qkv_dim());
+        let (shape, width) = (self.meta.shape, self.spec.qkv_dim());
         let queries = Queries { rows: qkv.view(), width };
         let half = self.kv_half();
         let cache = kv_layer(&self.kv, half, layer);
-        if self.shape.singles > 0 {
+        if shape.singles > 0 {
             self.attention.decode(
                 &self.stream,
-                self.shape.singles,
-                self.shape.longest,
+                shape.singles,
+                shape.longest,
                 self.meta.singles(),
-                &self.meta.sequences(self.shape.singles),
+                &self.meta.sequences(shape.singles),
                 queries,
                 cache,
                 &mut self.attention_scratch,
                 out.view_mut(),
             )?;
         }
-        if counts.attention_tiles > 0 {
-            let (tiles, sequences) = (self.meta.attention_tiles(), self.meta.sequences(counts.seqs));
-            self.attention.prefill(&self.stream, n, tiles, &sequences, queries, cache, out.view_mut())?;
+        if shape.attention_tiles > 0 {
+            let (tiles, count) = (self.meta.attention_tiles(), self.meta.attention_tile_count());
+            let (stream, sequences) = (&self.stream, self.meta.sequences(shape.seqs));
+            self.attention.prefill(stream, n, tiles, count, &sequences, queries, cache, out.view_mut())?;
         }
-        Ok(())
+        self.mark("attention", self.spec.q_dim())
     }
 
     fn silu_mul(
@@ -290,7 +349,34 @@ impl Backend for CudaBackend {
         gate_up: &DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
-        Ok(self.elementwise.silu_mul(&self.stream, n, width, gate_up.view(), out.view_mut())?)
+        self.elementwise.silu_mul(&self.stream, n, width, gate_up.view(), out.view_mut())?;
+        self.mark("SiLU", width)
+    }
+
+    fn linear_silu_mul(
+        &mut self,
+        n: usize,
+        width: usize,
+        matrix: &Weight,
+        adapted: Adapted<'_>,
+        x: &DeviceBuffer<bf16>,
+        gate_up: &mut DeviceBuffer<bf16>,
+        out: &mut DeviceBuffer<bf16>,
+    ) -> Result<(), CudaStepError> {
+        if !self.fuses() {
+            self.linear(n, matrix, adapted, x, gate_up)?;
+            return self.silu_mul(n, width, gate_up, out);
+        }
+        let x = x.view().slice(0..n * matrix.inputs);
+        self.gemm.run(&self.stream, n, matrix, x, &mut Product::Store(gate_up.view_mut()))?;
+        self.mark("product", matrix.outputs)?;
+        let (targets, count) = self.targets(adapted);
+        let step = lora_step(&self.meta, self.max_rank);
+        let (stream, scratch, covers) = (&self.stream, &mut self.lora_scratch, self.meta.covers());
+        let (targets, inputs) = (&targets[..count], matrix.inputs);
+        let (gate_up, act) = (gate_up.view_mut(), out.view_mut());
+        self.lora.apply_silu_mul(stream, scratch, &step, covers, targets, inputs, x, gate_up, act)?;
+        self.mark("adapters and SiLU", matrix.outputs)
     }
 
     fn relu(&mut self, n: usize, width: usize, x: &mut DeviceBuffer<bf16>) -> Result<(), CudaStepError> {
@@ -312,6 +398,7 @@ impl Backend for CudaBackend {
         self.pending.logits_at = logits.view().address();
         let (vocab, allowed) = (self.spec.vocab_size, self.allowed.as_ref().map(DeviceBuffer::view));
         let (stream, ids) = (&self.stream, self.ids.view_mut());
-        Ok(self.argmax.run(stream, samples, vocab, logits.view(), allowed, ids)?)
+        self.argmax.run(stream, samples, vocab, logits.view(), allowed, ids)?;
+        self.mark("sampling", vocab)
     }
 }
