@@ -17,6 +17,9 @@ const REPEATS: usize = 3;
 const DECODE_REPEATS: usize = 5;
 /// Places that prefills are timed at; the others' caches stay filled.
 const PREFILL_PLACES: usize = 4;
+/// Steps of many prefills, after each filling, which they spoil; and how many prefills at most.
+const CROWDS: usize = 12;
+const MOST_PREFILLS: u32 = 8;
 /// Before anything is timed: a GPU that was idle runs slower at first.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Lengths of prefills, besides the longest: near where products change their shapes, then about the short
@@ -75,6 +78,10 @@ impl StepBench<'_> {
                     if mixed { (self.mixed(longest), REPEATS) } else { (self.decodes(), DECODE_REPEATS) };
                 samples.extend(self.repeated(&parts, repeats)?);
                 progress((begin.elapsed().as_secs_f64() / survey.time.as_secs_f64()).min(1.0));
+            }
+            for _ in 0..if self.places.len() > PREFILL_PLACES { CROWDS } else { 0 } {
+                let parts = self.crowd(longest);
+                samples.extend(self.repeated(&parts, REPEATS)?);
             }
         }
         Ok(samples)
@@ -223,6 +230,24 @@ impl StepBench<'_> {
         parts
     }
 
+    /// More prefills than an engine may have a graph for, at any places.
+    fn crowd(&mut self, longest: u32) -> Vec<Part> {
+        let mut places: Vec<u32> = (0..self.places.len() as u32).collect();
+        self.shuffle(&mut places);
+        let most = MOST_PREFILLS.min(places.len() as u32);
+        places.truncate(self.rng.random_range(PREFILL_PLACES as u32 + 1..=most) as usize);
+        places.iter().for_each(|place| self.forget(*place));
+        let share = (self.limits.max_num_batched_tokens / places.len()) as u32;
+        let high = f64::from(longest.min(1024).min(share)).ln();
+        let parts = places.iter().map(|&place| {
+            let tokens = self.rng.random_range(2.0..=high.max(2.0)).exp().round() as u32;
+            Part::Prefill { place, tokens: tokens.min(share).max(1), fresh: true }
+        });
+        let parts = parts.collect();
+        self.assign_slots(&places);
+        parts
+    }
+
     /// Gives each sequence no adapter, all the same one, or one of so many; of every rank or of one.
     fn assign_slots(&mut self, places: &[u32]) {
         let ranks = &self.limits.ranks;
@@ -353,6 +378,7 @@ mod tests {
         );
         assert!(any(&|s| s.shape.tokens == 4096 && s.shape.prefills == 1 && s.shape.adapters == 0));
         assert!(any(&|s| s.shape.prefills > 1 && s.shape.decodes > 64), "mixed");
+        assert!(any(&|s| s.shape.prefills > 4), "crowds");
         let rank_sums: BTreeSet<u64> = samples
             .iter()
             .filter(|s| s.shape.adapters > 4)
