@@ -44,6 +44,8 @@ pub struct CalibrateOptions {
     pub step_time: Duration,
     /// Longest prefill to time, tokens.
     pub longest: u32,
+    /// See [`Survey::duty`].
+    pub duty: f64,
     /// Of the random compositions.
     pub seed: u64,
 }
@@ -131,7 +133,8 @@ pub fn calibrate(
         let time = options.step_time / rooms.len() as u32;
         let show = |share: f64| progress("steps", (i as f64 + share) / rooms.len() as f64);
         steps.extend(if on_gpu {
-            bench.survey(Survey { time, longest: options.longest, grid: i == 0 }, show)?
+            let (longest, duty) = (options.longest, options.duty);
+            bench.survey(Survey { time, longest, duty, grid: i == 0 }, show)?
         } else {
             bench.sample(time, options.longest, show)?
         });

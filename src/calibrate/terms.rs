@@ -7,9 +7,9 @@ pub(super) fn cpu_terms() -> Vec<Term> {
     let tokens = ranges(&[0, 2, 4, 16, 64, 256, 1024]).map(|(from, to)| Feature::Tokens { from, to });
     let context = ranges(&[0, 1024, 2048, 4096]).map(|(from, to)| Feature::DecodeContext { from, to });
     let others = [
-        Feature::Prefills,
+        Feature::Prefills { from: 0, to: None },
         Feature::PrefillPairs,
-        Feature::Decodes,
+        Feature::Decodes { from: 0, to: None },
         Feature::Adapters,
         Feature::LoraTokens { from: 0, to: None },
         Feature::LoraTokenRanks,
@@ -21,8 +21,8 @@ pub(super) fn cpu_terms() -> Vec<Term> {
 /// are computed in tiles, so that their time goes in steps of 128 rows and of waves of tiles.
 const EVERY_SHAPE: u64 = 1024;
 
-/// Steps of decodes alone are graphs, bound by what they read; steps with prefills are launched kernel by kernel,
-/// and what hides behind the launches of a small one costs nothing there: the two kinds share no term.
+/// Steps of decodes alone are bound by what they read, and all of them are graphs; steps with prefills are graphs of
+/// other shapes, or launched kernel by kernel where a small step's time hides behind: the two kinds share no term.
 pub(super) fn gpu_terms() -> Vec<Term> {
     let of = |steps: Steps, features: Vec<Feature>| {
         features.into_iter().map(move |feature| Term { steps, feature }).collect::<Vec<_>>()
@@ -35,7 +35,7 @@ pub(super) fn gpu_terms() -> Vec<Term> {
     // Up to 16 rows products have kernels of their own, which take as long for one as for all of them.
     let decode = rows(&[0, 8, 16, 24, 64])
         .chain(context(&[0, 512, 2048, 8192, 32_768]))
-        .chain([Feature::Step, Feature::Decodes])
+        .chain([Feature::Step, Feature::Decodes { from: 0, to: None }])
         .chain(adapters.clone())
         .chain(lora(&[0]))
         .collect();
@@ -48,8 +48,13 @@ pub(super) fn gpu_terms() -> Vec<Term> {
         .chain(context(&[0]))
         .chain([
             Feature::Step,
-            Feature::Decodes,
-            Feature::Prefills,
+            Feature::Decodes { from: 0, to: None },
+            // A graph has room for none, up to 32 or all of them beside chunks, and for up to four chunks: steps of
+            // more are launched kernel by kernel.
+            Feature::Decodes { from: 0, to: Some(1) },
+            Feature::Decodes { from: 32, to: Some(33) },
+            Feature::Prefills { from: 0, to: None },
+            Feature::Prefills { from: 4, to: Some(5) },
             Feature::PrefillSpan,
             Feature::PrefillPairs,
         ])

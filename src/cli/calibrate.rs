@@ -43,6 +43,11 @@ pub struct CalibrateArgs {
     #[arg(long, value_name = "TOKENS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     longest: Option<u32>,
+    /// On a GPU, the share of the time in which it is busy while steps are timed, over 0 and up to 1: one that is
+    /// always busy throttles, and is slower than under a load that it sustains [default: 0.5]
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duty: Option<f64>,
     /// Seed of the step compositions [default: 0]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,12 +60,13 @@ struct CalibrateSettings {
     out: PathBuf,
     seconds: f64,
     longest: u32,
+    duty: f64,
     seed: u64,
 }
 
 impl Default for CalibrateSettings {
     fn default() -> Self {
-        Self { model: None, out: "profile.json".into(), seconds: 30.0, longest: 4096, seed: 0 }
+        Self { model: None, out: "profile.json".into(), seconds: 30.0, longest: 4096, duty: 0.5, seed: 0 }
     }
 }
 
@@ -73,6 +79,9 @@ pub fn run(args: &CalibrateArgs, ctx: &Context) -> Result<(), Failure> {
     if settings.longest < 16 {
         return Err(Failure::usage(format!("--longest is {}: it must be at least 16", settings.longest)));
     }
+    if !(settings.duty > 0.01 && settings.duty <= 1.0) {
+        return Err(Failure::usage(format!("--duty is {}: it must be over 0.01 and up to 1", settings.duty)));
+    }
     check_writable(&settings.out).map_err(Failure::failed)?;
     let endpoint: EndpointSettings = ctx.resolve("calibrate", &args.endpoint)?;
     if let Some(url) = &endpoint.endpoint {
@@ -83,6 +92,7 @@ pub fn run(args: &CalibrateArgs, ctx: &Context) -> Result<(), Failure> {
         engine: engine.for_engine().map_err(Failure::usage)?,
         step_time: Duration::from_secs_f64(settings.seconds),
         longest: settings.longest,
+        duty: settings.duty,
         seed: settings.seed,
     };
     let calibration = with_progress(&options)?;

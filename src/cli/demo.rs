@@ -116,6 +116,7 @@ fn calibrated(cell: &Cell, folder: &Path) -> Result<Simulator, Failure> {
         engine: cell.engine.for_engine().map_err(Failure::failed)?,
         step_time: Duration::from_secs(12),
         longest: 2048,
+        duty: 1.0,
         seed: 0,
     };
     let calibration = calibrate::with_progress(&options)?;

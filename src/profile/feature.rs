@@ -43,12 +43,22 @@ pub enum Feature {
     MixedLora,
     /// [`StepShape::prefill_span`].
     PrefillSpan,
-    /// [`StepShape::prefills`].
-    Prefills,
+    /// [`StepShape::prefills`] between `from` and `to`, likewise.
+    Prefills {
+        /// Lower end.
+        from: u64,
+        /// Upper end; none is unbounded.
+        to: Option<u64>,
+    },
     /// [`StepShape::prefill_pairs`].
     PrefillPairs,
-    /// [`StepShape::decodes`].
-    Decodes,
+    /// [`StepShape::decodes`] between `from` and `to`, likewise.
+    Decodes {
+        /// Lower end.
+        from: u64,
+        /// Upper end; none is unbounded.
+        to: Option<u64>,
+    },
     /// [`StepShape::decode_context`] between `from` and `to`, likewise: keys and values of a large
     /// batch do not fit where those of a small one do.
     DecodeContext {
@@ -97,9 +107,9 @@ impl Feature {
             Self::Lora => (StepShape::LORA, 0, None),
             Self::MixedLora => (StepShape::MIXED_LORA, 0, None),
             Self::PrefillSpan => (StepShape::PREFILL_SPAN, 0, None),
-            Self::Prefills => (StepShape::PREFILLS, 0, None),
+            Self::Prefills { from, to } => (StepShape::PREFILLS, from, to),
             Self::PrefillPairs => (StepShape::PREFILL_PAIRS, 0, None),
-            Self::Decodes => (StepShape::DECODES, 0, None),
+            Self::Decodes { from, to } => (StepShape::DECODES, from, to),
             Self::DecodeContext { from, to } => (StepShape::DECODE_CONTEXT, from, to),
             Self::Samples => (StepShape::SAMPLES, 0, None),
             Self::Adapters => (StepShape::ADAPTERS, 0, None),
@@ -119,15 +129,13 @@ pub(super) fn within(count: u64, from: u64, to: u64) -> u64 {
     count.min(to).saturating_sub(from)
 }
 
-const NAMES: [(Feature, &str); 12] = [
+const NAMES: [(Feature, &str); 10] = [
     (Feature::Step, "step"),
     (Feature::Mixed, "mixed"),
     (Feature::Lora, "lora"),
     (Feature::MixedLora, "mixed_lora"),
     (Feature::PrefillSpan, "prefill_span"),
-    (Feature::Prefills, "prefills"),
     (Feature::PrefillPairs, "prefill_pairs"),
-    (Feature::Decodes, "decodes"),
     (Feature::Samples, "samples"),
     (Feature::Adapters, "adapters"),
     (Feature::AdapterRanks, "adapter_ranks"),
@@ -141,6 +149,8 @@ impl fmt::Display for Feature {
             Self::PaddedTokens { from, to } => Some(("padded_tokens", from, to)),
             Self::Rows { from, to } => Some(("rows", from, to)),
             Self::DecodeContext { from, to } => Some(("decode_context", from, to)),
+            Self::Prefills { from, to } => Some(("prefills", from, to)),
+            Self::Decodes { from, to } => Some(("decodes", from, to)),
             Self::LoraTokens { from, to } => Some(("lora_tokens", from, to)),
             _ => None,
         };
@@ -166,13 +176,15 @@ impl FromStr for Feature {
                 "padded_tokens" => Ok(Self::PaddedTokens { from, to }),
                 "rows" => Ok(Self::Rows { from, to }),
                 "decode_context" => Ok(Self::DecodeContext { from, to }),
+                "prefills" => Ok(Self::Prefills { from, to }),
+                "decodes" => Ok(Self::Decodes { from, to }),
                 "lora_tokens" => Ok(Self::LoraTokens { from, to }),
                 _ => Err(unknown()),
             };
         }
-        if s == "lora_tokens" {
-            // As profiles had it before it had a range.
-            return Ok(Self::LoraTokens { from: 0, to: None });
+        // As profiles had them before they had ranges.
+        if ["lora_tokens", "prefills", "decodes"].contains(&s) {
+            return format!("{s}:0-").parse();
         }
         NAMES.iter().find(|n| n.1 == s).map(|n| n.0).ok_or_else(unknown)
     }
@@ -253,8 +265,11 @@ mod tests {
             Feature::Rows { from: 16, to: Some(24) },
             Feature::DecodeContext { from: 64, to: None },
             Feature::LoraTokens { from: 0, to: None },
+            Feature::Prefills { from: 4, to: Some(5) },
+            Feature::Decodes { from: 0, to: Some(1) },
         ];
         assert_eq!("lora_tokens".parse(), Ok(ranges[4]));
+        assert_eq!("prefills".parse(), Ok(Feature::Prefills { from: 0, to: None }));
         for feature in NAMES.map(|n| n.0).into_iter().chain(ranges) {
             for steps in [Steps::All, Steps::Decode, Steps::Mixed] {
                 let term = Term { steps, feature };

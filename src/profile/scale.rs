@@ -48,7 +48,7 @@ impl Profile {
         for (name, coef) in copy.step.features.iter().zip(&mut copy.step.coef_ns) {
             *coef /= match name.parse::<Term>()?.feature {
                 Feature::Step
-                | Feature::Decodes
+                | Feature::Decodes { .. }
                 | Feature::DecodeContext { .. }
                 | Feature::Samples
                 | Feature::Adapters
@@ -60,7 +60,7 @@ impl Profile {
                 | Feature::PaddedTokens { .. }
                 | Feature::Rows { .. }
                 | Feature::PrefillSpan
-                | Feature::Prefills
+                | Feature::Prefills { .. }
                 | Feature::PrefillPairs
                 | Feature::LoraTokens { .. }
                 | Feature::LoraTokenRanks => by.compute,

@@ -153,7 +153,10 @@ fn a_calibration_s_samples_are_fitted_anew() {
     assert!(new.holdout.mean_abs_error < 0.7 * old.holdout.mean_abs_error, "{:?}", new.holdout);
     assert_eq!((&new.swap, &new.samples_file), (&old.swap, &old.samples_file));
 
-    program(&["profile", "refit", "p.json", "-o", "q.json"]).assert().code(2).stderr(contains("names no samples"));
+    program(&["profile", "refit", "p.json", "-o", "q.json"])
+        .assert()
+        .code(2)
+        .stderr(contains("names no samples"));
     std::fs::write(dir.path().join("h100-llama2-7b.samples.jsonl"), "{}\n").unwrap();
     program(&["profile", "refit", "h100-llama2-7b.json", "-o", "q.json"])
         .assert()

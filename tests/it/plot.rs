@@ -161,7 +161,8 @@ fn lines_of_loads_say_what_binds_in_a_grid_of_panels() {
     lora_hbm(dir.path()).args(["plot", "results.csv", "--lines", "rho"]).assert().success();
     let svg = std::fs::read_to_string(dir.path().join("results.svg")).unwrap();
     let texts: Vec<&str> = svg.lines().map(str::trim).filter(|l| !l.starts_with('<')).collect();
-    for text in ["load ρ 0.5", "load ρ 1.1", "slot", "prefill", "ρ 1 is 20/s", "rank 64, up to 16 sequences"] {
+    for text in ["load ρ 0.5", "load ρ 1.1", "slot", "prefill", "ρ 1 is 20/s", "rank 64, up to 16 sequences"]
+    {
         assert!(texts.contains(&text), "no {text:?} in {texts:?}");
     }
     assert!(!texts.contains(&"KV blocks"), "nothing waits for them");

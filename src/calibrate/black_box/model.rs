@@ -96,9 +96,9 @@ fn decode(options: &BlackBoxOptions, batch: u32, adapters: u32, context: u64) ->
 fn terms() -> Vec<Term> {
     let tokens = ranges(&[0, 64, 256, 1024]).map(|(from, to)| Feature::Tokens { from, to });
     let others = [
-        Feature::Prefills,
+        Feature::Prefills { from: 0, to: None },
         Feature::PrefillPairs,
-        Feature::Decodes,
+        Feature::Decodes { from: 0, to: None },
         Feature::DecodeContext { from: 0, to: None },
         Feature::Adapters,
     ];

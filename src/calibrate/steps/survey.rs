@@ -17,6 +17,9 @@ const REPEATS: usize = 3;
 const DECODE_REPEATS: usize = 5;
 /// Places that prefills are timed at; the others' caches stay filled.
 const PREFILL_PLACES: usize = 4;
+/// Steps of many prefills, after each filling, which they spoil; and how many prefills at most.
+const CROWDS: usize = 12;
+const MOST_PREFILLS: u32 = 8;
 /// Before anything is timed: a GPU that was idle runs slower at first.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Lengths of prefills, besides the longest: near where products change their shapes, then about the short
@@ -33,6 +36,9 @@ pub struct Survey {
     pub time: Duration,
     /// Longest prefill, and the longest context that is filled, tokens.
     pub longest: u32,
+    /// The share of the time in which the device is busy: between steps it rests. One that is always busy runs
+    /// at a lower clock than its power bears for a while, as it does under a load that it sustains; 1 never rests.
+    pub duty: f64,
     /// Whether single prefills are among it.
     pub grid: bool,
 }
@@ -60,7 +66,7 @@ impl StepBench<'_> {
             self.prefill(longest.min(512), None, |_, _| Ok(()))?;
         }
         if survey.grid {
-            self.single_prefills(longest, &mut samples)?;
+            self.single_prefills(longest, survey.duty, &mut samples)?;
         }
         let fillings = self.fillings(longest);
         let (rest, mut ends) = (survey.time.saturating_sub(begin.elapsed()), begin.elapsed());
@@ -73,15 +79,24 @@ impl StepBench<'_> {
                 let mixed = self.rng.random_bool(0.6);
                 let (parts, repeats) =
                     if mixed { (self.mixed(longest), REPEATS) } else { (self.decodes(), DECODE_REPEATS) };
-                samples.extend(self.repeated(&parts, repeats)?);
+                samples.extend(self.repeated(&parts, repeats, survey.duty)?);
                 progress((begin.elapsed().as_secs_f64() / survey.time.as_secs_f64()).min(1.0));
+            }
+            for _ in 0..if self.places.len() > PREFILL_PLACES { CROWDS } else { 0 } {
+                let parts = self.crowd(longest);
+                samples.extend(self.repeated(&parts, REPEATS, survey.duty)?);
             }
         }
         Ok(samples)
     }
 
     /// Each length without an adapter, and with one of each rank.
-    fn single_prefills(&mut self, longest: u32, samples: &mut Vec<StepSample>) -> Result<(), ExecutorError> {
+    fn single_prefills(
+        &mut self,
+        longest: u32,
+        duty: f64,
+        samples: &mut Vec<StepSample>,
+    ) -> Result<(), ExecutorError> {
         let mut slots = vec![None];
         for (slot, rank) in (0..).zip(&self.limits.ranks) {
             if self.limits.ranks[..slot].iter().all(|other| other != rank) {
@@ -92,7 +107,9 @@ impl StepBench<'_> {
             for &slot in &slots {
                 let mut times = Vec::with_capacity(REPEATS);
                 for _ in 0..REPEATS {
-                    times.extend(self.prefill(tokens, slot, |_, _| Ok(()))?);
+                    let sample = self.prefill(tokens, slot, |_, _| Ok(()))?;
+                    rest(sample, duty);
+                    times.extend(sample);
                 }
                 samples.extend(median_sample(times));
             }
@@ -130,7 +147,12 @@ impl StepBench<'_> {
     }
 
     /// The same step several times, from the same contexts; none if it does not fit.
-    fn repeated(&mut self, parts: &[Part], repeats: usize) -> Result<Option<StepSample>, ExecutorError> {
+    fn repeated(
+        &mut self,
+        parts: &[Part],
+        repeats: usize,
+        duty: f64,
+    ) -> Result<Option<StepSample>, ExecutorError> {
         let places = parts.iter().map(|part| match *part {
             Part::Decode { place } | Part::Prefill { place, .. } => place,
         });
@@ -141,7 +163,9 @@ impl StepBench<'_> {
             for &(place, tokens) in &starts {
                 self.places[place as usize].tokens = tokens;
             }
-            times.extend(self.time(parts)?);
+            let sample = self.time(parts)?;
+            rest(sample, duty);
+            times.extend(sample);
         }
         Ok(median_sample(times))
     }
@@ -223,6 +247,24 @@ impl StepBench<'_> {
         parts
     }
 
+    /// More prefills than an engine may have a graph for, at any places.
+    fn crowd(&mut self, longest: u32) -> Vec<Part> {
+        let mut places: Vec<u32> = (0..self.places.len() as u32).collect();
+        self.shuffle(&mut places);
+        let most = MOST_PREFILLS.min(places.len() as u32);
+        places.truncate(self.rng.random_range(PREFILL_PLACES as u32 + 1..=most) as usize);
+        places.iter().for_each(|place| self.forget(*place));
+        let share = (self.limits.max_num_batched_tokens / places.len()) as u32;
+        let high = f64::from(longest.min(1024).min(share)).ln();
+        let parts = places.iter().map(|&place| {
+            let tokens = self.rng.random_range(2.0..=high.max(2.0)).exp().round() as u32;
+            Part::Prefill { place, tokens: tokens.min(share).max(1), fresh: true }
+        });
+        let parts = parts.collect();
+        self.assign_slots(&places);
+        parts
+    }
+
     /// Gives each sequence no adapter, all the same one, or one of so many; of every rank or of one.
     fn assign_slots(&mut self, places: &[u32]) {
         let ranks = &self.limits.ranks;
@@ -252,6 +294,12 @@ impl StepBench<'_> {
             items.swap(i, self.rng.random_range(0..=i));
         }
     }
+}
+
+/// Waits after a step until it was `duty` of the time.
+fn rest(step: Option<StepSample>, duty: f64) {
+    let busy = step.map_or(0.0, |s| s.ns as f64 * 1e-9);
+    std::thread::sleep(Duration::from_secs_f64(busy * (1.0 / duty - 1.0)));
 }
 
 #[cfg(test)]
@@ -332,7 +380,7 @@ mod tests {
             ranks: ranks.to_vec(),
         };
         let mut bench = StepBench::new(&mut executor, limits, stream(1, "survey"));
-        let survey = Survey { time: Duration::from_millis(400), longest: 4096, grid: true };
+        let survey = Survey { time: Duration::from_millis(400), longest: 4096, duty: 1.0, grid: true };
         bench.survey(survey, |_| {}).unwrap()
     }
 
@@ -353,6 +401,7 @@ mod tests {
         );
         assert!(any(&|s| s.shape.tokens == 4096 && s.shape.prefills == 1 && s.shape.adapters == 0));
         assert!(any(&|s| s.shape.prefills > 1 && s.shape.decodes > 64), "mixed");
+        assert!(any(&|s| s.shape.prefills > 4), "crowds");
         let rank_sums: BTreeSet<u64> = samples
             .iter()
             .filter(|s| s.shape.adapters > 4)
