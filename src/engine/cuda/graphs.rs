@@ -156,7 +156,9 @@ impl GraphKeys {
             let with = singles.iter().flat_map(|s| self.mixed_contexts.iter().map(|c| (*s, *c)));
             for (singles, context) in std::iter::once((0, 0)).chain(with) {
                 let mut kinds = vec![Adapters::None];
-                if rows <= SMALL_ALONE_ROWS {
+                // More rows than a small segment takes are several sequences'.
+                let alone = if self.seqs > 1 { SMALL_ALONE_ROWS } else { SMALL_ROWS };
+                if rows <= alone {
                     kinds.push(Adapters::Small);
                 }
                 if rows > SMALL_ROWS {
