@@ -35,7 +35,7 @@ pub enum Feature {
         /// Upper end; none is unbounded.
         to: Option<u64>,
     },
-    /// One a step with prefills: it is launched kernel by kernel where decodes are replayed as one graph.
+    /// One a step with prefills.
     Mixed,
     /// One a step in which some sequence has an adapter.
     Lora,
