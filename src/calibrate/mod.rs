@@ -304,19 +304,21 @@ mod tests {
     use super::*;
     use crate::profile::StepShape;
 
-    fn shipped() -> (Profile, Vec<(bool, StepSample)>) {
-        let text = include_str!("../../configs/profiles/h100-llama2-7b.samples.jsonl");
+    /// What an H100 took before its prefills were graphs, timed without rests.
+    fn earlier() -> (Profile, Vec<(bool, StepSample)>) {
+        let text = include_str!("../../tests/fixtures/calibration/h100-llama2-7b.samples.jsonl");
         let samples = text.lines().map(|line| serde_json::from_str(line).unwrap());
         let step = |sample| match sample {
             Sample::Step { held_out, sample } => Some((held_out, sample)),
             _ => None,
         };
-        (Profile::named("h100-llama2-7b").unwrap(), samples.filter_map(step).collect())
+        let profile = include_str!("../../tests/fixtures/calibration/h100-llama2-7b.json");
+        (Profile::parse("earlier", profile).unwrap(), samples.filter_map(step).collect())
     }
 
     #[test]
     fn the_terms_fit_what_an_h100_took() {
-        let (profile, steps) = shipped();
+        let (profile, steps) = earlier();
         let fitted = refit(profile, &steps).unwrap();
         assert!(fitted.holdout.samples > 100);
         // Without terms of their own for the two kinds of steps it was 4.8 %; the terms' last parts brought 3.5 to 2.9.
@@ -326,7 +328,7 @@ mod tests {
 
     #[test]
     fn more_of_anything_never_costs_less() {
-        let (profile, steps) = shipped();
+        let (profile, steps) = earlier();
         let cost = CostModel::new(&refit(profile, &steps).unwrap()).unwrap();
         let prefill = |tokens: u64| StepShape {
             tokens,

@@ -43,7 +43,7 @@ pub struct CalibrateArgs {
     #[arg(long, value_name = "TOKENS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     longest: Option<u32>,
-    /// On a GPU, the share of the time in which it is busy while steps are timed, over 0 and up to 1: one that is
+    /// On a GPU, the share of the time in which it is busy while steps are timed, over 0.01 and up to 1: one that is
     /// always busy throttles, and is slower than under a load that it sustains [default: 0.5]
     #[arg(long, value_name = "SHARE")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -172,7 +172,7 @@ pub trait Backend {
     ) -> Result<(), Self::Error>;
 
     /// [`Backend::linear`] of queries, keys and values into `qkv`, and [`Backend::rope_and_write_kv`]: one
-    /// operation for devices that save a pass over `qkv` by it.
+    /// operation for devices that save a pass over `qkv` by it. What becomes of its key and value columns is open.
     fn linear_rope_kv(
         &mut self,
         n: usize,

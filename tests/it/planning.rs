@@ -141,7 +141,7 @@ fn a_calibration_s_samples_are_fitted_anew() {
     let (dir, program) = set_up();
     for ending in ["json", "samples.jsonl"] {
         let name = format!("h100-llama2-7b.{ending}");
-        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/profiles").join(&name);
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/calibration").join(&name);
         std::fs::copy(from, dir.path().join(name)).unwrap();
     }
     program(&["profile", "refit", "h100-llama2-7b.json", "-o", "fitted.json"])

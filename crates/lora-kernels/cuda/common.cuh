@@ -5,7 +5,7 @@
 
 using bf16 = __nv_bfloat16;
 
-// Rows that use one adapter, as src/lora.rs lays it out.
+// Rows that use one adapter, as src/lora/layout.rs lays it out.
 struct Segment {
     // The adapter's matrices in its slot.
     const bf16* matrices;

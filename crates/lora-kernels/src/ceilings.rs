@@ -13,10 +13,10 @@ const SUSTAINED_S: f64 = 1.0;
 /// Sides of the square product.
 const SQUARE: usize = 8192;
 
-/// Rates of one device, the best of several runs each.
+/// Rates of one device, the best of several runs each but for the sustained one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ceilings {
-    /// One bf16 product of 8192 × 8192 matrices, operations a second, on a device that was idle before.
+    /// One bf16 product of 8192 × 8192 matrices, operations a second, on a device that has done little before.
     pub gemm_flops: f64,
     /// The same products one after another for a second and a half: what the device's power and cooling bear.
     pub gemm_sustained_flops: f64,

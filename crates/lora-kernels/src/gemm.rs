@@ -101,6 +101,9 @@ impl Gemm {
     }
 
     /// Takes what another has chosen, instead of timing anew.
+    ///
+    /// # Errors
+    /// If the library cannot describe a shape.
     pub fn reuse(&mut self, choices: &Choices) -> Result<(), CudaError> {
         for (shape, algorithm) in &choices.0 {
             let mut plan = Plan::new(*shape)?;

@@ -20,6 +20,8 @@ const PREFILL_PLACES: usize = 4;
 /// Steps of many prefills, after each filling, which they spoil; and how many prefills at most.
 const CROWDS: usize = 12;
 const MOST_PREFILLS: u32 = 8;
+/// Compositions of each filling, however little time there is: both kinds of steps are there to be fitted.
+const LEAST: usize = 40;
 /// Before anything is timed: a GPU that was idle runs slower at first.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Lengths of prefills, besides the longest: near where products change their shapes, then about the short
@@ -73,9 +75,9 @@ impl StepBench<'_> {
         for &filling in &fillings {
             ends += rest / fillings.len() as u32;
             self.fill(filling)?;
-            // However little time there is, both kinds of steps are there to be fitted.
-            let mut least = 0..40;
-            while begin.elapsed() < ends || least.next().is_some() {
+            let mut left = LEAST;
+            while begin.elapsed() < ends || left > 0 {
+                left = left.saturating_sub(1);
                 let mixed = self.rng.random_bool(0.6);
                 let (parts, repeats) =
                     if mixed { (self.mixed(longest), REPEATS) } else { (self.decodes(), DECODE_REPEATS) };
@@ -380,7 +382,7 @@ mod tests {
             ranks: ranks.to_vec(),
         };
         let mut bench = StepBench::new(&mut executor, limits, stream(1, "survey"));
-        let survey = Survey { time: Duration::from_millis(400), longest: 4096, duty: 1.0, grid: true };
+        let survey = Survey { time: Duration::from_secs(1), longest: 4096, duty: 1.0, grid: true };
         bench.survey(survey, |_| {}).unwrap()
     }
 

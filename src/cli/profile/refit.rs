@@ -52,6 +52,9 @@ pub(super) fn run(args: &RefitArgs, ctx: &Context) -> Result<(), Failure> {
             steps.push((held_out, sample));
         }
     }
+    if !steps.iter().any(|(held_out, _)| !held_out) {
+        return Err(Failure::failed(format!("{} has no step to fit: calibrate anew", samples.display())));
+    }
     check_writable(&out).map_err(Failure::failed)?;
     let refitted = refit(profile, &steps).map_err(|e: ProfileError| Failure::Failed(e.into()))?;
     let text = serde_json::to_string_pretty(&refitted).map_err(Failure::failed)? + "\n";

@@ -205,7 +205,13 @@ impl Meta {
             if graph.is_none() {
                 self.shape.covers = self.covers.len();
             }
-            debug_assert!(self.covers.len() <= self.shape.covers, "{:?}: {:?}", self.shape, self.covers);
+        }
+        let own = StepShape { covers: self.covers.len(), ..own };
+        if !self.shape.holds(&own) {
+            let what = format!("{own:?} does not fit the graph's {:?}", self.shape);
+            return Err(CudaError::Shape { kernel: "graph", what }.into());
+        }
+        if self.shape.large > 0 {
             // Of no rows behind those, as far as blocks look.
             self.covers.resize(self.shape.covers, Cover { segment: 0, row: 0, rows: 0 });
         }

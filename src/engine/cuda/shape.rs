@@ -114,6 +114,26 @@ pub(super) fn parts(start: u32, rows: u32, singles: u32) -> impl Iterator<Item =
 }
 
 impl StepShape {
+    /// Whether a step of these sizes can be run by launches that are made for `self`. Too small a bound would
+    /// leave work undone, without a word.
+    pub fn holds(&self, own: &Self) -> bool {
+        let bounds = |s: &Self| {
+            [
+                s.rows,
+                s.samples,
+                s.seqs,
+                s.singles,
+                s.longest,
+                s.attention_tiles,
+                s.small,
+                s.large,
+                s.lora_tiles,
+                s.covers,
+            ]
+        };
+        bounds(self).iter().zip(bounds(own)).all(|(bound, is)| is <= *bound)
+    }
+
     /// Bounds for every step of up to `rows` rows, `singles` sequences of one row, `chunks` of several, and
     /// `seqs` in all. `small`, `large`: whether there may be such segments.
     pub fn bounds(

@@ -2,8 +2,11 @@
 
 use half::bf16;
 
-use super::layout::{Cover, TILE_ROWS, Target};
-use super::{Call, LARGE_ROW_BYTES, Lora, LoraScratch, LoraStep, MAX_RANK, NAME, Out, UNIT, rank_pitch};
+use super::layout::{Cover, Target};
+use super::{
+    Call, LARGE_ROW_BYTES, Lora, LoraScratch, LoraStep, MAX_RANK, NAME, Out, UNIT, expand_large_shared,
+    rank_pitch,
+};
 use crate::error::ensure;
 use crate::memory::{View, ViewMut};
 use crate::module::{Function, Grid, Module, arguments};
@@ -47,9 +50,9 @@ impl Fused {
     }
 }
 
-/// Shared memory of a block that works on `targets` outputs at a time: each one's tile, Bᵀ's and h's.
+/// Shared memory of a block that works on `targets` outputs at a time.
 fn shared(targets: usize, pitch: usize) -> usize {
-    targets * (TILE_ROWS * LARGE_ROW_BYTES + (pitch * COLUMNS + TILE_ROWS * (pitch + 8)) * size_of::<bf16>())
+    targets * expand_large_shared(pitch, size_of::<bf16>())
 }
 
 /// What [`Lora::apply_rope_kv`] does with queries, keys and values: the arguments of [`RopeKv::apply`].
@@ -71,8 +74,8 @@ impl Lora {
     }
 
     /// [`Lora::apply`] to `gate_up` `[rows, 2 · width]`, and then `act = silu(gate) · up`, `[rows, width]`.
-    /// `targets` are gate and up; `covers` list every row, as [`covers`](super::covers) does, of which rows past
-    /// the last segment's may be more than x has. `gate_up` is left with the small segments' products only.
+    /// `targets` are gate and up; `covers` list x's rows and no others, as [`covers`](super::covers) does. `gate_up`
+    /// is left with the small segments' products only.
     ///
     /// # Errors
     /// As [`Lora::apply`]; or if targets are not the halves of `gate_up`, or [`Lora::fuses`] is false.
