@@ -11,6 +11,7 @@ pub mod data;
 mod font;
 mod legend;
 mod lines;
+mod page;
 mod render;
 mod words;
 

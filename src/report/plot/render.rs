@@ -7,6 +7,7 @@ use super::canvas::{self, Anchor, Canvas, Font, Marker};
 use super::data::{Curve, Data, Panel, Point, Quantity};
 use super::font::text_width;
 use super::legend::Legend;
+use super::page::Page;
 use super::{Options, PlotError};
 use crate::report::results::Source;
 
@@ -28,7 +29,7 @@ pub fn look(quantity: Quantity) -> (RGBColor, Marker) {
 
 pub(super) const MARGIN: f64 = 24.0;
 /// Left of a row of panels: the axis title and tick labels.
-const GUTTER: f64 = 66.0;
+pub(super) const GUTTER: f64 = 66.0;
 const PANEL_GAP: f64 = 26.0;
 const TTFT_HEIGHT: f64 = 290.0;
 const SWAPS_HEIGHT: f64 = 84.0;
@@ -69,38 +70,20 @@ pub fn svg(data: &Data, options: &Options) -> Result<String, PlotError> {
     let width = inner + 2.0 * MARGIN;
 
     let title = options.title.clone().unwrap_or_else(|| "Time to first token over adapter slots".to_owned());
-    let title_rows = wrap(&title, " ", inner, 19.0, true)?;
-    let subtitle_rows = wrap(&data.shared.join(" · "), " · ", inner, 12.5, false)?;
-    let footer_rows = wrap(&options.footer, " · ", inner, 10.5, false)?;
+    let page = Page::new(&title, &data.shared, options, inner)?;
     let legend = Legend::new(data, inner)?;
     let with_swaps = data.panels.iter().flat_map(|p| &p.curves).any(|c| c.quantity == Quantity::Swaps);
     let label_height = if data.panels.len() > 1 { 24.0 } else { 4.0 };
     let swaps_height = if with_swaps { BETWEEN + SWAPS_HEIGHT } else { 0.0 };
     let row_height = label_height + TTFT_HEIGHT + swaps_height + FOOT;
-    let header = title_rows.len() as f64 * 24.0 + subtitle_rows.len() as f64 * 17.0 + legend.height() + 20.0;
+    let header = page.head_height() + legend.height() + 20.0;
     let grid_height = rows as f64 * row_height + (rows - 1) as f64 * 14.0;
-    let footer = 26.0 + footer_rows.len() as f64 * 15.0;
-    let height = (MARGIN + header + grid_height + footer + MARGIN * 0.7).ceil();
+    let height = (MARGIN + header + grid_height + page.foot_height() + MARGIN * 0.7).ceil();
 
     let mut text = String::new();
     let canvas = Canvas::new(&mut text, width, height)?;
-    let mut y = MARGIN;
-    for row in &title_rows {
-        y += 24.0;
-        canvas.text(row, (MARGIN, y - 6.0), Anchor::Start, Font { size: 19.0, bold: true, color: INK })?;
-    }
-    for row in &subtitle_rows {
-        y += 17.0;
-        canvas.text(
-            row,
-            (MARGIN, y - 4.0),
-            Anchor::Start,
-            Font { size: 12.5, bold: false, color: FAINT_INK },
-        )?;
-    }
-    y += 8.0;
-    legend.draw(&canvas, (MARGIN, y))?;
-    y = MARGIN + header;
+    legend.draw(&canvas, (MARGIN, page.draw_head(&canvas)?))?;
+    let y = MARGIN + header;
 
     let axes = Axes::new(data);
     for (i, panel) in data.panels.iter().enumerate() {
@@ -114,15 +97,7 @@ pub fn svg(data: &Data, options: &Options) -> Result<String, PlotError> {
         let ttft = Frame { left, top: top + label_height, width: panel_width, height: TTFT_HEIGHT };
         axes.draw_panel(&canvas, panel, ttft, column == 0, with_swaps)?;
     }
-    y += grid_height + 16.0;
-    let middle = MARGIN + GUTTER + (inner - GUTTER) / 2.0;
-    let caption = "adapter slots in device memory, gpu_loras (log scale)";
-    canvas.text(caption, (middle, y), Anchor::Middle, Font { size: 12.5, bold: false, color: INK })?;
-    y += 10.0;
-    for row in &footer_rows {
-        y += 15.0;
-        canvas.text(row, (MARGIN, y), Anchor::Start, Font { size: 10.5, bold: false, color: FAINT_INK })?;
-    }
+    page.draw_foot(&canvas, y + grid_height)?;
     canvas.finish()?;
     canvas::finish(&text, width, height, &title)
 }

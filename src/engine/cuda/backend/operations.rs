@@ -34,6 +34,13 @@ fn kv_layer(kv: &DeviceBuffer<bf16>, half: usize, layer: usize) -> KvCache<'_> {
     KvCache { keys: all.slice(at..at + half), values: all.slice(at + half..at + 2 * half) }
 }
 
+/// The same, to be written.
+fn kv_layer_mut(kv: &mut DeviceBuffer<bf16>, half: usize, layer: usize) -> KvCacheMut<'_> {
+    let at = 2 * layer * half;
+    let (keys, values) = kv.view_mut().split(at..at + half, at + half..at + 2 * half);
+    KvCacheMut { keys, values }
+}
+
 impl CudaBackend {
     /// Elements of one layer's keys, or values.
     fn kv_half(&self) -> usize {
@@ -48,12 +55,9 @@ impl CudaBackend {
         rotate: bool,
     ) -> Result<(), CudaStepError> {
         let half = self.kv_half();
-        let at = 2 * layer * half;
-        let (before, from) = (at..at + half, at + half..at + 2 * half);
-        let (keys, values) = self.kv.view_mut().split(before, from);
         let rotation = Rotation { table: self.rope.view(), positions: self.meta.positions() };
         let rotation = rotate.then_some(rotation);
-        let cache = KvCacheMut { keys, values };
+        let cache = kv_layer_mut(&mut self.kv, half, layer);
         self.rope_kv.apply(&self.stream, n, qkv.view_mut(), rotation, self.meta.kv_rows(), cache)?;
         self.mark("positions and cache", self.spec.qkv_dim())
     }
@@ -286,13 +290,11 @@ impl Backend for CudaBackend {
         self.mark("product", matrix.outputs)?;
         let (targets, count) = self.targets(adapted);
         let half = self.kv_half();
-        let at = 2 * adapted.layer * half;
-        let (keys, values) = self.kv.view_mut().split(at..at + half, at + half..at + 2 * half);
         let rope = RopeKvCall {
             kernel: &self.rope_kv,
             rotation: Rotation { table: self.rope.view(), positions: self.meta.positions() },
             kv_rows: self.meta.kv_rows(),
-            cache: KvCacheMut { keys, values },
+            cache: kv_layer_mut(&mut self.kv, half, adapted.layer),
         };
         let step = lora_step(&self.meta, self.max_rank);
         let (stream, scratch, covers) = (&self.stream, &mut self.lora_scratch, self.meta.covers());

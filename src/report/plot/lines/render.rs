@@ -7,7 +7,8 @@ use crate::report::binds::Binds;
 use crate::report::plot::axis::{Scale, number, seconds};
 use crate::report::plot::canvas::{self, Anchor, Canvas, Font, Marker};
 use crate::report::plot::font::text_width;
-use crate::report::plot::render::{Axes, FAINT_INK, Frame, INK, MARGIN, wrap};
+use crate::report::plot::page::{Page, faint};
+use crate::report::plot::render::{Axes, Frame, GUTTER, INK, MARGIN};
 use crate::report::plot::{Options, PlotError};
 
 /// From light to heavy, told apart with any kind of colour vision (Okabe and Ito 2008).
@@ -19,7 +20,6 @@ pub(super) const COLORS: [RGBColor; 5] = [
     RGBColor(0x22, 0x22, 0x22),
 ];
 
-const GUTTER: f64 = 66.0;
 const GAP: f64 = 22.0;
 const HEIGHT: f64 = 190.0;
 const LABEL: f64 = 23.0;
@@ -49,32 +49,16 @@ pub fn svg(figure: &Lines, options: &Options) -> Result<String, PlotError> {
         .title
         .clone()
         .unwrap_or_else(|| format!("Median time to first token over adapter slots, {}", figure.source));
-    let title_rows = wrap(&title, " ", inner, 19.0, true)?;
-    let subtitle_rows = wrap(&figure.shared.join(" · "), " · ", inner, 12.5, false)?;
-    let footer_rows = wrap(&options.footer, " · ", inner, 10.5, false)?;
+    let page = Page::new(&title, &figure.shared, options, inner)?;
     let legend = legend(figure, inner)?;
-    let header = title_rows.len() as f64 * 24.0
-        + subtitle_rows.len() as f64 * 17.0
-        + legend.len() as f64 * LEGEND_ROW
-        + 18.0;
+    let header = page.head_height() + legend.len() as f64 * LEGEND_ROW + 18.0;
     let row_height = LABEL + HEIGHT + FOOT;
     let grid_height = rows as f64 * row_height + (rows - 1) as f64 * BETWEEN;
-    let footer = 26.0 + footer_rows.len() as f64 * 15.0;
-    let height = (MARGIN + header + grid_height + footer + MARGIN * 0.7).ceil();
+    let height = (MARGIN + header + grid_height + page.foot_height() + MARGIN * 0.7).ceil();
 
     let mut text = String::new();
     let canvas = Canvas::new(&mut text, width, height)?;
-    let mut y = MARGIN;
-    for row in &title_rows {
-        y += 24.0;
-        canvas.text(row, (MARGIN, y - 6.0), Anchor::Start, Font { size: 19.0, bold: true, color: INK })?;
-    }
-    let faint = |size| Font { size, bold: false, color: FAINT_INK };
-    for row in &subtitle_rows {
-        y += 17.0;
-        canvas.text(row, (MARGIN, y - 4.0), Anchor::Start, faint(12.5))?;
-    }
-    y += 8.0;
+    let mut y = page.draw_head(&canvas)?;
     for row in &legend {
         draw_legend(&canvas, row, y)?;
         y += LEGEND_ROW;
@@ -101,15 +85,7 @@ pub fn svg(figure: &Lines, options: &Options) -> Result<String, PlotError> {
         axes.budget_labels(&canvas, frame)?;
         draw_panel(&canvas, &axes, panel, frame)?;
     }
-    y += grid_height + 16.0;
-    let middle = MARGIN + GUTTER + (inner - GUTTER) / 2.0;
-    let caption = "adapter slots in device memory, gpu_loras (log scale)";
-    canvas.text(caption, (middle, y), Anchor::Middle, Font { size: 12.5, bold: false, color: INK })?;
-    y += 10.0;
-    for row in &footer_rows {
-        y += 15.0;
-        canvas.text(row, (MARGIN, y), Anchor::Start, faint(10.5))?;
-    }
+    page.draw_foot(&canvas, y + grid_height)?;
     canvas.finish()?;
     canvas::finish(&text, width, height, &title)
 }
