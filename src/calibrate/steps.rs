@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed};
-use crate::profile::{SeenSlots, StepShape};
+use crate::profile::{History, StepShape};
 pub use survey::Survey;
 
 /// One timed step.
@@ -80,7 +80,7 @@ pub struct StepBench<'a> {
     free: Vec<u32>,
     plan: StepPlan,
     feed: StepFeed,
-    seen: SeenSlots,
+    history: History,
     steps: u64,
     rng: ChaCha8Rng,
 }
@@ -95,7 +95,7 @@ impl<'a> StepBench<'a> {
             limits,
             plan: StepPlan::default(),
             feed: StepFeed::default(),
-            seen: SeenSlots::default(),
+            history: History::default(),
             steps: 0,
             rng,
         }
@@ -193,8 +193,8 @@ impl<'a> StepBench<'a> {
         self.steps += 1;
         let ranks = &self.limits.ranks;
         let rank = |adapter: u32| ranks.get(adapter as usize).copied().unwrap_or(0);
-        let shape = StepShape::of(&self.plan, rank, &mut self.seen);
         let start = self.executor.clock();
+        let shape = StepShape::of(&self.plan, start, rank, &mut self.history);
         self.executor.submit_step(&self.plan, &self.feed)?;
         loop {
             let completion = self.executor.wait()?;

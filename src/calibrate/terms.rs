@@ -21,6 +21,9 @@ pub(super) fn cpu_terms() -> Vec<Term> {
 /// are computed in tiles, so that their time goes in steps of 128 rows and of waves of tiles.
 const EVERY_SHAPE: u64 = 1024;
 
+/// Rates of recent prefill, in hundreds of tokens a second, that a cost may begin at: for models of all sizes.
+const RECENT: [u64; 9] = [50, 100, 200, 400, 800, 1600, 3200, 6400, 12_800];
+
 /// Steps of decodes alone are bound by what they read, and all of them are graphs; steps with prefills are graphs of
 /// other shapes, or launched kernel by kernel where a small step's time hides behind: the two kinds share no term.
 pub(super) fn gpu_terms() -> Vec<Term> {
@@ -32,8 +35,10 @@ pub(super) fn gpu_terms() -> Vec<Term> {
     let lora = |knots| ranges(knots).map(|(from, to)| Feature::LoraTokens { from, to });
     let adapters =
         [Feature::Lora, Feature::Adapters, Feature::AdapterRanks, Feature::LoraTokenRanks].into_iter();
-    // Up to 16 rows products have kernels of their own, which take as long for one as for all of them.
-    let decode = rows(&[0, 8, 16, 24, 64])
+    let lora_rows = |knots| ranges(knots).map(|(from, to)| Feature::LoraRows { from, to });
+    // A step is computed in one of a few shapes, and so are its adapters.
+    let decode = rows(&[0, 2, 4, 8, 16, 24, 64])
+        .chain(lora_rows(&[0, 2, 4, 8, 16, 32]))
         .chain(context(&[0, 512, 2048, 8192, 32_768]))
         .chain([Feature::Step, Feature::Decodes { from: 0, to: None }])
         .chain(adapters.clone())
@@ -61,6 +66,8 @@ pub(super) fn gpu_terms() -> Vec<Term> {
         .chain(adapters)
         // Segments of over 16 rows have kernels of their own, beside those of the decodes'.
         .chain(lora(&[0, 64]))
+        .chain([Feature::LoraBoth])
+        .chain(ranges(&RECENT).map(|(from, to)| Feature::HotRows { from, to }))
         .collect();
     [of(Steps::Decode, decode), of(Steps::Mixed, mixed)].concat()
 }

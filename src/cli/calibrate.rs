@@ -43,8 +43,8 @@ pub struct CalibrateArgs {
     #[arg(long, value_name = "TOKENS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     longest: Option<u32>,
-    /// On a GPU, the share of the time in which it is busy while steps are timed, over 0.01 and up to 1: one that is
-    /// always busy throttles, and is slower than under a load that it sustains [default: 0.5]
+    /// On a GPU, the share of the time in which it is busy at least while steps are timed, over 0.01 and up to 1: steps
+    /// are timed after rests of different lengths, since one that was busy is slower [default: 0.25]
     #[arg(long, value_name = "SHARE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     duty: Option<f64>,
@@ -66,7 +66,7 @@ struct CalibrateSettings {
 
 impl Default for CalibrateSettings {
     fn default() -> Self {
-        Self { model: None, out: "profile.json".into(), seconds: 30.0, longest: 4096, duty: 0.5, seed: 0 }
+        Self { model: None, out: "profile.json".into(), seconds: 30.0, longest: 4096, duty: 0.25, seed: 0 }
     }
 }
 

@@ -17,8 +17,8 @@ use super::executor::{Completion, Executor, ExecutorError, StepFeed, StepResult,
 
 /// How long things take.
 pub trait Costs: Send {
-    /// A step alone, in nanoseconds.
-    fn step(&mut self, plan: &StepPlan) -> Nanos;
+    /// A step alone that begins at `now`, in nanoseconds.
+    fn step(&mut self, plan: &StepPlan, now: Nanos) -> Nanos;
     /// A swap, in nanoseconds.
     fn swap(&mut self, swap: &SwapPlan) -> Nanos;
 }
@@ -28,7 +28,7 @@ where
     S: FnMut(&StepPlan) -> Nanos + Send,
     W: FnMut(&SwapPlan) -> Nanos + Send,
 {
-    fn step(&mut self, plan: &StepPlan) -> Nanos {
+    fn step(&mut self, plan: &StepPlan, _: Nanos) -> Nanos {
         self.0(plan)
     }
 
@@ -102,7 +102,7 @@ fn error(message: String) -> ExecutorError {
 impl Executor for EmulatedExecutor {
     fn submit_step(&mut self, plan: &StepPlan, _: &StepFeed) -> Result<(), ExecutorError> {
         let now = self.clock.now();
-        let cost = self.costs.step(plan);
+        let cost = self.costs.step(plan, now);
         let mut ended = now + cost;
         self.result.stalled.clear();
         if !plan.wait_for_swaps {

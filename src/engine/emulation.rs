@@ -9,7 +9,7 @@ use super::executor::TokenId;
 use super::model::SamplingDefaults;
 use super::server::ServerInfo;
 use super::{Engine, EngineConfig, StartError};
-use crate::profile::{CostModel, Profile, ProfileError, SeenSlots, StepShape};
+use crate::profile::{CostModel, History, Profile, ProfileError, StepShape};
 use crate::report::decision_log::{DecisionLog, LogHeader};
 use crate::workload::tokenizer::{Tokenizer, TokenizerSource};
 
@@ -98,7 +98,7 @@ impl Emulation {
             let mixed = (request.0 ^ (u64::from(at) << 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
             letters.get(mixed as usize % letters.len().max(1)).copied().unwrap_or(0)
         };
-        let costs = ProfileCosts { cost, ranks, seen: SeenSlots::default() };
+        let costs = ProfileCosts { cost, ranks, history: History::default() };
         let executor = EmulatedExecutor::new(costs, token, layers).map_err(StartError::from)?;
         let config = EngineConfig {
             scheduler: self.config,
@@ -119,13 +119,13 @@ struct ProfileCosts {
     cost: CostModel,
     /// By adapter.
     ranks: Vec<u32>,
-    seen: SeenSlots,
+    history: History,
 }
 
 impl Costs for ProfileCosts {
-    fn step(&mut self, plan: &StepPlan) -> Nanos {
+    fn step(&mut self, plan: &StepPlan, now: Nanos) -> Nanos {
         let rank = |adapter: u32| self.ranks.get(adapter as usize).copied().unwrap_or(0);
-        self.cost.step_ns(&StepShape::of(plan, rank, &mut self.seen))
+        self.cost.step_ns(&StepShape::of(plan, now, rank, &mut self.history))
     }
 
     fn swap(&mut self, swap: &SwapPlan) -> Nanos {

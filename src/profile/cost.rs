@@ -17,6 +17,8 @@ struct Weighted {
     count: usize,
     from: u64,
     to: u64,
+    /// Index of what that is multiplied by.
+    times: usize,
     /// Cost of a unit in fixed point.
     coef: u64,
 }
@@ -50,11 +52,12 @@ impl CostModel {
         for (name, &coef) in profile.step.features.iter().zip(&profile.step.coef_ns) {
             let term = name.parse::<Term>()?;
             let (count, from, to) = term.feature.range();
+            let times = term.feature.times();
             let coef = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u64;
             for (mixed, terms) in [false, true].into_iter().zip(&mut terms) {
                 // What costs nothing need not be added up.
                 if term.counts_in(mixed) && coef > 0 {
-                    terms.push(Weighted { count, from, to, coef });
+                    terms.push(Weighted { count, from, to, times, coef });
                 }
             }
         }
@@ -81,7 +84,8 @@ impl CostModel {
     /// A step's duration in fixed point.
     pub(crate) fn step_sum(&self, shape: &StepShape) -> u128 {
         let counts = shape.counts();
-        let cost = |t: &Weighted| u128::from(within(counts[t.count], t.from, t.to)) * u128::from(t.coef);
+        let units = |t: &Weighted| within(counts[t.count], t.from, t.to) * counts[t.times];
+        let cost = |t: &Weighted| u128::from(units(t)) * u128::from(t.coef);
         self.terms[usize::from(shape.prefills > 0)].iter().map(cost).sum()
     }
 

@@ -41,6 +41,24 @@ pub enum Feature {
     Lora,
     /// One a step with prefills in which some sequence has an adapter.
     MixedLora,
+    /// The rows of a step in which some sequence has an adapter, likewise in a range: the kernels of its adapters have
+    /// room for as many.
+    LoraRows {
+        /// Lower end.
+        from: u64,
+        /// Upper end; none is unbounded.
+        to: Option<u64>,
+    },
+    /// One a step with prefills and decodes in which some sequence has an adapter: the two have kernels of their own.
+    LoraBoth,
+    /// The rows of a step with prefills, each as many times as [`StepShape::recent`] reaches into a range: what a
+    /// device takes longer for that has computed much of late.
+    HotRows {
+        /// Lower end, in hundreds of tokens a second.
+        from: u64,
+        /// Upper end; none is unbounded.
+        to: Option<u64>,
+    },
     /// [`StepShape::prefill_span`].
     PrefillSpan,
     /// [`StepShape::prefills`] between `from` and `to`, likewise.
@@ -93,7 +111,13 @@ impl Feature {
     /// Its value for a step.
     pub fn of(self, shape: &StepShape) -> u64 {
         let (count, from, to) = self.range();
-        within(shape.counts()[count], from, to)
+        let counts = shape.counts();
+        within(counts[count], from, to) * counts[self.times()]
+    }
+
+    /// Which of the shape's counts that is multiplied by.
+    pub(super) fn times(self) -> usize {
+        if matches!(self, Self::HotRows { .. }) { StepShape::ROWS } else { StepShape::ONE }
     }
 
     /// Which of the shape's counts it looks at, and between which values.
@@ -106,6 +130,9 @@ impl Feature {
             Self::Mixed => (StepShape::MIXED, 0, None),
             Self::Lora => (StepShape::LORA, 0, None),
             Self::MixedLora => (StepShape::MIXED_LORA, 0, None),
+            Self::LoraRows { from, to } => (StepShape::LORA_ROWS, from, to),
+            Self::LoraBoth => (StepShape::LORA_BOTH, 0, None),
+            Self::HotRows { from, to } => (StepShape::RECENT, from, to),
             Self::PrefillSpan => (StepShape::PREFILL_SPAN, 0, None),
             Self::Prefills { from, to } => (StepShape::PREFILLS, from, to),
             Self::PrefillPairs => (StepShape::PREFILL_PAIRS, 0, None),
@@ -129,11 +156,12 @@ pub(super) fn within(count: u64, from: u64, to: u64) -> u64 {
     count.min(to).saturating_sub(from)
 }
 
-const NAMES: [(Feature, &str); 10] = [
+const NAMES: [(Feature, &str); 11] = [
     (Feature::Step, "step"),
     (Feature::Mixed, "mixed"),
     (Feature::Lora, "lora"),
     (Feature::MixedLora, "mixed_lora"),
+    (Feature::LoraBoth, "lora_both"),
     (Feature::PrefillSpan, "prefill_span"),
     (Feature::PrefillPairs, "prefill_pairs"),
     (Feature::Samples, "samples"),
@@ -152,6 +180,8 @@ impl fmt::Display for Feature {
             Self::Prefills { from, to } => Some(("prefills", from, to)),
             Self::Decodes { from, to } => Some(("decodes", from, to)),
             Self::LoraTokens { from, to } => Some(("lora_tokens", from, to)),
+            Self::LoraRows { from, to } => Some(("lora_rows", from, to)),
+            Self::HotRows { from, to } => Some(("hot_rows", from, to)),
             _ => None,
         };
         if let Some((name, from, to)) = range {
@@ -179,6 +209,8 @@ impl FromStr for Feature {
                 "prefills" => Ok(Self::Prefills { from, to }),
                 "decodes" => Ok(Self::Decodes { from, to }),
                 "lora_tokens" => Ok(Self::LoraTokens { from, to }),
+                "lora_rows" => Ok(Self::LoraRows { from, to }),
+                "hot_rows" => Ok(Self::HotRows { from, to }),
                 _ => Err(unknown()),
             };
         }
@@ -267,6 +299,8 @@ mod tests {
             Feature::LoraTokens { from: 0, to: None },
             Feature::Prefills { from: 4, to: Some(5) },
             Feature::Decodes { from: 0, to: Some(1) },
+            Feature::LoraRows { from: 4, to: Some(8) },
+            Feature::HotRows { from: 100, to: None },
         ];
         assert_eq!("lora_tokens".parse(), Ok(ranges[4]));
         assert_eq!("prefills".parse(), Ok(Feature::Prefills { from: 0, to: None }));
@@ -296,6 +330,13 @@ mod tests {
         let at = |tokens, prefills| feature.of(&StepShape { tokens, prefills, ..StepShape::default() });
         assert_eq!([at(64, 1), at(65, 1), at(500, 2), at(900, 1)], [0, 64, 448, 448]);
         assert_eq!(at(500, 0), 0);
+    }
+
+    #[test]
+    fn rows_are_hot_as_far_as_the_recent_rate_reaches() {
+        let hot = Feature::HotRows { from: 100, to: Some(200) };
+        let at = |recent| hot.of(&StepShape { tokens: 65, prefills: 1, recent, ..StepShape::default() });
+        assert_eq!([at(0), at(100), at(101), at(300)], [0, 0, 128, 12_800]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub(crate) use cost::{nearest, whole_ns};
 pub use error::ProfileError;
 pub use feature::{Feature, FeatureError, Steps, Term};
 pub use scale::{Scale, ScaleError};
-pub use shape::{SeenSlots, StepShape, rounded_rows};
+pub use shape::{History, StepShape, rounded_rows};
 
 /// The version that this program writes and reads.
 pub const SCHEMA_VERSION: u32 = 1;

@@ -55,10 +55,13 @@ impl Profile {
                 | Feature::AdapterRanks
                 | Feature::Mixed
                 | Feature::Lora
+                | Feature::LoraRows { .. }
+                | Feature::LoraBoth
                 | Feature::MixedLora => by.bandwidth,
                 Feature::Tokens { .. }
                 | Feature::PaddedTokens { .. }
                 | Feature::Rows { .. }
+                | Feature::HotRows { .. }
                 | Feature::PrefillSpan
                 | Feature::Prefills { .. }
                 | Feature::PrefillPairs

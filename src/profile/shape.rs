@@ -1,6 +1,6 @@
 //! What a step's cost depends on.
 
-use lora_sched::StepPlan;
+use lora_sched::{Nanos, StepPlan};
 use serde::{Deserialize, Serialize};
 
 use super::feature::PADDED_TO;
@@ -33,6 +33,9 @@ pub struct StepShape {
     pub lora_tokens: u64,
     /// Σ over those tokens of their adapter's rank.
     pub lora_token_ranks: u64,
+    /// In a step with prefills: tokens a second of such steps, of late ([`History`]), in hundreds.
+    #[serde(default)]
+    pub recent: u64,
 }
 
 impl StepShape {
@@ -53,10 +56,14 @@ impl StepShape {
     pub(super) const PREFILL_SPAN: usize = 14;
     pub(super) const ADAPTER_RANKS: usize = 15;
     pub(super) const ROWS: usize = 16;
+    pub(super) const LORA_ROWS: usize = 17;
+    pub(super) const LORA_BOTH: usize = 18;
+    pub(super) const RECENT: usize = 19;
 
     /// One, the counts, and what follows from them, in the order of the constants above.
-    pub(super) fn counts(&self) -> [u64; 17] {
+    pub(super) fn counts(&self) -> [u64; 20] {
         let (mixed, lora) = (u64::from(self.prefills > 0), u64::from(self.adapters > 0));
+        let rows = rounded_rows(self.tokens as usize) as u64;
         [
             1,
             self.tokens,
@@ -74,14 +81,18 @@ impl StepShape {
             mixed * lora,
             self.prefill_span,
             self.adapter_ranks,
-            rounded_rows(self.tokens as usize) as u64,
+            rows,
+            rows * lora,
+            mixed * lora * u64::from(self.decodes > 0),
+            self.recent,
         ]
     }
 
-    /// The shape of a plan. `rank` gives an adapter's rank.
-    pub fn of(plan: &StepPlan, rank: impl Fn(u32) -> u32, seen: &mut SeenSlots) -> Self {
+    /// The shape of a plan that is begun at `now`, after those that `history` was told of. `rank` gives an adapter's
+    /// rank.
+    pub fn of(plan: &StepPlan, now: Nanos, rank: impl Fn(u32) -> u32, history: &mut History) -> Self {
         let mut shape = Self::default();
-        seen.plan += 1;
+        history.plan += 1;
         for seq in &plan.seqs {
             let (start, len) = (u64::from(seq.start), u64::from(seq.len));
             shape.tokens += len;
@@ -95,12 +106,15 @@ impl StepShape {
                 shape.prefill_span = shape.prefill_span.max(start + len);
             }
             if let Some((adapter, slot)) = seq.adapter {
-                let (first, rank) = (u64::from(seen.first(slot.0 as usize)), u64::from(rank(adapter.0)));
+                let (first, rank) = (u64::from(history.first(slot.0 as usize)), u64::from(rank(adapter.0)));
                 shape.adapters += first;
                 shape.adapter_ranks += first * rank;
                 shape.lora_tokens += len;
                 shape.lora_token_ranks += len * rank;
             }
+        }
+        if shape.prefills > 0 {
+            shape.recent = history.rate(now, shape.tokens);
         }
         shape
     }
@@ -118,19 +132,57 @@ pub fn rounded_rows(rows: usize) -> usize {
     }
 }
 
-/// Scratch: in which plan each slot was last met.
+/// What a step's cost depends on that is not in its plan.
+///
+/// A device that computes much draws more power than it may for long, and lowers its clock within tens of
+/// milliseconds: a prefill takes some percent longer right after others. What is kept is the rate of tokens in steps
+/// with prefills, averaged with a memory that fades with [`FADES`] (a filter of first order, solved backwards at the
+/// beginning of each such step: with only sums, products and quotients, so that it is the same on every machine).
 #[derive(Clone, Debug, Default)]
-pub struct SeenSlots {
+pub struct History {
     plan: u64,
+    /// In which plan each slot was last met.
     met: Vec<u64>,
+    /// Tokens a nanosecond.
+    rate: f64,
+    /// When the last step with prefills began, and its tokens.
+    last: Option<(Nanos, u64)>,
 }
 
-impl SeenSlots {
+/// How fast [`History`] forgets. Of 20 to 1000 ms, what explains an H100's steps best.
+const FADES: f64 = 40e6;
+
+impl History {
+    /// The rate before a step of `tokens` tokens with prefills that begins at `now`, in hundreds a second.
+    fn rate(&mut self, now: Nanos, tokens: u64) -> u64 {
+        if let Some((begun, of_last)) = self.last.replace((now, tokens)) {
+            let passed = now.saturating_sub(begun) as f64;
+            self.rate = (self.rate * FADES + of_last as f64) / (FADES + passed);
+        }
+        (self.rate * 1e7) as u64
+    }
+
     /// Whether the slot is met for the first time in this plan.
     fn first(&mut self, slot: usize) -> bool {
         if self.met.len() <= slot {
             self.met.resize(slot + 1, 0);
         }
         std::mem::replace(&mut self.met[slot], self.plan) != self.plan
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recent_rate_nears_a_steady_one_and_fades() {
+        let mut history = History::default();
+        // 1000 tokens every 25 ms are 40,000 a second.
+        let rates: Vec<u64> = (0..20).map(|i| history.rate(i * 25_000_000, 1000)).collect();
+        assert_eq!(rates[0], 0);
+        assert!(rates.is_sorted() && rates[1] > 100 && (395..=400).contains(&rates[19]), "{rates:?}");
+        let after = |pause: Nanos| history.clone().rate(19 * 25_000_000 + pause, 1000);
+        assert!(after(100_000_000) < rates[19] / 2 && after(10_000_000_000) < 5);
     }
 }

@@ -6,14 +6,15 @@
 use lora_sched::{AdapterId, FetchPlan, Nanos, SlotId, StepPlan, SwapKind, SwapMode, SwapPlan};
 
 use super::device::{Device, Done, Skipped};
-use crate::profile::{CostModel, SeenSlots, StepShape, whole_ns};
+use crate::profile::{CostModel, History, StepShape, whole_ns};
 
 /// See the module's text.
 #[derive(Clone, Debug)]
 pub struct ModelDevice {
     cost: CostModel,
     ranks: Vec<u32>,
-    /// Copies under way share the engine layer by layer (`layered`) rather than one after another.
+    /// Copies that were asked for together share the engine layer by layer (`layered`) rather than one after
+    /// another.
     shared: bool,
     now: Nanos,
     /// Whether `step` is in flight. It stays where it is, so that an event moves no more than it changes.
@@ -30,7 +31,7 @@ pub struct ModelDevice {
     next_done: Done,
     reads: Vec<(Nanos, AdapterId)>,
     stalled: Vec<(SlotId, Nanos)>,
-    seen: SeenSlots,
+    history: History,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -54,6 +55,7 @@ struct Step {
 struct Copy {
     slot: SlotId,
     kind: SwapKind,
+    asked: Nanos,
     work: f64,
     left: f64,
 }
@@ -76,7 +78,7 @@ impl ModelDevice {
             copies: Vec::new(),
             reads: Vec::new(),
             stalled: Vec::new(),
-            seen: SeenSlots::default(),
+            history: History::default(),
         }
     }
 
@@ -95,11 +97,13 @@ impl ModelDevice {
         if demand { SwapKind::Demand } else { SwapKind::Prefetch }
     }
 
-    /// Of the kind that is served, all share (`layered`) or the first is.
+    /// Of the kind that is served the first, and (`layered`) with it those that were asked for together with it.
     fn served(&self) -> impl Iterator<Item = &Copy> + '_ {
         let kind = self.served_kind();
         let of_kind = self.copies.iter().filter(move |c| c.kind == kind);
-        of_kind.take(if self.shared { usize::MAX } else { 1 })
+        let first = of_kind.clone().next().map(|c| c.asked);
+        let together = of_kind.take_while(move |c| Some(c.asked) == first);
+        together.take(if self.shared { usize::MAX } else { 1 })
     }
 
     /// Lets time pass up to a change of rates.
@@ -115,9 +119,15 @@ impl ModelDevice {
             self.step.left -= passed * self.step_rate;
         }
         let kind = self.served_kind();
-        let of_kind = self.copies.iter_mut().filter(|c| c.kind == kind);
-        for copy in of_kind.take(if self.shared { usize::MAX } else { 1 }) {
+        let mut first = None;
+        for copy in self.copies.iter_mut().filter(|c| c.kind == kind) {
+            if *first.get_or_insert(copy.asked) != copy.asked {
+                break;
+            }
             copy.left -= passed * copy_rate;
+            if !self.shared {
+                break;
+            }
         }
     }
 
@@ -138,7 +148,7 @@ impl Device for ModelDevice {
         self.advance(now);
         let ranks = &self.ranks;
         let rank = |adapter: u32| ranks.get(adapter as usize).copied().unwrap_or(0);
-        self.step.shape = StepShape::of(plan, rank, &mut self.seen);
+        self.step.shape = StepShape::of(plan, now, rank, &mut self.history);
         self.step.sum = self.cost.step_sum(&self.step.shape);
         self.step.work = whole_ns(self.step.sum);
         self.step.started = now;
@@ -159,7 +169,7 @@ impl Device for ModelDevice {
             self.step.left = self.step.ends.saturating_sub(now) as f64;
         }
         let work = self.cost.swap_ns(swap.bytes) as f64;
-        self.copies.push(Copy { slot: swap.slot, kind: swap.kind, work, left: work });
+        self.copies.push(Copy { slot: swap.slot, kind: swap.kind, asked: now, work, left: work });
     }
 
     /// A profile says nothing of disks, and no command gives the simulator one: a read takes no time.

@@ -3,6 +3,7 @@
 
 use lora_hbm::engine::adapters::HostPool;
 use lora_hbm::engine::batch::BatchLimits;
+use lora_hbm::engine::cuda::CudaDevice;
 use lora_hbm::engine::executor::Executor as _;
 use lora_hbm::engine::model::{GenerationConfig, Model, ModelSpec, Weights, preset};
 use rand::{RngExt as _, SeedableRng as _};
@@ -27,10 +28,10 @@ fn narrow_llama(kv_heads: usize) -> ModelSpec {
     ModelSpec { hidden: 1024, layers: 3, heads: 8, kv_heads, intermediate: 2816, vocab_size: 4000, ..spec }
 }
 
-fn drawn(spec: ModelSpec, limits: BatchLimits) -> Rig {
+fn drawn(device: &CudaDevice, spec: ModelSpec, limits: BatchLimits, graphs: bool) -> Rig {
     let weights = Weights::Dummy { seed: 3 };
     let model = Model { spec, weights, generation: GenerationConfig::default(), home: None };
-    Rig::on_gpu_of(model, ADAPTERS, limits, |slabs, spec| {
+    Rig::on_gpu_of(device, model, ADAPTERS, limits, graphs, |slabs, spec| {
         HostPool::empty_in(slabs, spec, 64).generated(ADAPTERS, &RANKS, 5)
     })
 }
@@ -65,12 +66,25 @@ const KINDS: [Kind; 9] = [
     Kind { chunks: 8, singles: 8, longest: 60, adapters: 6 },
 ];
 
-/// Runs random steps of every kind, each as a graph and then kernel by kernel, on what earlier steps have left in
-/// the buffers and the cache.
+/// Runs a step, while adapter `late` of its is copied anew into the slot that it has.
+fn step(rig: &mut Rig, shares: &[Share<'_>], late: Option<usize>) -> Vec<u32> {
+    let slots: Vec<u32> = late.map(|adapter| rig.slots[&adapter]).into_iter().collect();
+    if let (Some(adapter), [slot]) = (late, &slots[..]) {
+        rig.submit_swap(adapter, *slot);
+    }
+    rig.step_while_loading(shares, &slots);
+    rig.executor.step_result().tokens.iter().map(|t| t.unwrap()).collect()
+}
+
+/// Runs random steps of every kind on two executors, as graphs and kernel by kernel, on what earlier steps have left
+/// in the buffers and the cache. Now and then an adapter is still on its way when its step begins.
 fn same_bits(spec: ModelSpec, rounds: usize) {
     let name = format!("{} kv heads of {}", spec.kv_heads, spec.head_dim);
     let (vocab, limits) = (spec.vocab_size as u32, LIMITS);
-    let mut rig = drawn(spec, limits);
+    // One device, so that both compute their products in the same way.
+    let device = CudaDevice::open().unwrap();
+    let mut rig = drawn(&device, spec.clone(), limits, true);
+    let mut by_kernel = drawn(&device, spec, limits, false);
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let fresh = |rng: &mut ChaCha8Rng, kind: &Kind| Seq {
         who: rng.random_range(0..=kind.adapters).checked_sub(1),
@@ -107,7 +121,9 @@ fn same_bits(spec: ModelSpec, rounds: usize) {
                 Share { place: place as u32, who: seq.who, start: seq.done, tokens }
             };
             let shares: Vec<_> = parts.iter().map(share).collect();
-            let replayed_ids = rig.step(&shares);
+            let late = (round % 3 == 0).then(|| shares.iter().find_map(|s| s.who)).flatten();
+            let replayed_ids = step(&mut rig, &shares, late);
+            let ids = step(&mut by_kernel, &shares, late);
             let bits = |rig: &Rig| -> Vec<Vec<u32>> {
                 let row = |at| rig.executor.logits(at).unwrap().iter().map(|v| v.to_bits()).collect();
                 (0..shares.len()).map(row).collect()
@@ -115,10 +131,7 @@ fn same_bits(spec: ModelSpec, rounds: usize) {
             let replayed = bits(&rig);
             let finite = replayed.iter().flatten().all(|v| f32::from_bits(*v).is_finite());
             assert!(finite, "{name}, round {round}, {kind:?}: a logit is not finite");
-            // A step that names a slot as loading is launched kernel by kernel; there is nothing to wait for.
-            rig.step_while_loading(&shares, &[0]);
-            let ids: Vec<_> = rig.executor.step_result().tokens.iter().map(|t| t.unwrap()).collect();
-            for (at, (graph, kernels)) in replayed.iter().zip(bits(&rig)).enumerate() {
+            for (at, (graph, kernels)) in replayed.iter().zip(bits(&by_kernel)).enumerate() {
                 let differ = graph.iter().zip(&kernels).filter(|(a, b)| a != b).count();
                 let (place, len) = parts[at];
                 assert_eq!(

@@ -10,6 +10,8 @@ use lora_hbm::engine::adapters::HostPool;
 use lora_hbm::engine::adapters::{PoolError, SlabMaker};
 use lora_hbm::engine::batch::BatchLimits;
 use lora_hbm::engine::cpu::{CpuOptions, cpu_executor};
+#[cfg(feature = "cuda")]
+use lora_hbm::engine::cuda::{CudaDevice, CudaOptions};
 use lora_hbm::engine::device::DeviceExecutor;
 use lora_hbm::engine::executor::{Completion, Executor, ExecutorError, Sampling, StepFeed};
 #[cfg(feature = "cuda")]
@@ -198,24 +200,26 @@ impl Rig {
     #[cfg(feature = "cuda")]
     fn on_gpu_in(folder: &Path, gpu_loras: usize, max_rank: usize, limits: BatchLimits) -> Self {
         let adapters = folder.join("adapters");
-        Self::on_gpu_of(Self::model(folder), gpu_loras, limits, |slabs, spec| {
+        let device = CudaDevice::open().unwrap();
+        Self::on_gpu_of(&device, Self::model(folder), gpu_loras, limits, true, |slabs, spec| {
             HostPool::load_in(slabs, spec, max_rank, &adapters, None)
         })
     }
 
-    /// A model on the first GPU with a pool of its slabs.
+    /// A model on a GPU with a pool of its slabs; without `graphs` steps are launched kernel by kernel.
     #[cfg(feature = "cuda")]
     pub fn on_gpu_of(
+        device: &CudaDevice,
         model: Model,
         gpu_loras: usize,
         limits: BatchLimits,
+        graphs: bool,
         pool: impl FnOnce(Arc<dyn SlabMaker>, &ModelSpec) -> Result<HostPool, PoolError>,
     ) -> Self {
-        let device = lora_hbm::engine::cuda::CudaDevice::open().unwrap();
         let slabs = device.slabs(lora_hbm::engine::setup::HostMemory::Pinned).unwrap();
         let pool = pool(slabs, &model.spec).unwrap();
         let preloaded = gpu_loras.min(pool.len());
-        let executor = device.executor(lora_hbm::engine::cuda::CudaOptions {
+        let executor = device.executor(CudaOptions {
             limits,
             spec: model.spec,
             weights: model.weights,
@@ -224,6 +228,7 @@ impl Rig {
             swap_mode: SwapMode::Layered,
             allowed_tokens: None,
             keep_logits: true,
+            graphs,
         });
         Self::over(executor.unwrap(), preloaded, &limits)
     }

@@ -16,6 +16,13 @@ struct Segment {
     uint32_t rows;
     uint32_t rank;
     float scale;
+    // Where the adapter is still being copied into its slot while the step runs: how many layers have been, in a
+    // count that goes on over all copies into the slot, and behind it `[layers]` how long the step waited for each,
+    // in ns. Null where it is there already.
+    uint32_t* arrival;
+    // The count before this copy's first layer.
+    uint32_t copied_before;
+    uint32_t unused;
 };
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -63,6 +70,13 @@ __device__ __forceinline__ Bf16x8 pack(const float (&in)[8]) {
         v[i] = *reinterpret_cast<uint32_t*>(&pair);
     }
     return {make_uint4(v[0], v[1], v[2], v[3])};
+}
+
+// The device's clock.
+__device__ __forceinline__ uint64_t nanoseconds() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(now) :: "memory");
+    return now;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

@@ -13,7 +13,8 @@ struct Target {
     // Its first column in the output, and its width.
     uint32_t column;
     uint32_t outputs;
-    uint32_t unused;
+    // Its layer.
+    uint32_t layer;
 };
 
 struct Targets {
@@ -26,6 +27,40 @@ struct Tile {
     // Its first row in the segment.
     uint32_t row;
 };
+
+// A copy that takes longer has failed; the wait must end for the process to.
+constexpr uint64_t LONGEST_WAIT_NS = 60'000'000'000;
+
+// Waits until the target's layer is in the adapter's slot, where it is still on its way. Every thread of a block
+// calls it, with the same segment, and reads nothing of the adapter before.
+//
+// A wait in the kernels and not between them, so that steps which wait can be graphs as others are: what is waited
+// for is data. Spinning blocks hold back nothing that they wait for, since copies are not made by
+// multiprocessors. What runs before this kernel is waited for first, so that the time is what the step lost.
+__device__ __forceinline__ void await_arrival(const Segment& segment, const Target& target) {
+    if (segment.arrival == nullptr) return;
+    wait_for_previous();
+    if (threadIdx.x == 0) {
+        const uint32_t wanted = segment.copied_before + target.layer + 1;
+        auto there = [&]() {
+            uint32_t copied;
+            asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(copied) : "l"(segment.arrival) : "memory");
+            return static_cast<int32_t>(copied - wanted) >= 0;
+        };
+        if (!there()) {
+            const uint64_t begun = nanoseconds();
+            uint64_t waited;
+            do {
+                __nanosleep(200);
+                waited = nanoseconds() - begun;
+                if (waited > LONGEST_WAIT_NS) __trap();
+            } while (!there());
+            // Blocks wait for the same moment: the first of them waits longest.
+            atomicMax(segment.arrival + 1 + target.layer, static_cast<uint32_t>(min(waited, uint64_t{0xffffffffu})));
+        }
+    }
+    __syncthreads();
+}
 
 // `A [rank, inputs]` of a target, `Bt [rank, outputs]` behind it; null where the adapter leaves it alone.
 __device__ __forceinline__ const bf16* lora_part(const Segment& segment, const Target& target) {

@@ -29,6 +29,7 @@ __device__ __forceinline__ const bf16* part_of(const Segment* segments, const Co
                                                Segment& segment) {
     if (cover.segment == NONE) return nullptr;
     segment = segments[cover.segment];
+    await_arrival(segment, target);
     return lora_part(segment, target);
 }
 

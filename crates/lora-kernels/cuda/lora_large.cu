@@ -58,7 +58,9 @@ lora_shrink_large(const Segment* segments, const Tile* tiles, const uint32_t* co
     for (int u = 0; u < UNITS; u++) {
         a_from[u] = nullptr;
         if (u >= units) continue;
-        const bf16* a = lora_part(segment, targets.of[(unit_0 + u) / rank_units]);
+        const Target& target = targets.of[(unit_0 + u) / rank_units];
+        await_arrival(segment, target);
+        const bf16* a = lora_part(segment, target);
         adapted |= a != nullptr;
         const uint32_t rank = (unit_0 + u) % rank_units * UNIT + copy_row;
         if (a != nullptr && rank < segment.rank) a_from[u] = a + static_cast<size_t>(rank) * inputs + piece * 8;
@@ -185,6 +187,7 @@ __device__ __forceinline__ void expand_large(const Segment* segments, const Tile
     const Tile tile = tiles[blockIdx.y];
     if (blockIdx.y >= *count) return wait_for_previous();
     const Segment segment = segments[tile.segment];
+    await_arrival(segment, target);
     const bf16* part = lora_part(segment, target);
     if (part == nullptr) return wait_for_previous();
 

@@ -26,8 +26,9 @@ constexpr int EXPAND_COLUMNS = 2 * EXPAND_THREADS;
 // Ranks in shared memory at once.
 constexpr int EXPAND_RANKS = 64;
 
+// Of an adapter, which a copy may write while the kernel waits for it.
 __device__ __forceinline__ uint4 load_16(const bf16* p, bool valid) {
-    return valid ? __ldg(reinterpret_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
+    return valid ? load_fresh(reinterpret_cast<const uint4*>(p)) : make_uint4(0, 0, 0, 0);
 }
 
 }  // namespace
@@ -48,6 +49,7 @@ lora_shrink_small(const Segment* segments, const uint32_t* count, const __grid_c
     const uint32_t target = blockIdx.y / rank_tiles;
     const uint32_t rank_0 = blockIdx.y % rank_tiles * SHRINK_RANKS;
     if (rank_0 >= segment.rank) return wait_for_previous();
+    await_arrival(segment, targets.of[target]);
     const bf16* a = lora_part(segment, targets.of[target]);
     if (a == nullptr) return wait_for_previous();
 
@@ -222,6 +224,7 @@ __device__ __forceinline__ void expand_small(const Segment* segments, const uint
     const uint32_t column_0 = blockIdx.x * EXPAND_COLUMNS;
     if (blockIdx.z >= *count || column_0 >= target.outputs) return wait_for_previous();
     const Segment segment = segments[blockIdx.z];
+    await_arrival(segment, target);
     const bf16* part = lora_part(segment, target);
     if (part == nullptr) return wait_for_previous();
 

@@ -44,9 +44,15 @@ impl Module {
         Ok(Self { module: context.load_module(image).doing("loading kernels")? })
     }
 
-    /// A kernel by name.
+    /// A kernel by name, and its code on the device.
+    ///
+    /// The driver would otherwise load the code at the first launch, and may wait for the device to be idle then:
+    /// for ever, behind a kernel that waits for what this thread is about to put on another stream.
     pub fn function(&self, name: &'static str) -> Result<Function, CudaError> {
-        Ok(Function { function: self.module.load_function(name).doing(name)? })
+        let function = self.module.load_function(name).doing(name)?;
+        // SAFETY: a function of a module that is loaded.
+        unsafe { sys::cuFuncLoad(function.cu_function()) }.result().doing(name)?;
+        Ok(Function { function })
     }
 
     /// A kernel that uses up to `bytes` of dynamic shared memory.

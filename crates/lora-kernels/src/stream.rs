@@ -78,6 +78,17 @@ impl Stream {
         unsafe { result::memcpy_htod_async(to, from, self.raw()) }.doing("copying to the device")
     }
 
+    /// Sets one word of device memory after the work put on the stream so far, whose writes are seen by who sees
+    /// the word.
+    ///
+    /// # Safety
+    /// There must be a word at `to`, a multiple of 4, that nothing else writes meanwhile.
+    pub unsafe fn write_word(&self, to: u64, word: u32) -> Result<(), CudaError> {
+        // Without flags the write comes after a barrier for all memory.
+        // SAFETY: as the caller promises.
+        unsafe { sys::cuStreamWriteValue32_v2(self.raw(), to, word, 0) }.result().doing("writing a word")
+    }
+
     /// Copies device memory to pinned memory, asynchronously.
     ///
     /// # Safety
@@ -113,11 +124,19 @@ impl Stream {
             .doing("copying on the device")
     }
 
+    /// Sets `len` elements at an address on the device to zero.
+    ///
+    /// # Safety
+    /// There must be as many, and no other work may use them meanwhile.
+    pub unsafe fn clear_at<T: Element>(&self, at: u64, len: usize) -> Result<(), CudaError> {
+        // SAFETY: as the caller promises.
+        unsafe { result::memset_d8_async(at, 0, len * size_of::<T>(), self.raw()) }.doing("clearing memory")
+    }
+
     /// Sets every byte to zero.
     pub fn clear<T: Element>(&self, memory: ViewMut<'_, T>) -> Result<(), CudaError> {
-        let bytes = memory.len() * size_of::<T>();
-        // SAFETY: the view holds that many bytes.
-        unsafe { result::memset_d8_async(memory.address(), 0, bytes, self.raw()) }.doing("clearing memory")
+        // SAFETY: the view holds that many elements, and is the only one.
+        unsafe { self.clear_at::<T>(memory.address(), memory.len()) }
     }
 
     /// Launches a kernel.

@@ -167,7 +167,13 @@ impl Setup {
         let mut before = layer + OTHER.0 + OTHER.1;
         let mut targets = Vec::new();
         for (at, outputs) in case.outputs.iter().copied().enumerate() {
-            targets.push(Target { index: modules + 1 + at, elements_before: before, column: width, outputs });
+            targets.push(Target {
+                layer: 0,
+                index: modules + 1 + at,
+                elements_before: before,
+                column: width,
+                outputs,
+            });
             width += outputs + 8;
             before += case.inputs + outputs;
         }
@@ -225,6 +231,7 @@ impl Setup {
                     rows: rows as u32,
                     rank: *rank as u32,
                     scale: *scale,
+                    ..Segment::NONE
                 });
                 setup.placed.push((adapter, setup.rows, rows));
             }
@@ -311,7 +318,7 @@ fn tiles_and_traps(segments: &[Segment]) -> (Vec<Tile>, u32) {
 
 /// Segments that a kernel must not look at: their addresses are no memory.
 fn trap() -> Segment {
-    Segment { matrices: 64, offsets: 64, start: 0, rows: 16, rank: 16, scale: f32::NAN }
+    Segment { matrices: 64, offsets: 64, start: 0, rows: 16, rank: 16, scale: f32::NAN, ..Segment::NONE }
 }
 
 #[test]
@@ -469,7 +476,7 @@ fn shapes_that_the_kernels_cannot_take_are_refused() -> Result<(), CudaError> {
     let tiles = device.buffer::<Tile>(0)?;
     let x = device.buffer::<bf16>(4 * 64)?;
     let mut out = device.buffer::<bf16>(4 * 128)?;
-    let good = Target { index: 0, elements_before: 0, column: 0, outputs: 64 };
+    let good = Target { layer: 0, index: 0, elements_before: 0, column: 0, outputs: 64 };
     // Segments, largest rank, targets, inputs, width; what the error names.
     for (segments, max_rank, targets, inputs, width, said) in [
         (1, 16, vec![], 64, 128, "targets"),

@@ -68,6 +68,7 @@ impl Batch {
                     rows: count as u32,
                     rank: rank as u32,
                     scale: 0.7,
+                    ..Segment::NONE
                 });
             }
             rows += count;
@@ -82,7 +83,15 @@ impl Batch {
         cover.resize(cover.len() + padding, Cover { segment: 0, row: 0, rows: 0 });
         let smalls = small.len();
         // No buffer is empty.
-        small.push(Segment { matrices: 64, offsets: 64, start: 0, rows: 16, rank: 16, scale: f32::NAN });
+        small.push(Segment {
+            matrices: 64,
+            offsets: 64,
+            start: 0,
+            rows: 16,
+            rank: 16,
+            scale: f32::NAN,
+            ..Segment::NONE
+        });
         Self {
             rows,
             small: upload(device, stream, &small),
@@ -122,7 +131,7 @@ impl Batch {
 fn targets(inputs: usize, outputs: &[usize]) -> Vec<Target> {
     let (mut column, mut before) = (0, 0);
     let targets = outputs.iter().enumerate().map(|(index, outputs)| {
-        let target = Target { index, elements_before: before, column, outputs: *outputs };
+        let target = Target { layer: 0, index, elements_before: before, column, outputs: *outputs };
         column += outputs;
         before += inputs + outputs;
         target

@@ -46,7 +46,7 @@ impl Group {
         let mut targets = Vec::new();
         for outputs in self.outputs.iter().copied() {
             let shown = if narrow { 8 } else { outputs };
-            targets.push(Target { index: 0, elements_before: before, column, outputs: shown });
+            targets.push(Target { layer: 0, index: 0, elements_before: before, column, outputs: shown });
             before += self.inputs + outputs;
             column += outputs;
         }
@@ -99,6 +99,7 @@ impl Batch {
                 rows: rows as u32,
                 rank: rank as u32,
                 scale: 1e-3,
+                ..Segment::NONE
             })
             .collect();
         let mut tiles: Vec<Tile> = Vec::new();

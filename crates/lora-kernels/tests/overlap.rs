@@ -37,7 +37,7 @@ fn targets(layer: usize, product: usize) -> Vec<Target> {
     let mut column = 0;
     let mut targets = Vec::new();
     for &outputs in widths {
-        targets.push(Target { index: 0, elements_before: before, column, outputs });
+        targets.push(Target { layer: 0, index: 0, elements_before: before, column, outputs });
         before += inputs + outputs;
         column += outputs;
     }
@@ -144,6 +144,7 @@ impl Step {
                 rows: 1,
                 rank: RANK as u32,
                 scale: 1.0,
+                ..Segment::NONE
             })
             .collect();
         let attention = Attention::load(device, SHAPE)?;

@@ -4,6 +4,10 @@
 //! A sequence that has been filled can stand at any shorter context, with any adapter, without being computed
 //! anew: so a decode of 128 sequences at chosen contexts costs its own time alone. Each composition is timed a
 //! few times at the very same place, and its sample is the median.
+//!
+//! Steps with prefills are timed after rests of different lengths and after none, since their time depends on how
+//! busy the device was ([`History`](crate::profile::History)). Decodes come in runs when an engine serves, and are timed
+//! in runs.
 
 use std::time::{Duration, Instant};
 
@@ -12,9 +16,16 @@ use rand::RngExt as _;
 use super::{Part, Place, StepBench, StepSample, median_sample};
 use crate::engine::executor::ExecutorError;
 
-/// Runs of a composition with prefills, and of one without.
+/// Runs of a composition that count.
 const REPEATS: usize = 3;
 const DECODE_REPEATS: usize = 5;
+/// Runs before those: of decodes, and of prefills without rests between them, until the device is as busy as it will be.
+const DECODES_AHEAD: usize = 1;
+const PREFILLS_AHEAD: usize = 2;
+/// Decodes of each number of sequences, and their contexts, short as most are: what few of the random ones are.
+const DECODES: [usize; 14] = [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128];
+const SHORT_ROUNDS: usize = 2;
+const SHORT_CONTEXTS: std::ops::RangeInclusive<u32> = 60..=1000;
 /// Places that prefills are timed at; the others' caches stay filled.
 const PREFILL_PLACES: usize = 4;
 /// Steps of many prefills, after each filling, which they spoil; and how many prefills at most.
@@ -38,8 +49,8 @@ pub struct Survey {
     pub time: Duration,
     /// Longest prefill, and the longest context that is filled, tokens.
     pub longest: u32,
-    /// The share of the time in which the device is busy: between steps it rests. One that is always busy runs
-    /// at a lower clock than its power bears for a while, as it does under a load that it sustains; 1 never rests.
+    /// The share of the time in which the device is busy at least: steps are timed with rests between them that
+    /// leave it so busy, half as long, or none. 1 never rests.
     pub duty: f64,
     /// Whether single prefills are among it.
     pub grid: bool,
@@ -75,21 +86,51 @@ impl StepBench<'_> {
         for &filling in &fillings {
             ends += rest / fillings.len() as u32;
             self.fill(filling)?;
+            if survey.grid && filling == fillings[0] {
+                for _ in 0..SHORT_ROUNDS {
+                    self.short_decodes(survey.duty, &mut samples)?;
+                }
+            }
             let mut left = LEAST;
             while begin.elapsed() < ends || left > 0 {
                 left = left.saturating_sub(1);
                 let mixed = self.rng.random_bool(0.6);
-                let (parts, repeats) =
-                    if mixed { (self.mixed(longest), REPEATS) } else { (self.decodes(), DECODE_REPEATS) };
-                samples.extend(self.repeated(&parts, repeats, survey.duty)?);
+                let parts = if mixed { self.mixed(longest) } else { self.decodes() };
+                samples.extend(self.repeated(&parts, survey.duty)?);
                 progress((begin.elapsed().as_secs_f64() / survey.time.as_secs_f64()).min(1.0));
             }
             for _ in 0..if self.places.len() > PREFILL_PLACES { CROWDS } else { 0 } {
                 let parts = self.crowd(longest);
-                samples.extend(self.repeated(&parts, REPEATS, survey.duty)?);
+                samples.extend(self.repeated(&parts, survey.duty)?);
             }
         }
         Ok(samples)
+    }
+
+    /// The share of the time in which the device is to be busy, for the next composition with prefills, and its runs
+    /// that do not count.
+    fn pace(&mut self, duty: f64) -> (f64, usize) {
+        let duty = [duty, duty / (0.5 + 0.5 * duty), 1.0, 1.0][self.rng.random_range(0..4usize)];
+        (duty, if duty < 1.0 { 0 } else { PREFILLS_AHEAD })
+    }
+
+    /// Decodes of few and of many sequences at short contexts, without adapters and with one of each's own.
+    fn short_decodes(&mut self, duty: f64, samples: &mut Vec<StepSample>) -> Result<(), ExecutorError> {
+        let filled = self.places.iter().take_while(|p| p.filled > 1).count();
+        let ranks = self.limits.ranks.len();
+        for seqs in DECODES.into_iter().filter(|&n| n <= filled) {
+            for distinct in [0, seqs.min(ranks)] {
+                for place in 0..seqs {
+                    let context = self.rng.random_range(SHORT_CONTEXTS);
+                    let Place { tokens, filled, slot, .. } = &mut self.places[place];
+                    *tokens = context.min(*filled - 1);
+                    *slot = (distinct > 0).then(|| (place % distinct) as u32);
+                }
+                let parts: Vec<Part> = (0..seqs as u32).map(|place| Part::Decode { place }).collect();
+                samples.extend(self.repeated(&parts, duty)?);
+            }
+        }
+        Ok(())
     }
 
     /// Each length without an adapter, and with one of each rank.
@@ -107,11 +148,12 @@ impl StepBench<'_> {
         }
         for tokens in LENGTHS.into_iter().filter(|&n| n < longest).chain([longest]) {
             for &slot in &slots {
+                let (duty, ahead) = self.pace(duty);
                 let mut times = Vec::with_capacity(REPEATS);
-                for _ in 0..REPEATS {
+                for run in 0..ahead + REPEATS {
                     let sample = self.prefill(tokens, slot, |_, _| Ok(()))?;
                     rest(sample, duty);
-                    times.extend(sample);
+                    times.extend(sample.filter(|_| run >= ahead));
                 }
                 samples.extend(median_sample(times));
             }
@@ -149,25 +191,23 @@ impl StepBench<'_> {
     }
 
     /// The same step several times, from the same contexts; none if it does not fit.
-    fn repeated(
-        &mut self,
-        parts: &[Part],
-        repeats: usize,
-        duty: f64,
-    ) -> Result<Option<StepSample>, ExecutorError> {
+    fn repeated(&mut self, parts: &[Part], duty: f64) -> Result<Option<StepSample>, ExecutorError> {
+        let decodes = parts.iter().all(|part| matches!(part, Part::Decode { .. }));
+        let (repeats, (duty, ahead)) =
+            if decodes { (DECODE_REPEATS, (1.0, DECODES_AHEAD)) } else { (REPEATS, self.pace(duty)) };
         let places = parts.iter().map(|part| match *part {
             Part::Decode { place } | Part::Prefill { place, .. } => place,
         });
         let starts: Vec<(u32, u32)> =
             places.map(|place| (place, self.places[place as usize].tokens)).collect();
         let mut times = Vec::with_capacity(repeats);
-        for _ in 0..repeats {
+        for run in 0..ahead + repeats {
             for &(place, tokens) in &starts {
                 self.places[place as usize].tokens = tokens;
             }
             let sample = self.time(parts)?;
             rest(sample, duty);
-            times.extend(sample);
+            times.extend(sample.filter(|_| run >= ahead));
         }
         Ok(median_sample(times))
     }

@@ -98,11 +98,10 @@ struct Pending {
 
 /// Waits for layers that were still being copied.
 struct Stalls {
+    /// Slots that the step in flight reads and that may be loading.
     loading: Vec<SlotId>,
-    /// Pairs of events around each wait, made as they are needed and kept.
-    events: Vec<(Event, Event)>,
-    /// The loading slot of each pair that is in use.
-    used: Vec<SlotId>,
+    /// `[seqs][layers]` how long it waited for each of their layers, in ns.
+    waits: PinnedBuffer<u32>,
 }
 
 /// What a backend is made with, besides its shape.
@@ -209,7 +208,7 @@ impl CudaBackend {
                 row: vec![0.0; spec.vocab_size],
             },
             timeline: Timeline::new(),
-            stalls: Stalls { loading: Vec::with_capacity(seqs), events: Vec::new(), used: Vec::new() },
+            stalls: Stalls { loading: Vec::with_capacity(seqs), waits: device.pinned(seqs * spec.layers)? },
             device,
             stream,
             spec,
@@ -219,17 +218,22 @@ impl CudaBackend {
         })
     }
 
-    /// Chooses the products' algorithms and records every graph, so that no step does.
-    /// `choices` are those of earlier executors with the same weights, and what this one has chosen is added.
-    pub(super) fn prepare(
+    /// Chooses the products' algorithms, so that no step does. `choices` are those of earlier executors with the
+    /// same weights, and what this one has chosen is added.
+    pub(super) fn choose(
         &mut self,
-        decoder: &mut Decoder<Self>,
+        decoder: &Decoder<Self>,
         choices: &mut Choices,
     ) -> Result<(), CudaStepError> {
         self.stream.bind()?;
         self.gemm.reuse(choices)?;
         self.choose_products(decoder)?;
         *choices = self.gemm.choices();
+        Ok(())
+    }
+
+    /// Records every graph, so that no step does.
+    pub(super) fn record(&mut self, decoder: &mut Decoder<Self>) -> Result<(), CudaStepError> {
         let (begun, (free, _)) = (Instant::now(), self.device.memory()?);
         for key in self.graph_keys.all() {
             self.meta.fill_empty(&key);
@@ -295,13 +299,17 @@ impl CudaBackend {
             places.push((place, !sampler.is_plain()));
         }
         let samples = places.len();
-        // SAFETY: the pinned memory is read only after `ended`, in `sampled`, and written by no one else.
+        // SAFETY: the pinned memory is read only after `ended` (in `sampled`, `stalled`), and written by no one else.
         unsafe {
             self.stream.copy_out(self.ids.view().slice(0..samples), ids)?;
             let vocab = self.spec.vocab_size;
             for (row, _) in places.iter().enumerate().filter(|(_, (_, host))| *host) {
                 let from = *logits_at + (row * vocab * size_of::<f32>()) as u64;
                 self.stream.copy_out_from(from, &mut logits[row * vocab..(row + 1) * vocab])?;
+            }
+            let of_slots = self.stalls.waits.chunks_exact_mut(self.spec.layers);
+            for (slot, waits) in self.stalls.loading.iter().zip(of_slots) {
+                self.slots.read_waits(&self.stream, *slot, waits)?;
             }
         }
         Ok(self.stream.record(ended)?)
@@ -326,12 +334,12 @@ impl StepBackend for CudaBackend {
         // SAFETY: the last step was waited for in `sampled`.
         unsafe { self.meta.send(&self.stream) }?;
         self.stalls.loading.clear();
-        self.stalls.used.clear();
         self.stalls.loading.extend_from_slice(&batch.loading);
-        // Waits for layers that are being copied are not in a graph. Such a step's launches have the graph's shape
-        // all the same, so that it gives the same bits.
-        let graph = key.filter(|_| batch.loading.is_empty()).and_then(|key| self.graphs.get(&key));
-        match graph {
+        for slot in &self.stalls.loading {
+            self.slots.clear_waits(&self.stream, *slot)?;
+        }
+        self.slots.await_issue(&self.stalls.loading)?;
+        match key.and_then(|key| self.graphs.get(&key)) {
             Some(graph) => graph.launch()?,
             None => {
                 let shape = self.meta.shape;
@@ -365,14 +373,9 @@ impl StepBackend for CudaBackend {
     }
 
     fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), CudaStepError> {
-        let begin = to.len();
-        to.extend(self.stalls.loading.iter().map(|slot| (*slot, 0)));
-        for (slot, (before, after)) in self.stalls.used.iter().zip(&self.stalls.events) {
-            let waited = (f64::from(before.milliseconds_to(after)?) * 1e6) as Nanos;
-            if let Some((_, total)) = to[begin..].iter_mut().find(|(s, _)| s == slot) {
-                *total += waited;
-            }
-        }
+        let waited = |of_layers: &[u32]| of_layers.iter().map(|ns| Nanos::from(*ns)).sum();
+        let waits = self.stalls.waits.chunks_exact(self.spec.layers).map(waited);
+        to.extend(self.stalls.loading.iter().copied().zip(waits));
         Ok(())
     }
 

@@ -17,12 +17,6 @@ use crate::engine::model::{Decoder, ModelSpec, WeightError, Weights};
 use crate::engine::setup::HostMemory;
 use crate::report::machine::Gpu;
 
-/// Layers of a piece of a copy. Each piece costs some 8 µs of the bus's time beside its bytes, so that one
-/// piece a layer would copy at 86 % of its speed; a step that waits for layers waits for a whole piece.
-const LAYERS_AT_ONCE_LAYERED: usize = 4;
-/// Where no step waits for single layers: what bounds a piece is that a demand waits for a prefetch's.
-const LAYERS_AT_ONCE: usize = 16;
-
 /// An open GPU, with the weights that were loaded onto it.
 #[derive(Debug)]
 pub struct CudaDevice {
@@ -52,6 +46,8 @@ pub struct CudaOptions {
     pub allowed_tokens: Option<Vec<bool>>,
     /// Keep each step's logits for [`DeviceExecutor::logits`]: for tests and calibration.
     pub keep_logits: bool,
+    /// Record steps as graphs. Without, all are launched kernel by kernel, with the same results: to compare with.
+    pub graphs: bool,
 }
 
 /// An executor that cannot be made.
@@ -161,11 +157,8 @@ impl CudaDevice {
         check(&options)?;
         let CudaOptions { spec, weights, adapters, gpu_loras, limits, swap_mode, keep_logits, .. } = options;
         let (device, vocab, max_rank) = (&self.device, spec.vocab_size, adapters.max_rank());
-        let at_once = match swap_mode {
-            SwapMode::Layered => LAYERS_AT_ONCE_LAYERED,
-            SwapMode::Blocking | SwapMode::Overlap => LAYERS_AT_ONCE,
-        };
-        let slots = Arc::new(CudaSlots::new(device, &spec, max_rank, gpu_loras, at_once)?);
+        let steps_wait = swap_mode == SwapMode::Layered;
+        let slots = Arc::new(CudaSlots::new(device, &spec, max_rank, gpu_loras, steps_wait)?);
         let parts = BackendParts {
             device: device.clone(),
             slots: Arc::clone(&slots),
@@ -175,7 +168,10 @@ impl CudaDevice {
         let mut backend = CudaBackend::new(BackendShape { spec: spec.clone(), limits }, parts)?;
         let model = self.loaded.get(&mut backend, &spec, &weights)?;
         let mut decoder = Decoder::new(&mut backend, model, &spec, &super::shape::padded(&limits))?;
-        backend.prepare(&mut decoder, &mut self.choices.lock().unwrap_or_else(PoisonError::into_inner))?;
+        backend.choose(&decoder, &mut self.choices.lock().unwrap_or_else(PoisonError::into_inner))?;
+        if options.graphs {
+            backend.record(&mut decoder)?;
+        }
         let compute = Compute { backend, decoder, vocab, keep_logits };
         Ok(DeviceExecutor::start(Parts {
             device: "cuda",

@@ -246,8 +246,6 @@ mod tests {
         assert!(count(6, 256, 96) < 100);
     }
 
-    const NO_SEGMENT: Segment = Segment { matrices: 0, offsets: 0, start: 0, rows: 0, rank: 1, scale: 1.0 };
-
     /// A sequence's rows, its context and its adapter.
     type Seq = (usize, usize, Option<u32>);
 
@@ -341,7 +339,7 @@ mod tests {
                 let large: Vec<_> = parts.iter().filter(|p| key.adapters.is_large(p)).collect();
                 let mut covered = Vec::new();
                 if shape.large > 0 {
-                    let of = |p: &Part| Segment { start: p.start, rows: p.rows, ..NO_SEGMENT };
+                    let of = |p: &Part| Segment { start: p.start, rows: p.rows, ..Segment::NONE };
                     let segments: Vec<_> = large.iter().map(|p| of(p)).collect();
                     covers(&segments, shape.rows as u32, &mut covered);
                 }

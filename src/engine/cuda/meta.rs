@@ -341,6 +341,6 @@ fn max_covers(rows: usize, seqs: usize) -> usize {
 }
 
 fn on_device(resident: &Resident, start: u32, rows: u32) -> Segment {
-    let Resident { matrices, table, rank, scale, .. } = *resident;
-    Segment { matrices, offsets: table, start, rows, rank, scale }
+    let Resident { matrices, table, rank, scale, arrival, copied_before, .. } = *resident;
+    Segment { matrices, offsets: table, start, rows, rank, scale, arrival, copied_before, unused: 0 }
 }

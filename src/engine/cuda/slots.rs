@@ -1,19 +1,19 @@
 //! The adapter slots: device memory that the copy stream writes and the compute stream reads.
 //!
-//! A slot is one contiguous piece with room for the largest rank. What orders the two streams are events: one
-//! for each piece of a copy, recorded behind it. A step that reads a slot which may still be loading waits,
-//! on the device, for the event of the piece that holds its layer; only a piece that has not even been put on
-//! the copy stream makes the host wait.
+//! A slot is one contiguous piece with room for the largest rank. What orders the two streams is a count of each
+//! slot's layers, in device memory, which the copy stream sets behind each piece of a copy: kernels that read a
+//! slot which is still loading wait until their layer has been counted. The count goes on over all copies into
+//! the slot, so that nobody has to set it back. The host learns from events that a copy has landed.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use half::bf16;
 use lora_kernels::{CudaError, Device, DeviceBuffer, Event, PinnedBuffer, Stream};
 use lora_sched::{AdapterId, SlotId};
 
+use super::copier::pause;
 use crate::engine::adapters::{AdapterLayout, HostAdapter, Slab};
 use crate::engine::device::SlotMemory;
 use crate::engine::model::ModelSpec;
@@ -22,10 +22,6 @@ use crate::engine::model::ModelSpec;
 const NOT_ADAPTED: i32 = -1;
 /// Parts begin at multiples of this many elements, 16 bytes.
 const PART_UNIT: usize = 8;
-
-/// Between two questions whether a piece has landed.
-const PATIENCE: Duration = Duration::from_micros(20);
-const IMPATIENCE: Duration = Duration::from_micros(5);
 
 /// All slots of an executor.
 pub(super) struct CudaSlots {
@@ -37,18 +33,30 @@ pub(super) struct CudaSlots {
     tables: DeviceBuffer<i32>,
     table_len: usize,
     layers: usize,
-    /// Layers of one piece of a copy.
-    layers_at_once: usize,
     slots: Vec<Slot>,
-    issued: Mutex<()>,
+    /// `[slots][1 + layers]` layers counted, and how long a step waited for each: see
+    /// [`Segment::arrival`](lora_kernels::Segment::arrival).
+    arrivals: DeviceBuffer<u32>,
+    steps_wait: bool,
+    pieces: Pieces,
+    issuing: Mutex<Issuing>,
     signal: Condvar,
+}
+
+/// What the copy thread and the compute thread tell each other.
+#[derive(Default)]
+struct Issuing {
+    awaited: bool,
+    gone: bool,
 }
 
 struct Slot {
     held: Mutex<Held>,
+    /// Layers counted before those of the copy that was last begun.
+    copied_before: AtomicU32,
     /// Layers `0..issued` are on the copy stream or there.
     issued: AtomicUsize,
-    /// Layers `0..landed` are there.
+    /// Layers `0..landed` are there, as far as the host knows.
     landed: AtomicUsize,
     /// `[pieces]` recorded behind each.
     events: Vec<Event>,
@@ -70,6 +78,38 @@ pub(super) struct Resident {
     pub table: u64,
     pub rank: u32,
     pub scale: f32,
+    /// What kernels wait by; 0 if all of it is there.
+    pub arrival: u64,
+    pub copied_before: u32,
+}
+
+/// Layers of a piece where no step waits for single layers. Each piece costs some 8 µs of the bus's time beside its
+/// bytes; what bounds one is that a demand waits for a prefetch's.
+const LAYERS_AT_ONCE: usize = 16;
+
+/// Where a copy is cut.
+#[derive(Clone, Copy, Debug)]
+enum Pieces {
+    /// Into pieces of as many layers each.
+    Even(usize),
+    /// Where steps wait for single layers: into one, one, two, four and so on. Everybody waits for the first layer; later
+    /// ones are there before they are needed, since a copy is several times as fast as what computes with it.
+    Growing,
+}
+
+impl Pieces {
+    /// The number of the piece that begins at layer `first`, and its layers if there are as many.
+    fn at(self, first: usize) -> (usize, usize) {
+        match self {
+            Self::Even(layers) => (first / layers, layers),
+            Self::Growing => first.checked_ilog2().map_or((0, 1), |log| (log as usize + 1, first)),
+        }
+    }
+
+    /// Pieces of a copy of so many layers, all of a number below this.
+    fn count(self, layers: usize) -> usize {
+        self.at(layers.saturating_sub(1)).0 + 1
+    }
 }
 
 fn relock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -88,14 +128,16 @@ impl CudaSlots {
         spec: &ModelSpec,
         max_rank: usize,
         count: usize,
-        layers_at_once: usize,
+        steps_wait: bool,
     ) -> Result<Self, CudaError> {
         let stride = Self::slot_elements(spec, max_rank);
+        let pieces = if steps_wait { Pieces::Growing } else { Pieces::Even(LAYERS_AT_ONCE) };
         let table_len = spec.layers * spec.modules().len();
         let slot = || {
-            let events = (0..spec.layers.div_ceil(layers_at_once)).map(|_| device.event(false));
+            let events = (0..pieces.count(spec.layers)).map(|_| device.event(false));
             Ok(Slot {
                 held: Mutex::new(Held { what: None, table: device.pinned(table_len)? }),
+                copied_before: AtomicU32::new(0),
                 issued: AtomicUsize::new(0),
                 landed: AtomicUsize::new(0),
                 events: events.collect::<Result<_, CudaError>>()?,
@@ -108,9 +150,11 @@ impl CudaSlots {
             tables: device.buffer(table_len * count)?,
             table_len,
             layers: spec.layers,
-            layers_at_once,
             slots: (0..count).map(|_| slot()).collect::<Result<_, CudaError>>()?,
-            issued: Mutex::new(()),
+            arrivals: device.buffer(count * (1 + spec.layers))?,
+            steps_wait,
+            pieces,
+            issuing: Mutex::default(),
             signal: Condvar::new(),
         })
     }
@@ -120,9 +164,9 @@ impl CudaSlots {
         &self.copy_stream
     }
 
-    /// Layers of one piece of a copy.
-    pub fn layers_at_once(&self) -> usize {
-        self.layers_at_once
+    /// Layers of the piece of a copy that begins at a layer.
+    pub fn layers_at_once(&self, first: usize) -> usize {
+        self.pieces.at(first).1
     }
 
     /// Puts a piece of a copy, `layers` of an adapter, on the copy stream.
@@ -157,34 +201,72 @@ impl CudaSlots {
         // SAFETY: the slot has room for the adapter, since ranks are bounded by the pool's largest; the caller
         // keeps the source and the readers away.
         unsafe { self.copy_stream.copy_in_at(from, at.address()) }?;
-        self.copy_stream.record(&slot.events[layers.start / self.layers_at_once])?;
+        let copied = slot.copied_before.load(Ordering::Acquire).wrapping_add(layers.end as u32);
+        // SAFETY: the slot's own count.
+        unsafe { self.copy_stream.write_word(self.arrival(index), copied) }?;
+        self.copy_stream.record(&slot.events[self.pieces.at(layers.start).0])?;
         slot.issued.store(layers.end, Ordering::Release);
-        // Taken and released between the store and the signal: a waiter that has checked and not yet slept
-        // would miss the signal otherwise.
-        drop(relock(&self.issued));
-        self.signal.notify_all();
+        if layers.end == self.layers {
+            // Taken and released between the store and the signal: a waiter that has checked and not yet slept
+            // would miss the signal otherwise.
+            drop(relock(&self.issuing));
+            self.signal.notify_all();
+        }
         Ok(())
     }
 
-    /// Waits until the piece of `layers` has landed; `patient` where nobody waits for the answer yet.
-    ///
-    /// A wait by the driver holds up other threads' launches (a prefill of hundreds of kernels beside a swap
-    /// took 14 % longer), so the event is asked for now and then.
-    pub fn land(&self, slot: SlotId, layers: Range<usize>, patient: bool) -> Result<(), CudaError> {
+    /// Address of what a slot's layers are counted in.
+    fn arrival(&self, index: usize) -> u64 {
+        let len = 1 + self.layers;
+        self.arrivals.view().slice(index * len..(index + 1) * len).address()
+    }
+
+    /// Whether the piece of `layers` has landed.
+    pub fn has_landed(&self, slot: SlotId, layers: Range<usize>) -> Result<bool, CudaError> {
         let slot = &self.slots[slot.0 as usize];
-        let event = &slot.events[layers.start / self.layers_at_once];
-        while !event.is_done()? {
-            if patient {
-                std::thread::sleep(PATIENCE);
-            } else {
-                let until = Instant::now() + IMPATIENCE;
-                while Instant::now() < until {
-                    std::hint::spin_loop();
-                }
-            }
+        let done = slot.events[self.pieces.at(layers.start).0].is_done()?;
+        if done {
+            slot.landed.store(layers.end, Ordering::Release);
         }
-        slot.landed.store(layers.end, Ordering::Release);
+        Ok(done)
+    }
+
+    /// Slots.
+    pub fn count(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether steps may read slots that are still loading.
+    pub fn steps_wait(&self) -> bool {
+        self.steps_wait
+    }
+
+    /// Waits until all pieces of the copies into `slots` are on the copy stream: what a step needs that waits for
+    /// them on the device.
+    pub fn await_issue(&self, slots: &[SlotId]) -> Result<(), CudaError> {
+        let issued =
+            |slot: &SlotId| self.slots[slot.0 as usize].issued.load(Ordering::Acquire) >= self.layers;
+        let mut guard = relock(&self.issuing);
+        guard.awaited = true;
+        while !slots.iter().all(issued) && !guard.gone {
+            guard = self.signal.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        guard.awaited = false;
+        if guard.gone {
+            return Err(CudaError::Shape { kernel: "copies", what: "the copy thread has ended".into() });
+        }
         Ok(())
+    }
+
+    /// Whether a step cannot be launched before copies are issued.
+    pub fn is_awaited(&self) -> bool {
+        relock(&self.issuing).awaited
+    }
+
+    /// Nothing will be issued any more.
+    pub fn give_up(&self) {
+        relock(&self.issuing).gone = true;
+        self.signal.notify_all();
     }
 
     /// Whether all of a slot's layers are known to have landed.
@@ -192,18 +274,20 @@ impl CudaSlots {
         self.slots[slot.0 as usize].landed.load(Ordering::Acquire) >= self.layers
     }
 
-    /// Makes `stream` wait for `layer` of a slot.
-    pub fn await_layer(&self, stream: &Stream, slot: SlotId, layer: usize) -> Result<(), CudaError> {
-        let slot = &self.slots[slot.0 as usize];
-        if slot.landed.load(Ordering::Acquire) > layer {
-            return Ok(());
-        }
-        let mut guard = relock(&self.issued);
-        while slot.issued.load(Ordering::Acquire) <= layer {
-            guard = self.signal.wait(guard).unwrap_or_else(PoisonError::into_inner);
-        }
-        drop(guard);
-        stream.wait(&slot.events[layer / self.layers_at_once])
+    /// Puts on `stream`: how long kernels waited for each layer of a slot is nothing again.
+    pub fn clear_waits(&self, stream: &Stream, slot: SlotId) -> Result<(), CudaError> {
+        // SAFETY: of a slot's words only the first is written by anything but kernels of `stream`.
+        unsafe { stream.clear_at::<u32>(self.arrival(slot.0 as usize) + 4, self.layers) }
+    }
+
+    /// Puts on `stream`: how long kernels waited for each layer of a slot, in ns, into `to` `[layers]`.
+    ///
+    /// # Safety
+    /// Nothing may read or free `to` until the copy has been made.
+    pub unsafe fn read_waits(&self, stream: &Stream, slot: SlotId, to: &mut [u32]) -> Result<(), CudaError> {
+        assert_eq!(to.len(), self.layers, "room for every layer");
+        // SAFETY: behind the count there are as many words; the caller keeps `to`.
+        unsafe { stream.copy_out_from(self.arrival(slot.0 as usize) + 4, to) }
     }
 
     /// What a slot holds or is being loaded with.
@@ -218,6 +302,8 @@ impl CudaSlots {
             table: if layout.is_full() { 0 } else { table.address() },
             rank: layout.rank() as u32,
             scale: layout.scale(),
+            arrival: if self.has_all(slot) { 0 } else { self.arrival(index) },
+            copied_before: self.slots[index].copied_before.load(Ordering::Acquire),
         })
     }
 }
@@ -229,6 +315,10 @@ impl SlotMemory for CudaSlots {
 
     fn begin(&self, slot: SlotId, adapter: AdapterId, layout: &Arc<AdapterLayout>) {
         let slot = &self.slots[slot.0 as usize];
+        // What was counted of an earlier copy: all of it, since the scheduler gives a slot away no sooner.
+        if relock(&slot.held).what.is_some() {
+            slot.copied_before.fetch_add(self.layers as u32, Ordering::AcqRel);
+        }
         slot.issued.store(0, Ordering::Release);
         slot.landed.store(0, Ordering::Release);
         relock(&slot.held).what = Some((adapter, Arc::clone(layout)));
@@ -238,13 +328,35 @@ impl SlotMemory for CudaSlots {
         self.copy_stream.bind().map_err(|e| e.to_string())?;
         let mut at = 0;
         while at < self.layers {
-            let layers = at..self.layers.min(at + self.layers_at_once);
+            let layers = at..self.layers.min(at + self.layers_at_once(at));
             at = layers.end;
             // SAFETY: nothing reads the slot before serving, and the copy is waited for here.
-            unsafe { self.issue(slot, adapter, layers.clone()) }
-                .and_then(|()| self.land(slot, layers, false))
-                .map_err(|e| e.to_string())?;
+            let said = |e: CudaError| e.to_string();
+            unsafe { self.issue(slot, adapter, layers.clone()) }.map_err(said)?;
+            while !self.has_landed(slot, layers.clone()).map_err(said)? {
+                pause(false);
+            }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_have_numbers_of_their_own() {
+        for pieces in [Pieces::Growing, Pieces::Even(16)] {
+            for layers in [1, 2, 12, 32, 33, 80] {
+                let (mut first, mut numbers) = (0, Vec::new());
+                while first < layers {
+                    let (number, len) = pieces.at(first);
+                    numbers.push(number);
+                    first += len;
+                }
+                assert_eq!(numbers, (0..pieces.count(layers)).collect::<Vec<_>>(), "{pieces:?} of {layers}");
+            }
+        }
     }
 }

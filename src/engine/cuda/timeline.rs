@@ -1,7 +1,7 @@
 //! Where the time of a step goes that is launched kernel by kernel: events between its operations, summed by
 //! kind and logged. Asked for by `LORA_HBM_LOG=lora_hbm::engine::cuda::timeline=trace`; the events themselves cost
-//! a microsecond or two each, and kernels do not overlap across them. What is not marked (positions added, rows gathered, waits
-//! for layers) counts with the operation after it.
+//! a microsecond or two each, and kernels do not overlap across them. What is not marked (positions added, rows gathered)
+//! counts with the operation after it, and a wait for an adapter that is being copied with the operation that reads it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

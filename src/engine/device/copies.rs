@@ -19,11 +19,14 @@ pub(in crate::engine) struct Copy {
     pub next_layer: usize,
     /// When the first one was begun.
     pub started: Nanos,
+    /// Which copies were asked for together: a number that grows.
+    pub together: u64,
 }
 
 impl Copy {
-    pub fn new(swap: &SwapPlan, adapter: Arc<HostAdapter>) -> Self {
-        Self { slot: swap.slot, id: swap.adapter, adapter, kind: swap.kind, next_layer: 0, started: 0 }
+    pub fn new(swap: &SwapPlan, adapter: Arc<HostAdapter>, together: u64) -> Self {
+        let SwapPlan { slot, adapter: id, kind, .. } = *swap;
+        Self { slot, id, adapter, kind, next_layer: 0, started: 0, together }
     }
 
     /// The layers to copy next, `at_once` at most.
@@ -43,8 +46,9 @@ impl Copy {
 }
 
 /// What the copy thread has to do. Between two layers it looks again, so that a demand passes a
-/// prefetch that is under way; under `layered` demands take turns, because a step may wait for the
-/// same layer of several of them.
+/// prefetch that is under way; under `layered` demands that were asked for together take turns, because
+/// a step may wait for the same layer of several of them. Later ones are a later step's, which does not
+/// begin before this one has all its layers.
 pub(in crate::engine) struct CopyQueue {
     state: Mutex<State>,
     signal: Condvar,
@@ -90,6 +94,12 @@ impl CopyQueue {
         state.demand.pop_front().or_else(|| state.prefetch.pop_front())
     }
 
+    /// The demand whose turn it is, if there is one now.
+    #[cfg(feature = "cuda")]
+    pub fn try_next_demand(&self) -> Option<Copy> {
+        self.lock().demand.pop_front()
+    }
+
     /// The copy whose turn it is; none when the queue is closed and empty.
     pub fn next(&self) -> Option<Copy> {
         let mut state = self.lock();
@@ -108,7 +118,11 @@ impl CopyQueue {
     pub fn put_back(&self, copy: Copy) {
         let mut state = self.lock();
         match copy.kind {
-            SwapKind::Demand if self.take_turns => state.demand.push_back(copy),
+            SwapKind::Demand if self.take_turns => {
+                let later = state.demand.iter().position(|c| c.together > copy.together);
+                let at = later.unwrap_or(state.demand.len());
+                state.demand.insert(at, copy);
+            }
             SwapKind::Demand => state.demand.push_front(copy),
             SwapKind::Prefetch => state.prefetch.push_front(copy),
         }
@@ -125,14 +139,17 @@ mod tests {
     use crate::engine::adapters::HostPool;
     use crate::engine::model::preset;
 
-    /// The order in which layers of (demand 0, demand 1, prefetch 2) are copied.
+    /// The order in which layers of (demand 0, demand 1, prefetch 2, a later demand 3) are copied.
     fn order(mode: SwapMode) -> Vec<u32> {
         let spec = preset("tiny").unwrap();
         let pool = HostPool::generate(&spec, 1, 1, &[], 0).unwrap();
-        let queue = CopyQueue::new(mode, 3);
-        for (slot, kind) in [(2, SwapKind::Prefetch), (0, SwapKind::Demand), (1, SwapKind::Demand)] {
+        let queue = CopyQueue::new(mode, 4);
+        let demand = SwapKind::Demand;
+        for (slot, kind, together) in
+            [(2, SwapKind::Prefetch, 0), (0, demand, 0), (1, demand, 0), (3, demand, 1)]
+        {
             let swap = SwapPlan { slot: SlotId(slot), adapter: AdapterId(0), kind, bytes: 0, evicted: None };
-            queue.push(Copy::new(&swap, pool.get(AdapterId(0)).unwrap()));
+            queue.push(Copy::new(&swap, pool.get(AdapterId(0)).unwrap(), together));
         }
         queue.close();
         let mut order = Vec::new();
@@ -147,8 +164,8 @@ mod tests {
     }
 
     #[test]
-    fn demands_go_first_and_take_turns_only_when_layered() {
-        assert_eq!(order(SwapMode::Layered), [0, 1, 0, 1, 0, 1, 2, 2, 2]);
-        assert_eq!(order(SwapMode::Overlap), [0, 0, 0, 1, 1, 1, 2, 2, 2]);
+    fn demands_go_first_and_take_turns_only_when_layered_and_together() {
+        assert_eq!(order(SwapMode::Layered), [0, 1, 0, 1, 0, 1, 3, 3, 3, 2, 2, 2]);
+        assert_eq!(order(SwapMode::Overlap), [0, 0, 0, 1, 1, 1, 3, 3, 3, 2, 2, 2]);
     }
 }

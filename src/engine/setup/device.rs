@@ -172,6 +172,7 @@ impl OpenDevice {
                 swap_mode,
                 allowed_tokens,
                 keep_logits,
+                graphs: true,
             })?),
         }
     }

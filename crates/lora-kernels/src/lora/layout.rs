@@ -29,11 +29,35 @@ pub struct Segment {
     pub rank: u32,
     /// What the product is multiplied by.
     pub scale: f32,
+    /// Where the adapter may still be on its way into its slot: the address of `u32 [1 + layers]`, a count of the
+    /// layers that have been copied into the slot ever, modulo 2³², and then how long the step waited for each
+    /// layer, in ns. The kernels wait until the layer that they read has been counted; they set the longest
+    /// waits and clear none. 0 where the adapter is there.
+    pub arrival: u64,
+    /// The count before the copy of this adapter.
+    pub copied_before: u32,
+    /// Keeps the size a multiple of 16 bytes.
+    pub unused: u32,
 }
 
-// SAFETY: plain numbers, 32 bytes without padding.
+impl Segment {
+    /// A segment of no rows.
+    pub const NONE: Self = Self {
+        matrices: 0,
+        offsets: 0,
+        start: 0,
+        rows: 0,
+        rank: 1,
+        scale: 1.0,
+        arrival: 0,
+        copied_before: 0,
+        unused: 0,
+    };
+}
+
+// SAFETY: plain numbers, 48 bytes without padding.
 unsafe impl Element for Segment {}
-const _: () = assert!(size_of::<Segment>() == 32);
+const _: () = assert!(size_of::<Segment>() == 48);
 
 /// Rows of a large segment that a block works on, [`TILE_ROWS`] at most.
 #[repr(C)]
@@ -68,6 +92,8 @@ const _: () = assert!(size_of::<Cover>() == 12);
 /// A projection that gets an adapter's product added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
+    /// Its layer: what is waited for of an adapter that is on its way.
+    pub layer: usize,
     /// Its place in an adapter's table of offsets: `layer * modules + module`.
     pub index: usize,
     /// `inputs + outputs` summed over all modules before it, of all layers: where its part begins, in elements
@@ -116,7 +142,7 @@ struct RawTarget {
     index: u32,
     column: u32,
     outputs: u32,
-    unused: u32,
+    layer: u32,
 }
 
 /// A call's targets, as a kernel's parameter.
@@ -134,7 +160,7 @@ impl RawTargets {
                 index: from.index as u32,
                 column: from.column as u32,
                 outputs: from.outputs as u32,
-                unused: 0,
+                layer: from.layer as u32,
             };
         }
         Self(raw)
@@ -147,7 +173,7 @@ mod tests {
 
     #[test]
     fn tiles_cover_every_row_once() {
-        let of = |rows| Segment { matrices: 0, offsets: 0, start: 0, rows, rank: 8, scale: 1.0 };
+        let of = |rows| Segment { rows, ..Segment::NONE };
         let mut tiles = vec![Tile { segment: 9, row: 9 }];
         large_tiles(&[of(17), of(64), of(129)], &mut tiles);
         let expected = [(0, 0), (1, 0), (2, 0), (2, 64), (2, 128)];
@@ -156,7 +182,7 @@ mod tests {
 
     #[test]
     fn covers_hold_every_row_of_the_batch_once() {
-        let of = |start, rows| Segment { matrices: 0, offsets: 0, start, rows, rank: 8, scale: 1.0 };
+        let of = |start, rows| Segment { start, rows, ..Segment::NONE };
         let mut found = vec![Cover { segment: 9, row: 9, rows: 9 }];
         covers(&[of(3, 17), of(20, 130), of(220, 64)], 320, &mut found);
         let none = u32::MAX;

@@ -72,7 +72,7 @@ mod tests {
         let bf16s = |values: &[f32]| values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>();
         // Eight elements of another module come first.
         let matrices = bf16s(&[9., 9., 9., 9., 9., 9., 9., 9., 3., 4., 5., 6., 1., -1., 0.5, 2.]);
-        let target = Target { index: 1, elements_before: 4, column: 1, outputs: 2 };
+        let target = Target { layer: 0, index: 1, elements_before: 4, column: 1, outputs: 2 };
         let x = bf16s(&[7., 7., 1., 2.]);
         let added = |offsets| {
             let segment =

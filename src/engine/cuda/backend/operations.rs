@@ -65,6 +65,7 @@ impl CudaBackend {
     /// The places of a fused linear layer's modules in an adapter and in the output.
     fn targets(&self, adapted: Adapted<'_>) -> ([Target; MOST_TARGETS], usize) {
         let of = |target: &LoraTarget| Target {
+            layer: adapted.layer,
             index: adapted.layer * self.modules.len() + target.module,
             elements_before: adapted.layer * self.per_layer + self.modules[target.module].before,
             column: target.column,
@@ -206,22 +207,8 @@ impl Backend for CudaBackend {
         self.mark("norm", norm.width)
     }
 
-    fn await_adapters(&mut self, layer: usize) -> Result<(), CudaStepError> {
-        for i in 0..self.stalls.loading.len() {
-            let slot = self.stalls.loading[i];
-            if self.slots.has_all(slot) {
-                continue;
-            }
-            let used = self.stalls.used.len();
-            if used == self.stalls.events.len() {
-                self.stalls.events.push((self.device.event(true)?, self.device.event(true)?));
-            }
-            self.stalls.used.push(slot);
-            let (before, after) = &self.stalls.events[used];
-            self.stream.record(before)?;
-            self.slots.await_layer(&self.stream, slot, layer)?;
-            self.stream.record(after)?;
-        }
+    /// The kernels that read an adapter wait for it themselves.
+    fn await_adapters(&mut self, _layer: usize) -> Result<(), CudaStepError> {
         Ok(())
     }
 

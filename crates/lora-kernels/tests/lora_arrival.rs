@@ -1,0 +1,182 @@
+//! Adapters that are copied into their slots while kernels that read them are on the stream.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Random, device, poisoned, upload};
+use lora_kernels::{
+    Cover, Device, DeviceBuffer, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Stream, Target, Tile,
+    bf16, covers, large_tiles,
+};
+
+const INPUTS: usize = 256;
+const WIDTH: usize = 520;
+const RANK: usize = 24;
+const LAYERS: usize = 3;
+/// The layer that is read.
+const LAYER: usize = 1;
+/// Rows of the segments: one of few rows and one of many, each of the late adapter, between others of one that is
+/// there.
+const SEGMENTS: [(usize, bool); 4] = [(3, false), (5, true), (70, false), (90, true)];
+
+/// Both adapters, of two targets side by side in each layer.
+struct Setup {
+    device: Device,
+    stream: Stream,
+    /// What is copied: the late adapter's matrices, and the places of its parts.
+    matrices: Vec<bf16>,
+    places: Vec<i32>,
+    there: DeviceBuffer<bf16>,
+    x: DeviceBuffer<bf16>,
+    base: Vec<bf16>,
+    rows: usize,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let (device, stream) = device();
+        let mut random = Random::new(3);
+        let part = RANK * (INPUTS + WIDTH);
+        let rows = SEGMENTS.iter().map(|s| s.0).sum();
+        let places = (0..2 * LAYERS).map(|m| (m * part / 8) as i32).collect();
+        let there = upload(&device, &stream, &random.bf16s(2 * LAYERS * part, 0.1));
+        Self {
+            matrices: random.bf16s(2 * LAYERS * part, 0.1),
+            places,
+            there,
+            x: upload(&device, &stream, &random.bf16s(rows * INPUTS, 1.0)),
+            base: random.bf16s(rows * 2 * WIDTH, 1.0),
+            rows,
+            device,
+            stream,
+        }
+    }
+
+    fn targets() -> [Target; 2] {
+        [0, 1].map(|module| Target {
+            layer: LAYER,
+            index: 2 * LAYER + module,
+            elements_before: (2 * LAYER + module) * (INPUTS + WIDTH),
+            column: module * WIDTH,
+            outputs: WIDTH,
+        })
+    }
+
+    /// The output, and activations of its halves. `late` gives the segments of the late adapter; `then` is called
+    /// when the kernels are on the stream.
+    fn run(&self, late: Segment, fused: bool, then: impl FnOnce()) -> Vec<bf16> {
+        let (device, stream) = (&self.device, &self.stream);
+        let there =
+            Segment { matrices: self.there.view().address(), rank: RANK as u32, scale: 0.5, ..Segment::NONE };
+        let (mut small, mut large, mut start) = (Vec::new(), Vec::new(), 0);
+        for (rows, is_late) in SEGMENTS {
+            let of = if is_late { late } else { there };
+            let segment = Segment { start, rows: rows as u32, ..of };
+            if rows <= 16 {
+                small.push(segment)
+            } else {
+                large.push(segment)
+            }
+            start += rows as u32;
+        }
+        let (mut tiles, mut cover): (Vec<Tile>, Vec<Cover>) = Default::default();
+        large_tiles(&large, &mut tiles);
+        covers(&large, start, &mut cover);
+        let counts = upload(device, stream, &[small.len() as u32, 0, 0, 0, tiles.len() as u32]);
+        let (small, large) = (upload(device, stream, &small), upload(device, stream, &large));
+        let (tiles, cover) = (upload(device, stream, &tiles), upload(device, stream, &cover));
+        let step = LoraStep {
+            small: small.view(),
+            small_count: counts.view().slice(0..1),
+            large: large.view(),
+            tiles: tiles.view(),
+            tile_count: counts.view().slice(4..5),
+            max_rank: RANK,
+        };
+        let limits = LoraLimits { max_rows: self.rows, max_small: SEGMENTS.len(), max_rank: RANK };
+        let mut scratch = LoraScratch::new(device, limits).unwrap();
+        scratch.poison(stream).unwrap();
+        let lora = Lora::load(device).unwrap().with_overlap(true);
+        let mut out = upload(device, stream, &self.base);
+        let mut act = poisoned(device, stream, self.rows * WIDTH);
+        stream.synchronize().unwrap();
+        let (targets, x) = (Self::targets(), self.x.view());
+        if fused {
+            let (from, to) = (out.view_mut(), act.view_mut());
+            lora.apply_silu_mul(stream, &mut scratch, &step, cover.view(), &targets, INPUTS, x, from, to)
+                .unwrap();
+        } else {
+            let to = Out::Bf16(out.view_mut());
+            lora.apply(stream, &mut scratch, &step, &targets, INPUTS, x, 2 * WIDTH, to).unwrap();
+        }
+        then();
+        let result = if fused { &act } else { &out };
+        let mut host = vec![bf16::NAN; result.len()];
+        result.download(stream, &mut host).unwrap();
+        host
+    }
+
+    /// The late adapter at `matrices`, by a table of places or without.
+    fn late(&self, matrices: &DeviceBuffer<bf16>, table: Option<&DeviceBuffer<i32>>) -> Segment {
+        Segment {
+            matrices: matrices.view().address(),
+            offsets: table.map_or(0, |t| t.view().address()),
+            rank: RANK as u32,
+            scale: 0.7,
+            ..Segment::NONE
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn kernels_wait_for_a_layer_that_is_on_its_way() {
+    const DELAY: Duration = Duration::from_millis(4);
+    let setup = Setup::new();
+    let (device, stream) = (&setup.device, &setup.stream);
+    let copies = device.stream().unwrap();
+    let mut from = device.pinned(setup.matrices.len()).unwrap();
+    from.copy_from_slice(&setup.matrices);
+    let mut places_from = device.pinned(setup.places.len()).unwrap();
+    places_from.copy_from_slice(&setup.places);
+    for fused in [false, true] {
+        let ready = upload(device, stream, &setup.matrices);
+        let expected = setup.run(setup.late(&ready, None), fused, || ());
+        for by_table in [false, true] {
+            // The last one: a count that wraps around on the way.
+            for copied_before in [0, 300, u32::MAX - 1] {
+                let what = format!("fused {fused}, by table {by_table}, {copied_before} before");
+                let slot = poisoned(device, stream, setup.matrices.len());
+                let table = upload(device, stream, &vec![-1; setup.places.len()]);
+                let arrivals = upload(device, stream, &[copied_before, 0, 0, 0]);
+                let at = arrivals.view().address();
+                let late = setup.late(&slot, by_table.then_some(&table));
+                let late = Segment { arrival: at, copied_before, ..late };
+                let got = setup.run(late, fused, || {
+                    // A layer that is not enough, and after a while the one that is.
+                    let count =
+                        |layers: u32| unsafe { copies.write_word(at, copied_before.wrapping_add(layers)) };
+                    count(LAYER as u32).unwrap();
+                    std::thread::sleep(DELAY);
+                    unsafe { copies.copy_in_at(&places_from, table.view().address()) }.unwrap();
+                    unsafe { copies.copy_in_at(&from, slot.view().address()) }.unwrap();
+                    count(LAYER as u32 + 1).unwrap();
+                });
+                assert!(got == expected, "{what}: other bits than of an adapter that was there");
+                let mut waits = [0; 4];
+                arrivals.download(stream, &mut waits).unwrap();
+                assert_eq!([waits[1], waits[3]], [0, 0], "{what}: waits for layers that were not read");
+                let waited = Duration::from_nanos(u64::from(waits[2]));
+                assert!(waited > DELAY / 2, "{what}: the wait for the layer was {waited:?}");
+
+                // Once more: nothing is waited for.
+                let arrivals = upload(device, stream, &[copied_before.wrapping_add(LAYERS as u32), 0, 0, 0]);
+                let late = Segment { arrival: arrivals.view().address(), ..late };
+                assert!(setup.run(late, fused, || ()) == expected, "{what}: again");
+                arrivals.download(stream, &mut waits).unwrap();
+                assert_eq!(waits[1..], [0, 0, 0], "{what}: a wait for what is there");
+            }
+        }
+    }
+}
