@@ -155,13 +155,17 @@ fn kernels_wait_for_a_layer_that_is_on_its_way() {
                 let late = Segment { arrival: at, copied_before, ..late };
                 let got = setup.run(late, fused, || {
                     // A layer that is not enough, and after a while the one that is.
-                    let count =
-                        |layers: u32| unsafe { copies.write_word(at, copied_before.wrapping_add(layers)) };
-                    count(LAYER as u32).unwrap();
+                    let count = |layers: u32| {
+                        // SAFETY: the count, which the kernels only read.
+                        unsafe { copies.write_word(at, copied_before.wrapping_add(layers)) }.unwrap();
+                    };
+                    count(LAYER as u32);
                     std::thread::sleep(DELAY);
+                    // SAFETY: both sources live, and the kernels read neither place before the count below.
                     unsafe { copies.copy_in_at(&places_from, table.view().address()) }.unwrap();
+                    // SAFETY: as above.
                     unsafe { copies.copy_in_at(&from, slot.view().address()) }.unwrap();
-                    count(LAYER as u32 + 1).unwrap();
+                    count(LAYER as u32 + 1);
                 });
                 assert!(got == expected, "{what}: other bits than of an adapter that was there");
                 let mut waits = [0; 4];

@@ -330,8 +330,8 @@ impl SlotMemory for CudaSlots {
         while at < self.layers {
             let layers = at..self.layers.min(at + self.layers_at_once(at));
             at = layers.end;
-            // SAFETY: nothing reads the slot before serving, and the copy is waited for here.
             let said = |e: CudaError| e.to_string();
+            // SAFETY: nothing reads the slot before serving, and the copy is waited for here.
             unsafe { self.issue(slot, adapter, layers.clone()) }.map_err(said)?;
             while !self.has_landed(slot, layers.clone()).map_err(said)? {
                 pause(false);
