@@ -302,7 +302,7 @@ fn holdout(errors: &[f64]) -> Holdout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::profile::StepShape;
+    use crate::profile::{StepShape, rounded_rows};
 
     /// What an H100 took before its prefills were graphs, timed without rests.
     fn earlier() -> (Profile, Vec<(bool, StepSample)>) {
@@ -324,6 +324,23 @@ mod tests {
         // Without terms of their own for the two kinds of steps it was 4.8 %; the terms' last parts brought 3.5 to 2.9.
         assert!(fitted.holdout.mean_abs_error < 0.033, "{:?}", fitted.holdout);
         assert!(fitted.holdout.bias.abs() < 0.01, "{:?}", fitted.holdout);
+    }
+
+    #[test]
+    fn what_a_busy_device_takes_longer_for_is_found() {
+        let (profile, mut steps) = earlier();
+        // 6 ns a row for each hundred tokens a second above 20,000.
+        let longer =
+            |shape: &StepShape| 6 * rounded_rows(shape.tokens as usize) as u64 * (shape.recent - 200);
+        for (i, (_, sample)) in steps.iter_mut().filter(|s| s.1.shape.prefills > 0).enumerate() {
+            sample.shape.recent = 200 + i as u64 % 3 * 100;
+            sample.ns += longer(&sample.shape);
+        }
+        let cost = CostModel::new(&refit(profile, &steps).unwrap()).unwrap();
+        let at = |recent| StepShape { recent, tokens: 640, prefills: 1, ..StepShape::default() };
+        let found = cost.step_ns(&at(350)) - cost.step_ns(&at(200));
+        let put_in = longer(&at(350));
+        assert!(found.abs_diff(put_in) < put_in / 5, "{found} ns, put in were {put_in}");
     }
 
     #[test]

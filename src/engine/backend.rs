@@ -126,7 +126,8 @@ pub trait Backend {
         out: &mut Self::Buffer,
     ) -> Result<(), Self::Error>;
 
-    /// Waits until layer `layer` of every adapter that the batch lists as loading is in its slot.
+    /// Waits until layer `layer` of every adapter that the batch lists as loading is in its slot, unless the operations
+    /// that read an adapter do so themselves.
     fn await_adapters(&mut self, layer: usize) -> Result<(), Self::Error>;
 
     /// `out = x · weightᵀ + bias`, and for every segment of the batch and every target that its adapter

@@ -126,6 +126,9 @@ pub trait Executor: Send {
     /// Starts a step.
     fn submit_step(&mut self, plan: &StepPlan, feed: &StepFeed) -> Result<(), ExecutorError>;
 
+    /// Says that the swaps to be submitted next were decided at once, and apart from earlier ones.
+    fn plan_swaps(&mut self) {}
+
     /// Starts a swap.
     fn submit_swap(&mut self, swap: &SwapPlan) -> Result<(), ExecutorError>;
 

@@ -45,8 +45,16 @@ impl Profile {
             }
         }
         let mut copy = self.clone();
-        for (name, coef) in copy.step.features.iter().zip(&mut copy.step.coef_ns) {
-            *coef /= match name.parse::<Term>()?.feature {
+        for (name, coef) in copy.step.features.iter_mut().zip(&mut copy.step.coef_ns) {
+            let mut term = name.parse::<Term>()?;
+            if let Feature::HotRows { from, to } = &mut term.feature {
+                // What is hot is a share of what the device can do: the rates in the profile grow with it.
+                let scaled = |rate: u64| (rate as f64 * by.compute).round() as u64;
+                (*from, *to) = (scaled(*from), to.map(scaled));
+                *coef /= by.compute;
+                *name = term.to_string();
+            }
+            *coef /= match term.feature {
                 Feature::Step
                 | Feature::Decodes { .. }
                 | Feature::DecodeContext { .. }
@@ -103,6 +111,16 @@ mod tests {
         let half = profile.scaled(Scale { compute: 0.5, copy: 4.0, host: 2.0, ..SAME }).unwrap();
         assert_eq!(half.step.coef_ns, [1e6, 4e4]);
         assert_eq!((half.swap.bytes_per_s, half.host.loop_s), (4e9, 2e-5));
+    }
+
+    #[test]
+    fn a_faster_device_is_busy_at_a_higher_rate() {
+        let mut profile = round();
+        profile.step.features.push("mixed/hot_rows:200-400".to_owned());
+        profile.step.coef_ns.push(8.0);
+        let twice = profile.signed().scaled(Scale { compute: 2.0, ..SAME }).unwrap();
+        assert_eq!(twice.step.features.last().unwrap(), "mixed/hot_rows:400-800");
+        assert_eq!(twice.step.coef_ns.last(), Some(&2.0));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::profile::{CostModel, History, StepShape, whole_ns};
 pub struct ModelDevice {
     cost: CostModel,
     ranks: Vec<u32>,
-    /// Copies that were asked for together share the engine layer by layer (`layered`) rather than one after
+    /// Copies that were decided at once share the engine layer by layer (`layered`) rather than one after
     /// another.
     shared: bool,
     now: Nanos,
@@ -97,7 +97,7 @@ impl ModelDevice {
         if demand { SwapKind::Demand } else { SwapKind::Prefetch }
     }
 
-    /// Of the kind that is served the first, and (`layered`) with it those that were asked for together with it.
+    /// Of the kind that is served the first, and (`layered`) with it those that were decided at once with it.
     fn served(&self) -> impl Iterator<Item = &Copy> + '_ {
         let kind = self.served_kind();
         let of_kind = self.copies.iter().filter(move |c| c.kind == kind);
@@ -268,13 +268,26 @@ impl ModelDevice {
         self.known = true;
     }
 
-    /// Layer 0 waits for layer 0: the first slice of each copy that has not come that far.
+    /// Layer 0 waits for layer 0: the first slice of each copy that has not come that far, behind what is copied before
+    /// it.
     fn wait_for_first_layers(&mut self, plan: &StepPlan) {
-        let rate = self.copy_rate();
+        let rate = if self.running { self.busy_rate } else { 1.0 };
         let mut head = 0.0f64;
-        for copy in self.copies.iter().filter(|c| plan.loading.contains(&c.slot)) {
+        for (at, copy) in self.copies.iter().enumerate() {
+            if !plan.loading.contains(&copy.slot) {
+                continue;
+            }
             let first_layer = copy.work / self.cost.layers as f64 - (copy.work - copy.left);
-            head = head.max(first_layer.max(0.0) / rate);
+            let together = |c: &Copy| self.shared && c.kind == copy.kind && c.asked == copy.asked;
+            let sharing = self.copies.iter().filter(|c| together(c)).count().max(1);
+            // Demand goes before prefetch, and each kind in its order.
+            let before = |(i, c): &(usize, &Copy)| match (c.kind, copy.kind) {
+                (SwapKind::Demand, SwapKind::Prefetch) => true,
+                (SwapKind::Prefetch, SwapKind::Demand) => false,
+                _ => *i < at && !together(c),
+            };
+            let ahead: f64 = self.copies.iter().enumerate().filter(before).map(|(_, c)| c.left).sum();
+            head = head.max((ahead + first_layer.max(0.0) * sharing as f64) / rate);
             self.step.loading.push(copy.slot);
         }
         self.step.left += head;
@@ -372,5 +385,57 @@ mod tests {
         device.complete(2 * MS, Done::Swap(SlotId(0)));
         // A third of the millisecond beside the copy was lost.
         assert_eq!(device.next(), Some((3 * MS + 333_334, Done::Step)));
+    }
+
+    #[test]
+    fn copies_decided_at_once_share_and_later_ones_wait() {
+        let mut device = copying(&[(0, 0), (0, 1), (MS / 2, 2)]);
+        for (at, slot) in [(2 * MS, 0), (2 * MS, 1), (3 * MS, 2)] {
+            assert_eq!(device.next(), Some((at, Done::Swap(SlotId(slot)))));
+            device.complete(at, Done::Swap(SlotId(slot)));
+        }
+    }
+
+    /// A device of four layers with copies of 1 ms asked for at these times, into these slots.
+    fn copying(copies: &[(Nanos, u32)]) -> ModelDevice {
+        let cost = CostModel::new(&round()).unwrap();
+        let mut device = ModelDevice::new(cost, vec![8; copies.len()], SwapMode::Layered);
+        for &(at, slot) in copies {
+            let (adapter, slot, kind) = (AdapterId(slot), SlotId(slot), SwapKind::Demand);
+            device.submit_swap(at, &SwapPlan { adapter, slot, evicted: None, bytes: 1_000_000, kind });
+        }
+        device
+    }
+
+    #[test]
+    fn a_step_waits_for_the_first_layers_of_its_copies_in_their_order() {
+        let seq = lora_sched::SeqStep {
+            id: lora_sched::RequestId(0),
+            place: lora_sched::PlaceId(0),
+            adapter: None,
+            start: 0,
+            len: 100,
+            decode: false,
+            samples: true,
+            new_blocks: 0..0,
+        };
+        // A step of 3 ms: behind the quarter of a copy, of two that share, of one behind another.
+        for (copies, ends) in
+            [(&[(0, 0)][..], 3_250_000), (&[(0, 0), (0, 1)], 3_500_000), (&[(0, 0), (1, 1)], 4_250_000)]
+        {
+            let mut device = copying(copies);
+            let loading = copies.iter().map(|c| SlotId(c.1)).collect();
+            device.submit_step(1, &StepPlan { seqs: vec![seq.clone()], loading, ..StepPlan::default() });
+            let mut last = None;
+            while let Some((at, done)) = device.next() {
+                device.complete(at, done);
+                if done == Done::Step {
+                    last = Some(at);
+                    break;
+                }
+            }
+            let ended = last.unwrap();
+            assert!(ended.abs_diff(ends) <= 3, "{copies:?}: {ended}, expected {ends}");
+        }
     }
 }

@@ -66,13 +66,18 @@ const KINDS: [Kind; 9] = [
     Kind { chunks: 8, singles: 8, longest: 60, adapters: 6 },
 ];
 
-/// Runs a step, while adapter `late` of its is copied anew into the slot that it has.
+/// Runs a step while adapter `late` of its is copied into its slot, which held another one's matrices before.
 fn step(rig: &mut Rig, shares: &[Share<'_>], late: Option<usize>) -> Vec<u32> {
-    let slots: Vec<u32> = late.map(|adapter| rig.slots[&adapter]).into_iter().collect();
-    if let (Some(adapter), [slot]) = (late, &slots[..]) {
-        rig.submit_swap(adapter, *slot);
+    let mut loading = Vec::new();
+    if let Some(adapter) = late {
+        let (slots, slot) = (rig.slots.clone(), rig.slots[&adapter]);
+        rig.swap((adapter + 1) % ADAPTERS, slot);
+        rig.submit_swap(adapter, slot);
+        // The other one has its own slot still.
+        rig.slots = slots;
+        loading.push(slot);
     }
-    rig.step_while_loading(shares, &slots);
+    rig.step_while_loading(shares, &loading);
     rig.executor.step_result().tokens.iter().map(|t| t.unwrap()).collect()
 }
 

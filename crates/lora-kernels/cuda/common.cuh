@@ -118,8 +118,8 @@ __device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const voi
 // Where the kernels were launched one after the other, neither does anything.
 //
 // The rule for a kernel that is launched so (`Stream::launch_next`): before its wait it reads only what no
-// kernel of the step writes (weights, what the host has sent, cached tokens of earlier steps), and it writes
-// nothing at all. And every block waits, those without work too: a kernel that is over then says that its
+// kernel of the step writes (weights, adapters that are there, what the host has sent, cached tokens of earlier
+// steps), and it writes nothing at all. And every block waits, those without work too: a kernel that is over then says that its
 // predecessor is over, and the predecessor's predecessor by the same argument, so that after one wait
 // everything launched earlier is over. Without that, C after B after A could miss A's results, since C begins
 // when B has begun, which may be before A has ended. Kernels that are not launched so (libraries', copies)

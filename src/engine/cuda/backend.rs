@@ -102,6 +102,8 @@ struct Stalls {
     loading: Vec<SlotId>,
     /// `[seqs][layers]` how long it waited for each of their layers, in ns.
     waits: PinnedBuffer<u32>,
+    /// How long its launch waited for their copies to be issued.
+    issue: Nanos,
 }
 
 /// What a backend is made with, besides its shape.
@@ -208,7 +210,11 @@ impl CudaBackend {
                 row: vec![0.0; spec.vocab_size],
             },
             timeline: Timeline::new(),
-            stalls: Stalls { loading: Vec::with_capacity(seqs), waits: device.pinned(seqs * spec.layers)? },
+            stalls: Stalls {
+                loading: Vec::with_capacity(seqs),
+                waits: device.pinned(seqs * spec.layers)?,
+                issue: 0,
+            },
             device,
             stream,
             spec,
@@ -338,7 +344,9 @@ impl StepBackend for CudaBackend {
         for slot in &self.stalls.loading {
             self.slots.clear_waits(&self.stream, *slot)?;
         }
+        let begun = Instant::now();
         self.slots.await_issue(&self.stalls.loading)?;
+        self.stalls.issue = begun.elapsed().as_nanos() as Nanos;
         match key.and_then(|key| self.graphs.get(&key)) {
             Some(graph) => graph.launch()?,
             None => {
@@ -373,7 +381,8 @@ impl StepBackend for CudaBackend {
     }
 
     fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), CudaStepError> {
-        let waited = |of_layers: &[u32]| of_layers.iter().map(|ns| Nanos::from(*ns)).sum();
+        let issue = self.stalls.issue;
+        let waited = |of_layers: &[u32]| issue + of_layers.iter().map(|ns| Nanos::from(*ns)).sum::<Nanos>();
         let waits = self.stalls.waits.chunks_exact(self.spec.layers).map(waited);
         to.extend(self.stalls.loading.iter().copied().zip(waits));
         Ok(())

@@ -2,17 +2,16 @@
 //!
 //! A step is launched when all copies that it waits for are on the stream, so that nothing on the device ever waits
 //! for what a thread has yet to do: a driver call of another thread may wait for the device, and keep this thread's
-//! calls out meanwhile. What steps may wait for is therefore put there at once, whole; of other copies a few pieces
-//! keep the engine busy, and what is more urgent waits for no more than those.
+//! calls out meanwhile. What steps may wait for is therefore put there at once, whole; of prefetches, and of
+//! copies that no step waits for, a few pieces keep the engine busy, and what is more urgent waits for those alone.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use lora_kernels::CudaError;
 use lora_sched::Nanos;
 
-use super::slots::CudaSlots;
+use super::slots::{CudaSlots, Piece};
 use crate::engine::device::{Copy, CopyQueue, Reports};
 
 /// Pieces on the copy stream: one that moves, and two behind it so that the engine never pauses.
@@ -24,28 +23,46 @@ const PATIENCE: Duration = Duration::from_micros(20);
 /// The same for a copy's last piece, which requests wait for.
 const IMPATIENCE: Duration = Duration::from_micros(5);
 
-/// A piece on the copy stream.
-struct Piece {
+/// A piece on the copy stream, and the copy as it was then.
+struct Issued {
     copy: Copy,
-    layers: Range<usize>,
+    piece: Piece,
 }
 
 /// The thread's life.
 pub(super) fn run(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) {
+    // A panic is told on its own; whoever waits for copies must not wait for ever either way.
+    let end = Ending { slots, reports };
     if let Err(e) = copy(queue, slots, reports) {
         reports.fail(format!("copies: {e}"));
-        slots.give_up();
+    } else {
+        std::mem::forget(end);
+    }
+}
+
+/// Tells everybody that nothing will be copied any more.
+struct Ending<'a> {
+    slots: &'a CudaSlots,
+    reports: &'a Reports,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.reports.fail("copies: the copy thread panicked".into());
+        }
+        self.slots.give_up();
     }
 }
 
 fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), CudaError> {
     slots.copy_stream().bind()?;
-    let mut pieces: VecDeque<Piece> = VecDeque::with_capacity(2 * IN_FLIGHT);
+    let mut issued: VecDeque<Issued> = VecDeque::with_capacity(2 * IN_FLIGHT);
     // When the piece that moves now could begin to.
     let mut free_since: Nanos = 0;
     let mut started = vec![0; slots.count()];
     loop {
-        let next = match pieces.len() {
+        let next = match issued.len() {
             0 => match queue.next() {
                 Some(copy) => {
                     free_since = reports.now();
@@ -58,32 +75,32 @@ fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), C
             _ => None,
         };
         if let Some(mut copy) = next {
-            let layers = copy.layers(slots.layers_at_once(copy.next_layer));
-            // SAFETY: the piece keeps the adapter until it has landed; the executor refuses swaps into
+            let piece = slots.piece(copy.kind, copy.next_layer);
+            // SAFETY: the list below keeps the adapter until the piece has landed; the executor refuses swaps into
             // slots that a step reads, and steps wait for the layers of slots that are loading.
-            unsafe { slots.issue(copy.slot, &copy.adapter, layers.clone()) }?;
-            copy.next_layer = layers.end;
+            unsafe { slots.issue(copy.slot, &copy.adapter, &piece) }?;
+            copy.next_layer = piece.layers.end;
             if !copy.is_done() {
                 queue.put_back(copy.clone());
             }
-            pieces.push_back(Piece { copy, layers });
+            issued.push_back(Issued { copy, piece });
             continue;
         }
-        let Some(piece) = pieces.front_mut() else { continue };
+        let Some(Issued { copy, piece }) = issued.front_mut() else { continue };
         if piece.layers.start == 0 {
-            started[piece.copy.slot.0 as usize] = free_since;
+            started[copy.slot.0 as usize] = free_since;
         }
-        let last = piece.layers.end == piece.copy.adapter.layout.layers();
-        if !slots.has_landed(piece.copy.slot, piece.layers.clone())? {
+        let last = copy.is_done();
+        if !slots.has_landed(copy.slot, piece)? {
             pause(!last);
             continue;
         }
         free_since = reports.now();
         if last {
-            piece.copy.started = started[piece.copy.slot.0 as usize];
-            reports.swap(piece.copy.completion(free_since));
+            copy.started = started[copy.slot.0 as usize];
+            reports.swap(copy.completion(free_since));
         }
-        pieces.pop_front();
+        issued.pop_front();
     }
 }
 

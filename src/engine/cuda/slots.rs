@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 use lora_kernels::{CudaError, Device, DeviceBuffer, Event, PinnedBuffer, Stream};
-use lora_sched::{AdapterId, SlotId};
+use lora_sched::{AdapterId, SlotId, SwapKind};
 
 use super::copier::pause;
 use crate::engine::adapters::{AdapterLayout, HostAdapter, Slab};
@@ -38,7 +38,6 @@ pub(super) struct CudaSlots {
     /// [`Segment::arrival`](lora_kernels::Segment::arrival).
     arrivals: DeviceBuffer<u32>,
     steps_wait: bool,
-    pieces: Pieces,
     issuing: Mutex<Issuing>,
     signal: Condvar,
 }
@@ -84,20 +83,40 @@ pub(super) struct Resident {
 }
 
 /// Layers of a piece where no step waits for single layers. Each piece costs some 8 µs of the bus's time beside its
-/// bytes; what bounds one is that a demand waits for a prefetch's.
+/// bytes; what bounds one is that a demand waits for those of a prefetch that are on the stream.
 const LAYERS_AT_ONCE: usize = 16;
+/// The same of a prefetch, where steps wait.
+const PREFETCHED_AT_ONCE: usize = 4;
 
 /// Where a copy is cut.
 #[derive(Clone, Copy, Debug)]
 enum Pieces {
     /// Into pieces of as many layers each.
     Even(usize),
-    /// Where steps wait for single layers: into one, one, two, four and so on. Everybody waits for the first layer; later
-    /// ones are there before they are needed, since a copy is several times as fast as what computes with it.
+    /// Where steps wait for single layers: into one, one, two, four and so on. Everybody waits for the first layer;
+    /// later ones mostly are there before they are needed, since a copy of a common rank is several times as fast as
+    /// what computes with it.
     Growing,
 }
 
+/// One of them.
+#[derive(Clone, Debug)]
+pub(super) struct Piece {
+    number: usize,
+    /// Its layers.
+    pub layers: Range<usize>,
+}
+
 impl Pieces {
+    /// Those of a copy of this kind.
+    fn of(kind: SwapKind, steps_wait: bool) -> Self {
+        match (steps_wait, kind) {
+            (true, SwapKind::Demand) => Self::Growing,
+            (true, SwapKind::Prefetch) => Self::Even(PREFETCHED_AT_ONCE),
+            (false, _) => Self::Even(LAYERS_AT_ONCE),
+        }
+    }
+
     /// The number of the piece that begins at layer `first`, and its layers if there are as many.
     fn at(self, first: usize) -> (usize, usize) {
         match self {
@@ -131,10 +150,11 @@ impl CudaSlots {
         steps_wait: bool,
     ) -> Result<Self, CudaError> {
         let stride = Self::slot_elements(spec, max_rank);
-        let pieces = if steps_wait { Pieces::Growing } else { Pieces::Even(LAYERS_AT_ONCE) };
+        let cuts = [SwapKind::Demand, SwapKind::Prefetch].map(|kind| Pieces::of(kind, steps_wait));
+        let most = cuts.map(|cut| cut.count(spec.layers)).into_iter().max().unwrap_or(0);
         let table_len = spec.layers * spec.modules().len();
         let slot = || {
-            let events = (0..pieces.count(spec.layers)).map(|_| device.event(false));
+            let events = (0..most).map(|_| device.event(false));
             Ok(Slot {
                 held: Mutex::new(Held { what: None, table: device.pinned(table_len)? }),
                 copied_before: AtomicU32::new(0),
@@ -153,7 +173,6 @@ impl CudaSlots {
             slots: (0..count).map(|_| slot()).collect::<Result<_, CudaError>>()?,
             arrivals: device.buffer(count * (1 + spec.layers))?,
             steps_wait,
-            pieces,
             issuing: Mutex::default(),
             signal: Condvar::new(),
         })
@@ -164,22 +183,19 @@ impl CudaSlots {
         &self.copy_stream
     }
 
-    /// Layers of the piece of a copy that begins at a layer.
-    pub fn layers_at_once(&self, first: usize) -> usize {
-        self.pieces.at(first).1
+    /// The piece of a copy that begins at layer `first`.
+    pub fn piece(&self, kind: SwapKind, first: usize) -> Piece {
+        let (number, layers) = Pieces::of(kind, self.steps_wait).at(first);
+        Piece { number, layers: first..self.layers.min(first + layers) }
     }
 
-    /// Puts a piece of a copy, `layers` of an adapter, on the copy stream.
+    /// Puts a piece of a copy of an adapter on the copy stream.
     ///
     /// # Safety
     /// `adapter` must live until the piece has landed, and no step that reads the slot may be under way
     /// unless it waits for the piece.
-    pub unsafe fn issue(
-        &self,
-        slot: SlotId,
-        adapter: &HostAdapter,
-        layers: Range<usize>,
-    ) -> Result<(), CudaError> {
+    pub unsafe fn issue(&self, slot: SlotId, adapter: &HostAdapter, piece: &Piece) -> Result<(), CudaError> {
+        let Piece { number, layers } = piece;
         let (index, slot) = (slot.0 as usize, &self.slots[slot.0 as usize]);
         if layers.start == 0 && !adapter.layout.is_full() {
             let mut held = relock(&slot.held);
@@ -204,7 +220,7 @@ impl CudaSlots {
         let copied = slot.copied_before.load(Ordering::Acquire).wrapping_add(layers.end as u32);
         // SAFETY: the slot's own count.
         unsafe { self.copy_stream.write_word(self.arrival(index), copied) }?;
-        self.copy_stream.record(&slot.events[self.pieces.at(layers.start).0])?;
+        self.copy_stream.record(&slot.events[*number])?;
         slot.issued.store(layers.end, Ordering::Release);
         if layers.end == self.layers {
             // Taken and released between the store and the signal: a waiter that has checked and not yet slept
@@ -221,12 +237,12 @@ impl CudaSlots {
         self.arrivals.view().slice(index * len..(index + 1) * len).address()
     }
 
-    /// Whether the piece of `layers` has landed.
-    pub fn has_landed(&self, slot: SlotId, layers: Range<usize>) -> Result<bool, CudaError> {
+    /// Whether a piece has landed.
+    pub fn has_landed(&self, slot: SlotId, piece: &Piece) -> Result<bool, CudaError> {
         let slot = &self.slots[slot.0 as usize];
-        let done = slot.events[self.pieces.at(layers.start).0].is_done()?;
+        let done = slot.events[piece.number].is_done()?;
         if done {
-            slot.landed.store(layers.end, Ordering::Release);
+            slot.landed.store(piece.layers.end, Ordering::Release);
         }
         Ok(done)
     }
@@ -326,16 +342,15 @@ impl SlotMemory for CudaSlots {
 
     fn copy_whole(&self, slot: SlotId, adapter: &HostAdapter) -> Result<(), String> {
         self.copy_stream.bind().map_err(|e| e.to_string())?;
-        let mut at = 0;
+        let (mut at, said) = (0, |e: CudaError| e.to_string());
         while at < self.layers {
-            let layers = at..self.layers.min(at + self.layers_at_once(at));
-            at = layers.end;
-            let said = |e: CudaError| e.to_string();
+            let piece = self.piece(SwapKind::Demand, at);
             // SAFETY: nothing reads the slot before serving, and the copy is waited for here.
-            unsafe { self.issue(slot, adapter, layers.clone()) }.map_err(said)?;
-            while !self.has_landed(slot, layers.clone()).map_err(said)? {
+            unsafe { self.issue(slot, adapter, &piece) }.map_err(said)?;
+            while !self.has_landed(slot, &piece).map_err(said)? {
                 pause(false);
             }
+            at = piece.layers.end;
         }
         Ok(())
     }

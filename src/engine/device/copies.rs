@@ -19,7 +19,7 @@ pub(in crate::engine) struct Copy {
     pub next_layer: usize,
     /// When the first one was begun.
     pub started: Nanos,
-    /// Which copies were asked for together: a number that grows.
+    /// Which copies were decided at once: a number that grows.
     pub together: u64,
 }
 
@@ -45,10 +45,9 @@ impl Copy {
     }
 }
 
-/// What the copy thread has to do. Between two layers it looks again, so that a demand passes a
-/// prefetch that is under way; under `layered` demands that were asked for together take turns, because
-/// a step may wait for the same layer of several of them. Later ones are a later step's, which does not
-/// begin before this one has all its layers.
+/// What the copy thread has to do. Between two pieces it looks again, so that a demand passes a
+/// prefetch that is under way; under `layered` demands that were decided at once take turns, because
+/// a step may wait for the same layer of several of them. Later ones come after them.
 pub(in crate::engine) struct CopyQueue {
     state: Mutex<State>,
     signal: Condvar,

@@ -68,8 +68,8 @@ pub struct DeviceExecutor {
     /// `[slots]` whether the step in flight reads the slot.
     read_by_step: Vec<bool>,
     swaps_in_flight: usize,
-    /// Grows with every step and every completion: swaps between two of them were planned together.
-    turn: u64,
+    /// Swaps submitted under one number were decided at once.
+    decision: u64,
 }
 
 impl DeviceExecutor {
@@ -111,7 +111,7 @@ impl DeviceExecutor {
             job: Some(Box::new(job)),
             result: StepResult::default(),
             swaps_in_flight: 0,
-            turn: 0,
+            decision: 0,
         })
     }
 
@@ -133,12 +133,10 @@ impl DeviceExecutor {
         }
         if let Some(swap) = state.swaps.pop_front() {
             self.swaps_in_flight -= 1;
-            self.turn += 1;
             return Ok(Some(swap));
         }
         let Some((mut job, started, ended)) = state.step.take() else { return Ok(None) };
         let step = job.step;
-        self.turn += 1;
         std::mem::swap(&mut self.result, &mut job.result);
         let failure = job.failure.take();
         self.job = Some(job);
@@ -173,9 +171,12 @@ impl Executor for DeviceExecutor {
         for slot in named {
             self.read_by_step[slot.0 as usize] = true;
         }
-        self.turn += 1;
         let steps = self.steps.as_ref().ok_or_else(|| self.error("the executor is shutting down"))?;
         steps.send(job).map_err(|_| self.error("the compute thread has ended"))
+    }
+
+    fn plan_swaps(&mut self) {
+        self.decision += 1;
     }
 
     fn submit_swap(&mut self, swap: &SwapPlan) -> Result<(), ExecutorError> {
@@ -192,7 +193,7 @@ impl Executor for DeviceExecutor {
             .ok_or_else(|| self.error(format!("adapter {} is not in host memory", swap.adapter)))?;
         self.slots.begin(swap.slot, swap.adapter, &adapter.layout);
         self.swaps_in_flight += 1;
-        self.copies.push(Copy::new(swap, adapter, self.turn));
+        self.copies.push(Copy::new(swap, adapter, self.decision));
         Ok(())
     }
 

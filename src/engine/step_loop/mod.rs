@@ -321,6 +321,9 @@ impl StepLoop {
 
     /// Acts on what the scheduler put out: starts swaps, passes news on.
     fn settle(&mut self, t: Nanos) -> Result<(), LoopError> {
+        if !self.outbox.swaps.is_empty() {
+            self.executor.plan_swaps();
+        }
         for plan in &self.outbox.swaps {
             self.swaps.push(OpenSwap { plan: *plan, decided: t, submitted: self.clock.now() });
             self.executor.submit_swap(plan)?;
