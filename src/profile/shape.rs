@@ -136,7 +136,7 @@ pub fn rounded_rows(rows: usize) -> usize {
 ///
 /// A device that computes much draws more power than it may for long, and lowers its clock within tens of
 /// milliseconds: a prefill takes some percent longer right after others. What is kept is the rate of tokens in steps
-/// with prefills, averaged with a memory that fades with [`FADES`] (a filter of first order, solved backwards at the
+/// with prefills, averaged with a memory that fades with 40 ms (a filter of first order, solved backwards at the
 /// beginning of each such step: with only sums, products and quotients, so that it is the same on every machine).
 #[derive(Clone, Debug, Default)]
 pub struct History {

@@ -325,6 +325,21 @@ mod tests {
         outcomes
     }
 
+    /// A prefill of 100 tokens, 3 ms, that reads slots which are still loading.
+    fn prefill(loading: Vec<SlotId>) -> StepPlan {
+        let seq = lora_sched::SeqStep {
+            id: lora_sched::RequestId(0),
+            place: lora_sched::PlaceId(0),
+            adapter: None,
+            start: 0,
+            len: 100,
+            decode: false,
+            samples: true,
+            new_blocks: 0..0,
+        };
+        StepPlan { seqs: vec![seq], loading, ..StepPlan::default() }
+    }
+
     fn config(mode: SwapMode) -> Config {
         Config { swap_mode: mode, ..Config::with_adapters(4, 2, 8, 1_000_000) }
     }
@@ -359,20 +374,7 @@ mod tests {
         profile.swap.step_slowdown = 0.5;
         let mut device =
             ModelDevice::new(CostModel::new(&profile.signed()).unwrap(), vec![8], SwapMode::Overlap);
-        let plan = StepPlan {
-            seqs: vec![lora_sched::SeqStep {
-                id: lora_sched::RequestId(0),
-                place: lora_sched::PlaceId(0),
-                adapter: None,
-                start: 0,
-                len: 100,
-                decode: false,
-                samples: true,
-                new_blocks: 0..0,
-            }],
-            ..StepPlan::default()
-        };
-        device.submit_step(0, &plan);
+        device.submit_step(0, &prefill(Vec::new()));
         let swap = SwapPlan {
             adapter: AdapterId(0),
             slot: SlotId(0),
@@ -409,23 +411,13 @@ mod tests {
 
     #[test]
     fn a_step_waits_for_the_first_layers_of_its_copies_in_their_order() {
-        let seq = lora_sched::SeqStep {
-            id: lora_sched::RequestId(0),
-            place: lora_sched::PlaceId(0),
-            adapter: None,
-            start: 0,
-            len: 100,
-            decode: false,
-            samples: true,
-            new_blocks: 0..0,
-        };
         // A step of 3 ms: behind the quarter of a copy, of two that share, of one behind another.
         for (copies, ends) in
             [(&[(0, 0)][..], 3_250_000), (&[(0, 0), (0, 1)], 3_500_000), (&[(0, 0), (1, 1)], 4_250_000)]
         {
             let mut device = copying(copies);
             let loading = copies.iter().map(|c| SlotId(c.1)).collect();
-            device.submit_step(1, &StepPlan { seqs: vec![seq.clone()], loading, ..StepPlan::default() });
+            device.submit_step(1, &prefill(loading));
             let mut last = None;
             while let Some((at, done)) = device.next() {
                 device.complete(at, done);
