@@ -17,8 +17,6 @@ struct Weighted {
     count: usize,
     from: u64,
     to: u64,
-    /// Index of what that is multiplied by.
-    times: usize,
     /// Cost of a unit in fixed point.
     coef: u64,
 }
@@ -29,6 +27,8 @@ struct Weighted {
 pub struct CostModel {
     /// Of steps without prefills, and of those with some.
     terms: [Vec<Weighted>; 2],
+    /// Of steps with some: what is multiplied by their rows.
+    of_rows: Vec<Weighted>,
     swap_fixed: Nanos,
     ns_per_byte: f64,
     busy_ns_per_byte: f64,
@@ -48,22 +48,30 @@ impl CostModel {
     /// The costs of a checked profile.
     pub fn new(profile: &Profile) -> Result<Self, ProfileError> {
         profile.check()?;
-        let mut terms = [Vec::new(), Vec::new()];
+        let (mut terms, mut of_rows) = ([Vec::new(), Vec::new()], Vec::new());
         for (name, &coef) in profile.step.features.iter().zip(&profile.step.coef_ns) {
             let term = name.parse::<Term>()?;
             let (count, from, to) = term.feature.range();
-            let times = term.feature.times();
             let coef = (coef * f64::from(1u32 << FRACTION_BITS)).round() as u64;
+            let weighted = Weighted { count, from, to, coef };
+            // What costs nothing need not be added up.
+            if coef == 0 {
+                continue;
+            }
+            if term.feature.times() == StepShape::ROWS {
+                of_rows.push(weighted);
+                continue;
+            }
             for (mixed, terms) in [false, true].into_iter().zip(&mut terms) {
-                // What costs nothing need not be added up.
-                if term.counts_in(mixed) && coef > 0 {
-                    terms.push(Weighted { count, from, to, times, coef });
+                if term.counts_in(mixed) {
+                    terms.push(weighted);
                 }
             }
         }
         let ns = |seconds: f64| (seconds * 1e9).round() as Nanos;
         Ok(Self {
             terms,
+            of_rows,
             swap_fixed: ns(profile.swap.fixed_s),
             ns_per_byte: 1e9 / profile.swap.bytes_per_s,
             busy_ns_per_byte: 1e9 / profile.swap.busy_bytes_per_s,
@@ -81,12 +89,20 @@ impl CostModel {
         whole_ns(self.step_sum(shape))
     }
 
+    /// Whether a step's cost depends on those before it.
+    pub(super) fn looks_back(&self) -> bool {
+        !self.of_rows.is_empty()
+    }
+
     /// A step's duration in fixed point.
     pub(crate) fn step_sum(&self, shape: &StepShape) -> u128 {
         let counts = shape.counts();
-        let units = |t: &Weighted| within(counts[t.count], t.from, t.to) * counts[t.times];
-        let cost = |t: &Weighted| u128::from(units(t)) * u128::from(t.coef);
-        self.terms[usize::from(shape.prefills > 0)].iter().map(cost).sum()
+        let cost = |t: &Weighted| u128::from(within(counts[t.count], t.from, t.to)) * u128::from(t.coef);
+        let sum = self.terms[usize::from(shape.prefills > 0)].iter().map(cost).sum();
+        if shape.prefills == 0 || self.of_rows.is_empty() {
+            return sum;
+        }
+        sum + self.of_rows.iter().map(cost).sum::<u128>() * u128::from(counts[StepShape::ROWS])
     }
 
     /// Durations of the steps after a decode step of this shape, which costs `sum`, as long as the same

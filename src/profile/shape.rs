@@ -3,6 +3,7 @@
 use lora_sched::{Nanos, StepPlan};
 use serde::{Deserialize, Serialize};
 
+use super::CostModel;
 use super::feature::PADDED_TO;
 
 /// A step's composition in integers, so that sums come out the same in any order.
@@ -113,7 +114,7 @@ impl StepShape {
                 shape.lora_token_ranks += len * rank;
             }
         }
-        if shape.prefills > 0 {
+        if shape.prefills > 0 && !history.unasked {
             shape.recent = history.rate(now, shape.tokens);
         }
         shape
@@ -147,12 +148,19 @@ pub struct History {
     rate: f64,
     /// When the last step with prefills began, and its tokens.
     last: Option<(Nanos, u64)>,
+    /// Whether nobody asks for the rate.
+    unasked: bool,
 }
 
 /// How fast [`History`] forgets. Of 20 to 1000 ms, what explains an H100's steps best.
 const FADES: f64 = 40e6;
 
 impl History {
+    /// For the steps of one cost model: what it does not look at is not kept.
+    pub fn of(cost: &CostModel) -> Self {
+        Self { unasked: !cost.looks_back(), ..Self::default() }
+    }
+
     /// The rate before a step of `tokens` tokens with prefills that begins at `now`, in hundreds a second.
     fn rate(&mut self, now: Nanos, tokens: u64) -> u64 {
         if let Some((begun, of_last)) = self.last.replace((now, tokens)) {

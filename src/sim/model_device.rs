@@ -69,6 +69,7 @@ impl ModelDevice {
             known: false,
             next_at: 0,
             next_done: Done::Step,
+            history: History::of(&cost),
             cost,
             ranks,
             shared: mode == SwapMode::Layered,
@@ -78,7 +79,6 @@ impl ModelDevice {
             copies: Vec::new(),
             reads: Vec::new(),
             stalled: Vec::new(),
-            history: History::default(),
         }
     }
 
