@@ -12,7 +12,7 @@ use lora_kernels::CudaError;
 use lora_sched::Nanos;
 
 use super::slots::{CudaSlots, Piece};
-use crate::engine::device::{Copy, CopyQueue, Reports};
+use crate::engine::device::{Copy, CopyQueue, Reports, SlotMemory as _};
 
 /// Pieces on the copy stream: one that moves, and two behind it so that the engine never pauses.
 const IN_FLIGHT: usize = 3;
@@ -60,7 +60,7 @@ fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), C
     let mut issued: VecDeque<Issued> = VecDeque::with_capacity(2 * IN_FLIGHT);
     // When the piece that moves now could begin to.
     let mut free_since: Nanos = 0;
-    let mut started = vec![0; slots.count()];
+    let mut started = vec![0; slots.len()];
     loop {
         let next = match issued.len() {
             0 => match queue.next() {

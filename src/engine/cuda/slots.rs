@@ -247,11 +247,6 @@ impl CudaSlots {
         Ok(done)
     }
 
-    /// Slots.
-    pub fn count(&self) -> usize {
-        self.slots.len()
-    }
-
     /// Whether steps may read slots that are still loading.
     pub fn steps_wait(&self) -> bool {
         self.steps_wait
@@ -260,6 +255,9 @@ impl CudaSlots {
     /// Waits until all pieces of the copies into `slots` are on the copy stream: what a step needs that waits for
     /// them on the device.
     pub fn await_issue(&self, slots: &[SlotId]) -> Result<(), CudaError> {
+        if slots.is_empty() {
+            return Ok(());
+        }
         let issued =
             |slot: &SlotId| self.slots[slot.0 as usize].issued.load(Ordering::Acquire) >= self.layers;
         let mut guard = relock(&self.issuing);
