@@ -153,6 +153,20 @@ fn a_calibration_s_samples_are_fitted_anew() {
     assert!(new.holdout.mean_abs_error < 0.7 * old.holdout.mean_abs_error, "{:?}", new.holdout);
     assert_eq!((&new.swap, &new.samples_file), (&old.swap, &old.samples_file));
 
+    // Twice the same samples are twice as many, and the same costs.
+    let twice = ["profile", "refit", "h100-llama2-7b.json", "h100-llama2-7b.json", "-o", "twice.json"];
+    program(&twice).assert().success().stdout(contains("228 steps held out"));
+    let twice = load("twice.json");
+    assert_eq!(twice.samples_file.as_deref(), Some("twice.samples.jsonl"));
+    for (once, twice) in new.step.coef_ns.iter().zip(&twice.step.coef_ns) {
+        assert!((once - twice).abs() <= 1e-6 * once.max(1.0), "{once} {twice}");
+    }
+    write(&Profile { model: "tiny".to_owned(), ..old.clone() }.signed(), &dir.path().join("tiny.json"));
+    program(&["profile", "refit", "h100-llama2-7b.json", "tiny.json", "-o", "q.json"])
+        .assert()
+        .code(2)
+        .stderr(contains("tiny.json is of another model"));
+
     program(&["profile", "refit", "p.json", "-o", "q.json"])
         .assert()
         .code(2)

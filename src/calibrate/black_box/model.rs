@@ -112,7 +112,7 @@ pub(super) fn fit_steps(points: &[Point]) -> StepCosts {
         let point: &Point = &points[row];
         point.steps.iter().map(|s| terms[column].of(s) as f64).sum::<f64>() / point.ns
     };
-    fit_costs(&terms, points.len(), value)
+    fit_costs(&terms, points.len(), value, |_| 1.0)
 }
 
 /// What a request to an adapter that is not resident takes longer: the median over samples, each less the

@@ -1,23 +1,27 @@
-//! `lora-hbm profile refit`: step costs fitted anew to a calibration's samples.
+//! `lora-hbm profile refit`: step costs fitted anew to the samples of one or several calibrations.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{load, show};
 use crate::calibrate::{Sample, StepSample, refit};
+use crate::cli::calibrate;
 use crate::cli::failure::Failure;
 use crate::cli::settings::Context;
-use crate::profile::{Kind, ProfileError};
+use crate::profile::{Kind, Profile, ProfileError};
 use crate::report::files::{check_writable, read_text, write_atomic};
 
 #[derive(Args, Debug, Serialize)]
 pub(super) struct RefitArgs {
-    /// A profile file of `calibrate`, with its samples beside it
+    /// Profile files of `calibrate`, each with its samples beside it. Of several calibrations of one machine, made at
+    /// different times, the steps are fitted together; swap and host costs are the first one's
+    #[arg(required = true)]
     #[serde(skip)]
-    profile: PathBuf,
-    /// The profile to write; it names the same samples, so keep it beside them
+    profiles: Vec<PathBuf>,
+    /// The profile to write. Of one calibration it names the same samples, so keep it beside them; of several, all their
+    /// samples are written beside it
     #[arg(short, long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     out: Option<PathBuf>,
@@ -32,10 +36,35 @@ struct RefitSettings {
 pub(super) fn run(args: &RefitArgs, ctx: &Context) -> Result<(), Failure> {
     let settings: RefitSettings = ctx.resolve("profile", args)?;
     let out = settings.out.ok_or_else(|| Failure::usage("--out is required: the profile to write"))?;
-    let named = args.profile.display().to_string();
+    let mut calibrations = args.profiles.iter().map(|path| read(path));
+    let Some(first) = calibrations.next() else { return Err(Failure::usage("no profile to refit")) };
+    let (profile, mut samples) = first?;
+    for (path, other) in args.profiles[1..].iter().zip(calibrations) {
+        let (other, more) = other?;
+        expect_same(&profile, &other, path)?;
+        samples.extend(more);
+    }
+    let steps: Vec<(bool, StepSample)> = samples.iter().filter_map(step).collect();
+    if !steps.iter().any(|(held_out, _)| !held_out) {
+        return Err(Failure::failed("the samples have no step to fit: calibrate anew"));
+    }
+    check_writable(&out).map_err(Failure::failed)?;
+    let mut refitted = refit(profile, &steps).map_err(|e: ProfileError| Failure::Failed(e.into()))?;
+    if args.profiles.len() > 1 {
+        refitted = calibrate::write(refitted, &samples, &out)?;
+    } else {
+        let text = serde_json::to_string_pretty(&refitted).map_err(Failure::failed)? + "\n";
+        write_atomic(&out, text.as_bytes()).map_err(Failure::failed)?;
+    }
+    show(&out.display().to_string(), &refitted, ctx)
+}
+
+/// A profile and its raw samples.
+fn read(path: &Path) -> Result<(Profile, Vec<Sample>), Failure> {
+    let named = path.display().to_string();
     let profile = load(&named)?;
     let samples = match (&profile.kind, &profile.samples_file) {
-        (Kind::Engine, Some(name)) => args.profile.with_file_name(name),
+        (Kind::Engine, Some(name)) => path.with_file_name(name),
         _ => {
             return Err(Failure::usage(format!(
                 "{named} names no samples of this program's engine: only what `calibrate` has measured can be fitted"
@@ -43,21 +72,36 @@ pub(super) fn run(args: &RefitArgs, ctx: &Context) -> Result<(), Failure> {
         }
     };
     let text = read_text(&samples).map_err(Failure::failed)?;
-    let mut steps: Vec<(bool, StepSample)> = Vec::new();
-    for (i, line) in text.lines().enumerate() {
-        let sample = serde_json::from_str(line).map_err(|e| {
-            Failure::failed(format!("{}: line {} is no sample: {e}", samples.display(), i + 1))
-        })?;
-        if let Sample::Step { held_out, sample } = sample {
-            steps.push((held_out, sample));
-        }
+    let sample = |(i, line)| {
+        serde_json::from_str(line)
+            .map_err(|e| Failure::failed(format!("{}: line {} is no sample: {e}", samples.display(), i + 1)))
+    };
+    Ok((profile, text.lines().enumerate().map(sample).collect::<Result<_, _>>()?))
+}
+
+fn step(sample: &Sample) -> Option<(bool, StepSample)> {
+    match sample {
+        Sample::Step { held_out, sample } => Some((*held_out, *sample)),
+        _ => None,
     }
-    if !steps.iter().any(|(held_out, _)| !held_out) {
-        return Err(Failure::failed(format!("{} has no step to fit: calibrate anew", samples.display())));
-    }
-    check_writable(&out).map_err(Failure::failed)?;
-    let refitted = refit(profile, &steps).map_err(|e: ProfileError| Failure::Failed(e.into()))?;
-    let text = serde_json::to_string_pretty(&refitted).map_err(Failure::failed)? + "\n";
-    write_atomic(&out, text.as_bytes()).map_err(Failure::failed)?;
-    show(&out.display().to_string(), &refitted, ctx)
+}
+
+/// Refuses to mix machines, models and limits.
+fn expect_same(first: &Profile, other: &Profile, path: &Path) -> Result<(), Failure> {
+    let what = if first.model != other.model {
+        "model"
+    } else if first.adapter != other.adapter {
+        "adapters"
+    } else if first.engine != other.engine {
+        "engine"
+    } else if first.machine != other.machine {
+        "machine"
+    } else {
+        return Ok(());
+    };
+    Err(Failure::usage(format!(
+        "{} is of another {what} than the first profile: only calibrations of one engine on one machine can be fitted \
+         together",
+        path.display()
+    )))
 }
