@@ -226,47 +226,40 @@ fn tool() -> String {
     format!("{} {} ({})", tool.name, tool.version, tool.commit)
 }
 
-/// Least relative squares: an error of 5 % is as bad at 1 ms as at 100 ms.
+fn fit_steps(samples: &[StepSample], terms: &[Term]) -> StepCosts {
+    let counts = DMatrix::from_fn(samples.len(), terms.len(), |row, column| {
+        terms[column].of(&samples[row].shape) as f64
+    });
+    let measured = DVector::from_fn(samples.len(), |row, _| samples[row].ns as f64);
+    fit_costs(terms, &counts, &measured)
+}
+
+/// The costs, none of them negative, with which the `counts` of the terms come nearest to the `measured` nanoseconds,
+/// by least relative squares: an error of 5 % is as bad at 1 ms as at 100 ms.
 ///
 /// Relative to what is expected, not to what was measured: where a machine's speed wanders, errors relative to the
 /// measured time weigh its fast moods more, and the costs come out below the mean by twice the square of the noise (a
 /// tenth at 20 to 25 %). What requests wait for is a sum of steps, so it is the mean that counts. The first round has
 /// nothing else to be relative to; a few rounds settle it.
-fn fit_steps(samples: &[StepSample], terms: &[Term]) -> StepCosts {
-    let mut expected: Vec<f64> = samples.iter().map(|s| s.ns.max(1) as f64).collect();
-    let mut costs = StepCosts { features: Vec::new(), coef_ns: Vec::new() };
+fn fit_costs(terms: &[Term], counts: &DMatrix<f64>, measured: &DVector<f64>) -> StepCosts {
+    let mut expected = measured.map(|ns| ns.max(1.0));
+    let mut costs = DVector::zeros(terms.len());
     for _ in 0..ROUNDS {
-        let value = |row: usize, column: usize| terms[column].of(&samples[row].shape) as f64 / expected[row];
-        costs = fit_costs(terms, samples.len(), value, |row| samples[row].ns as f64 / expected[row]);
-        for (expected, sample) in expected.iter_mut().zip(samples) {
-            let cost = |(term, coef): (&Term, &f64)| term.of(&sample.shape) as f64 * coef;
-            let sum: f64 = terms.iter().zip(&costs.coef_ns).map(cost).sum();
-            // A step that the terms make too little of must not outweigh all others.
-            *expected = sum.max(sample.ns as f64 / 4.0).max(1.0);
-        }
+        let relative = DMatrix::from_fn(counts.nrows(), counts.ncols(), |row, column| {
+            counts[(row, column)] / expected[row]
+        });
+        costs = fit::nnls(&relative, &measured.component_div(&expected));
+        // A step that the terms make too little of must not outweigh all others.
+        expected = (counts * &costs).zip_map(measured, |expected, ns| expected.max(ns / 4.0).max(1.0));
     }
-    costs
-}
-
-/// Rounds of [`fit_steps`].
-const ROUNDS: usize = 4;
-
-/// The costs that come nearest to `target(row)` in each row, none of them negative; `value(row, column)` is a term's
-/// count, in the units of the target.
-fn fit_costs(
-    terms: &[Term],
-    rows: usize,
-    value: impl FnMut(usize, usize) -> f64,
-    mut target: impl FnMut(usize) -> f64,
-) -> StepCosts {
-    let a = DMatrix::from_fn(rows, terms.len(), value);
-    let b = DVector::from_fn(rows, |row, _| target(row));
-    let costs = fit::nnls(&a, &b);
     StepCosts {
         features: terms.iter().map(Term::to_string).collect(),
         coef_ns: costs.iter().copied().collect(),
     }
 }
+
+/// Rounds of [`fit_costs`].
+const ROUNDS: usize = 4;
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
     stats::median(&stats::sorted(&values.collect::<Vec<_>>())).unwrap_or(0.0)

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use self::endpoint::{EndpointArgs, EndpointSettings};
 use super::engine_args::{EngineArgs, EngineFlags};
 use super::failure::Failure;
+use super::profile::save;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::calibrate::{CalibrateOptions, Calibration, calibrate};
@@ -140,8 +141,7 @@ pub(super) fn write(profile: Profile, raw: &[impl Serialize], out: &Path) -> Res
     write_atomic(&samples, lines.as_bytes()).map_err(Failure::failed)?;
     let name = samples.file_name().map(|n| n.to_string_lossy().into_owned());
     let profile = Profile { samples_file: name, ..profile }.signed();
-    let text = serde_json::to_string_pretty(&profile).map_err(Failure::failed)? + "\n";
-    write_atomic(out, text.as_bytes()).map_err(Failure::failed)?;
+    save(&profile, out)?;
     Ok(profile)
 }
 

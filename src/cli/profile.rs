@@ -3,7 +3,7 @@
 #[cfg(feature = "server")]
 mod refit;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde::{Deserialize, Serialize};
@@ -107,9 +107,14 @@ fn scale(args: &ScaleArgs, ctx: &Context) -> Result<(), Failure> {
         ScaleError::Feature(_) => Failure::Failed(e.into()),
     })?;
     check_writable(&out).map_err(Failure::failed)?;
-    let text = serde_json::to_string_pretty(&scaled).map_err(Failure::failed)?;
-    write_atomic(&out, text.as_bytes()).map_err(Failure::failed)?;
+    save(&scaled, &out)?;
     show(&out.display().to_string(), &scaled, ctx)
+}
+
+/// Writes a profile's file, whole or not at all.
+pub(super) fn save(profile: &Profile, out: &Path) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(profile).map_err(Failure::failed)? + "\n";
+    write_atomic(out, text.as_bytes()).map_err(Failure::failed)
 }
 
 fn check(args: &CheckArgs, ctx: &Context) -> Result<(), Failure> {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use nalgebra::{DMatrix, DVector};
+
 use super::{BlackBoxOptions, BlackBoxSample};
 use crate::calibrate::terms::ranges;
 use crate::calibrate::{fit_costs, median};
@@ -105,14 +107,14 @@ fn terms() -> Vec<Term> {
     [Feature::Step].into_iter().chain(tokens).chain(others).map(Term::from).collect()
 }
 
-/// Least relative squares, none negative, as with micro-benchmarks.
+/// As of micro-benchmarks.
 pub(super) fn fit_steps(points: &[Point]) -> StepCosts {
     let terms = terms();
-    let value = |row: usize, column: usize| {
-        let point: &Point = &points[row];
-        point.steps.iter().map(|s| terms[column].of(s) as f64).sum::<f64>() / point.ns
-    };
-    fit_costs(&terms, points.len(), value, |_| 1.0)
+    let counts = DMatrix::from_fn(points.len(), terms.len(), |row, column| {
+        points[row].steps.iter().map(|s| terms[column].of(s) as f64).sum()
+    });
+    let measured = DVector::from_fn(points.len(), |row, _| points[row].ns);
+    fit_costs(&terms, &counts, &measured)
 }
 
 /// What a request to an adapter that is not resident takes longer: the median over samples, each less the

@@ -5,21 +5,23 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::{load, show};
+use super::{load, save, show};
 use crate::calibrate::{Sample, StepSample, refit};
 use crate::cli::calibrate;
 use crate::cli::failure::Failure;
 use crate::cli::settings::Context;
 use crate::profile::{Kind, Profile, ProfileError};
-use crate::report::files::{check_writable, read_text, write_atomic};
+use crate::report::files::{check_writable, read_text};
 
 #[derive(Args, Debug, Serialize)]
 pub(super) struct RefitArgs {
-    /// Profile files of `calibrate`, each with its samples beside it. Of several calibrations of one machine, made at
-    /// different times, the steps are fitted together; swap and host costs are the first one's
-    #[arg(required = true)]
+    /// A profile file of `calibrate`, with its samples beside it
     #[serde(skip)]
-    profiles: Vec<PathBuf>,
+    profile: PathBuf,
+    /// More calibrations of the same machine, made at other times: the steps are fitted together; swap and host costs are
+    /// the first one's
+    #[serde(skip)]
+    others: Vec<PathBuf>,
     /// The profile to write. Of one calibration it names the same samples, so keep it beside them; of several, all their
     /// samples are written beside it
     #[arg(short, long, value_name = "FILE")]
@@ -36,11 +38,9 @@ struct RefitSettings {
 pub(super) fn run(args: &RefitArgs, ctx: &Context) -> Result<(), Failure> {
     let settings: RefitSettings = ctx.resolve("profile", args)?;
     let out = settings.out.ok_or_else(|| Failure::usage("--out is required: the profile to write"))?;
-    let mut calibrations = args.profiles.iter().map(|path| read(path));
-    let Some(first) = calibrations.next() else { return Err(Failure::usage("no profile to refit")) };
-    let (profile, mut samples) = first?;
-    for (path, other) in args.profiles[1..].iter().zip(calibrations) {
-        let (other, more) = other?;
+    let (profile, mut samples) = read(&args.profile)?;
+    for path in &args.others {
+        let (other, more) = read(path)?;
         expect_same(&profile, &other, path)?;
         samples.extend(more);
     }
@@ -50,11 +50,10 @@ pub(super) fn run(args: &RefitArgs, ctx: &Context) -> Result<(), Failure> {
     }
     check_writable(&out).map_err(Failure::failed)?;
     let mut refitted = refit(profile, &steps).map_err(|e: ProfileError| Failure::Failed(e.into()))?;
-    if args.profiles.len() > 1 {
-        refitted = calibrate::write(refitted, &samples, &out)?;
+    if args.others.is_empty() {
+        save(&refitted, &out)?;
     } else {
-        let text = serde_json::to_string_pretty(&refitted).map_err(Failure::failed)? + "\n";
-        write_atomic(&out, text.as_bytes()).map_err(Failure::failed)?;
+        refitted = calibrate::write(refitted, &samples, &out)?;
     }
     show(&out.display().to_string(), &refitted, ctx)
 }

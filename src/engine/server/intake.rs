@@ -113,11 +113,11 @@ impl Intake {
         for request in requests {
             handles.push(engine.submit(request).map_err(refused)?);
         }
-        for handle in &mut handles {
-            handle.admitted().await.map_err(refused)?;
-        }
         let prompt_tokens = ask.prompts.iter().map(Vec::len).collect();
-        Ok(Sequences::new(&state, guard, handles, prompt_tokens, ask.n, ask.adapter, (received, clock)))
+        let mut sequences =
+            Sequences::new(&state, guard, handles, prompt_tokens, ask.n, ask.adapter, (received, clock));
+        sequences.admitted().await.map_err(refused)?;
+        Ok(sequences)
     }
 }
 

@@ -10,7 +10,7 @@ use lora_sched::{AdapterId, Nanos};
 use super::error::ApiError;
 use super::state::{InFlight, State};
 use crate::engine::clock::Clock;
-use crate::engine::{Delta, Finish, GenerateHandle};
+use crate::engine::{Delta, Finish, GenerateHandle, SubmitError};
 use crate::report::record::PartsS;
 
 /// One sequence's output, with its number.
@@ -130,6 +130,17 @@ impl Sequences {
             adapter,
             _guard: guard,
         }
+    }
+
+    /// Waits until the engine has said of each that it takes it. Who goes meanwhile has gone as at any other time.
+    pub(super) async fn admitted(&mut self) -> Result<(), SubmitError> {
+        for numbered in self.running.iter_mut() {
+            if let Err(refusal) = numbered.handle.admitted().await {
+                self.open = 0;
+                return Err(refusal);
+            }
+        }
+        Ok(())
     }
 
     /// How many there are.
