@@ -107,12 +107,24 @@ impl StepShape {
                 shape.prefill_span = shape.prefill_span.max(start + len);
             }
             if let Some((adapter, slot)) = seq.adapter {
-                let (first, rank) = (u64::from(history.first(slot.0 as usize)), u64::from(rank(adapter.0)));
-                shape.adapters += first;
-                shape.adapter_ranks += first * rank;
+                let rank = u64::from(rank(adapter.0));
+                if plan.outline.is_none() && history.first(slot.0 as usize) {
+                    shape.adapters += 1;
+                    shape.adapter_ranks += rank;
+                }
                 shape.lora_tokens += len;
                 shape.lora_token_ranks += len * rank;
             }
+        }
+        if let Some(outline) = &plan.outline {
+            shape.tokens += outline.decodes;
+            shape.samples += outline.decodes;
+            shape.decodes = outline.decodes;
+            shape.decode_context = outline.decode_context;
+            shape.adapters = outline.adapters;
+            shape.adapter_ranks = outline.adapter_ranks;
+            shape.lora_tokens += outline.lora_decodes;
+            shape.lora_token_ranks += outline.lora_decode_ranks;
         }
         if shape.prefills > 0 && !history.unasked {
             shape.recent = history.rate(now, shape.tokens);

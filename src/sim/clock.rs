@@ -89,13 +89,14 @@ pub struct Outcome {
 
 /// Who is told what the simulator does. Requests' ids in plans count arrivals from 0.
 pub trait Observer {
-    /// Whether it must see each step. Otherwise steps that only bring the same sequences a token
-    /// further may be run through at once (`Device::skip`); nothing else comes out differently.
+    /// Whether it must see each step and each sequence in it. Otherwise plans are outlines, and steps that
+    /// only bring the same sequences a token further may be run through at once (`Device::skip`); nothing
+    /// else comes out differently.
     const EVERY_STEP: bool = false;
 
     /// A request has ended, not cancelled.
     fn outcome(&mut self, _outcome: &Outcome) {}
-    /// A step is formed. Without [`Observer::EVERY_STEP`] not each of them is told of.
+    /// A step is formed. Without [`Observer::EVERY_STEP`] not each of them is told of, nor who decodes in it.
     fn step(&mut self, _plan: &StepPlan) {}
     /// A swap is started.
     fn swap(&mut self, _now: Nanos, _swap: &SwapPlan) {}
@@ -179,7 +180,7 @@ pub fn run<D: Device, O: Observer>(
         device,
         observer,
         now: 0,
-        plan: StepPlan::default(),
+        plan: if O::EVERY_STEP { StepPlan::default() } else { StepPlan::outlined() },
         out: Outbox::default(),
         plan_at: NEVER,
         awaited: 0,

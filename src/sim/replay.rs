@@ -184,6 +184,8 @@ struct Decided {
 }
 
 impl Observer for Decided {
+    const EVERY_STEP: bool = true;
+
     fn outcome(&mut self, outcome: &Outcome) {
         self.ttft.insert(outcome.arrival, outcome.first - outcome.request.received);
     }

@@ -1,5 +1,7 @@
 //! Forming a step: who runs, who is admitted, which swaps start.
 
+use std::ops::Range;
+
 use crate::config::SwapMode;
 use crate::event::{Notice, Outbox};
 use crate::meter::{Gate, Readiness};
@@ -7,8 +9,8 @@ use crate::plan::{SeqStep, StepPlan, SwapKind, SwapPlan};
 use crate::policy::{AdmissionPolicy, NeedsSlot, Pick, QueueView};
 use crate::queue::BASE;
 use crate::requests::{NONE, Phase, PinnedSlot};
-use crate::scheduler::{Scheduler, StepSeq};
-use crate::types::{AdapterId, Nanos, RequestId, SlotId};
+use crate::scheduler::{Chunk, Scheduler};
+use crate::types::{AdapterId, Nanos, PlaceId, RequestId, SlotId};
 
 impl Scheduler {
     /// Forms the next step into `plan`, if there is anything to compute. True: the driver submits it
@@ -31,7 +33,7 @@ impl Scheduler {
 
         let mut budget = self.config.max_num_batched_tokens;
         let preempted = self.run_decodes(&mut budget, plan, out);
-        if plan.seqs.len() < self.running.len() {
+        if self.decodes.len() < self.running.len() {
             self.run_prefills(&mut budget, plan);
         }
         self.clock.gate = if preempted { Gate::Kv } else { self.admit(&mut budget, plan, out) };
@@ -41,8 +43,13 @@ impl Scheduler {
         }
         self.clock.slot_available = self.slots.available();
 
-        if plan.seqs.is_empty() {
+        if self.decodes.len() + self.step.chunks.len() == 0 {
             return false;
+        }
+        if let Some(outline) = &mut plan.outline {
+            self.decodes.outline(outline);
+            let read = self.slots.read();
+            (outline.adapters, outline.adapter_ranks) = (read.slots, read.ranks);
         }
         self.next_step += 1;
         self.step.active = true;
@@ -71,59 +78,76 @@ impl Scheduler {
     /// One token for each running request that is past its prompt, oldest admission first. When
     /// blocks run out, the latest admitted loses its own. True if anybody did.
     fn run_decodes(&mut self, budget: &mut usize, plan: &mut StepPlan, out: &mut Outbox) -> bool {
+        let named = plan.outline.is_none();
         let mut preempted = false;
-        let mut i = 0;
-        while i < self.running.len() {
-            let index = self.running[i];
-            let request = &mut self.requests[index];
-            let Phase::Running { place, in_step, .. } = &mut request.phase else {
-                unreachable!("the running list holds running requests")
-            };
-            if request.computed < request.fed {
+        if named || self.decodes.any_full() {
+            let mut i = 0;
+            while i < self.decodes.len() {
+                let full = self.decodes.until_full_of(i) == 0;
+                if full && self.kv.free() == 0 {
+                    preempted = true;
+                    // Admission order: the last is the latest. It may be this one.
+                    if let Some(&victim) = self.running.last() {
+                        self.preempt(victim, out);
+                    }
+                    continue;
+                }
+                let from = plan.blocks.len() as u32;
+                let given = if full { self.give_block(i) } else { None };
+                if named {
+                    plan.blocks.extend(given);
+                    let blocks = from..plan.blocks.len() as u32;
+                    plan.seqs.push(self.next_token(i, blocks));
+                }
                 i += 1;
-                continue;
             }
-            let place = *place;
-            let full = request.capacity <= request.computed;
-            if full && self.kv.free() == 0 {
-                preempted = true;
-                // Admission order: the last is the latest. It may be this one.
-                if let Some(&victim) = self.running.last() {
-                    self.preempt(victim, out);
-                }
-                continue;
-            }
-            if full {
-                self.put_in_step(index, 1, 1, plan);
-            } else {
-                // As `put_in_step`, for the most common case: its TTFT is told, it takes no block and it
-                // samples.
-                *in_step = true;
-                let at = plan.blocks.len() as u32;
-                plan.seqs.push(SeqStep {
-                    id: request.id,
-                    place,
-                    adapter: request.slot.get().map(|slot| (AdapterId(request.group - 1), slot)),
-                    start: request.computed,
-                    len: 1,
-                    decode: true,
-                    samples: true,
-                    new_blocks: at..at,
-                });
-                self.step.seqs.push(StepSeq { index, len: 1, samples: true });
-                if let Some(slot) = request.slot.get() {
-                    self.read_slot(slot, plan);
-                }
-            }
-            *budget -= 1;
-            i += 1;
+            self.decodes.find_full();
         }
+        if self.slots.any_loading() {
+            self.wait_for_decodes(plan);
+        }
+        *budget -= self.decodes.len();
         preempted
+    }
+
+    /// A block for the `i`-th decode's next token; there is one.
+    pub(crate) fn give_block(&mut self, i: usize) -> Option<u32> {
+        let request = &mut self.requests[self.decodes.at(i).index];
+        request.add_blocks(1, self.config.block_size);
+        self.decodes.grow(i, self.config.block_size);
+        self.kv.grow(request.phase.place()?)
+    }
+
+    /// The `i`-th decode's share of the step.
+    fn next_token(&self, i: usize, new_blocks: Range<u32>) -> SeqStep {
+        let decode = self.decodes.at(i);
+        let request = &self.requests[decode.index];
+        SeqStep {
+            id: request.id,
+            place: request.phase.place().unwrap_or(PlaceId(0)),
+            adapter: decode.slot.get().map(|slot| (AdapterId(request.group - 1), slot)),
+            start: request.computed + self.decodes.steps_of(&decode),
+            len: 1,
+            decode: true,
+            samples: true,
+            new_blocks,
+        }
+    }
+
+    /// A driver may end a step before the copies that it read have ended: the next one reads them still.
+    fn wait_for_decodes(&mut self, plan: &mut StepPlan) {
+        for i in 0..self.decodes.len() {
+            if let Some(slot) = self.decodes.at(i).slot.get()
+                && self.slots.is_loading(slot)
+            {
+                self.read_slot(slot, 0, plan);
+            }
+        }
     }
 
     /// The next chunks of prompts that are under way, oldest admission first.
     fn run_prefills(&mut self, budget: &mut usize, plan: &mut StepPlan) {
-        for i in 0..self.running.len() {
+        for i in self.decodes.len()..self.running.len() {
             let index = self.running[i];
             let request = &self.requests[index];
             let rest = request.fed.saturating_sub(request.computed) as usize;
@@ -315,7 +339,7 @@ impl Scheduler {
         request.since = now;
         request.computed = 0;
         request.fed = request.known();
-        request.phase = Phase::Running { place, in_step: false, cancelled: false };
+        request.phase = Phase::Prefilling { place, in_step: false, cancelled: false };
         self.running.push(index);
     }
 
@@ -337,7 +361,7 @@ impl Scheduler {
         self.enqueue(index);
     }
 
-    /// Adds `len` tokens of a running request to the step, with `blocks` new blocks for it.
+    /// Adds `len` tokens of a running request's prompt to the step, with `blocks` new blocks for it.
     fn put_in_step(&mut self, index: u32, len: usize, blocks: usize, plan: &mut StepPlan) {
         let now = self.now();
         let request = &mut self.requests[index];
@@ -346,15 +370,19 @@ impl Scheduler {
             request.parts.queue += now.saturating_sub(request.since);
             request.since = now;
         }
-        let Phase::Running { place, in_step, .. } = &mut request.phase else { return };
+        let Phase::Prefilling { place, in_step, .. } = &mut request.phase else { return };
         let place = *place;
         *in_step = true;
         let from = plan.blocks.len() as u32;
         if blocks > 0 {
             request.add_blocks(blocks, self.config.block_size);
-            self.kv.allocate(place, blocks, &mut plan.blocks);
+            let given = self.kv.allocate(place, blocks);
+            if plan.outline.is_none() {
+                plan.blocks.extend_from_slice(given);
+            }
         }
-        let adapter = slot.map(|slot| (AdapterId(request.group - 1), slot));
+        let group = request.group;
+        let adapter = slot.map(|slot| (AdapterId(group - 1), slot));
         let samples = request.computed + len as u32 == request.known();
         plan.seqs.push(SeqStep {
             id: request.id,
@@ -362,20 +390,20 @@ impl Scheduler {
             adapter,
             start: request.computed,
             len: len as u32,
-            decode: request.computed >= request.fed,
+            decode: false,
             samples,
             new_blocks: from..plan.blocks.len() as u32,
         });
-        self.step.seqs.push(StepSeq { index, len: len as u32, samples });
+        self.step.chunks.push(Chunk { index, len: len as u32, samples });
         if let Some(slot) = slot {
-            self.read_slot(slot, plan);
+            self.read_slot(slot, self.queue.group(group).spec.rank, plan);
         }
     }
 
-    /// The step reads this slot, which may still be loading.
+    /// The step reads this slot, which may still be loading; it holds an adapter of `rank`.
     #[inline]
-    fn read_slot(&mut self, slot: SlotId, plan: &mut StepPlan) {
-        if self.slots.read_in_step(slot) && self.slots.is_loading(slot) {
+    fn read_slot(&mut self, slot: SlotId, rank: u32, plan: &mut StepPlan) {
+        if self.slots.read_in_step(slot, rank) && self.slots.is_loading(slot) {
             plan.loading.push(slot);
             plan.wait_for_swaps = self.config.swap_mode == SwapMode::Blocking;
         }

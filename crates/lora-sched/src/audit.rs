@@ -5,7 +5,7 @@ use crate::host::HostState;
 use crate::meter::Readiness;
 use crate::requests::Phase;
 use crate::scheduler::Scheduler;
-use crate::slots::SlotState;
+use crate::slots::{Read, SlotState};
 use crate::types::SlotId;
 
 macro_rules! hold {
@@ -20,6 +20,7 @@ impl Scheduler {
     /// Checks every invariant in time linear in the scheduler's size. The error says which is broken.
     pub fn audit(&self) -> Result<(), String> {
         self.audit_blocks()?;
+        self.audit_decodes()?;
         self.audit_slots()?;
         self.audit_host()?;
         self.audit_queue()
@@ -37,14 +38,15 @@ impl Scheduler {
         let mut place_taken = vec![false; self.config.max_num_seqs];
         for &index in &self.running {
             let request = &self.requests[index];
-            let Phase::Running { place, .. } = request.phase else {
+            let Some(place) = request.phase.place() else {
                 return Err(format!("request {} is in the running list and waits", request.id));
             };
+            let computed = self.computed(index);
             hold!(
                 !std::mem::replace(&mut place_taken[place.0 as usize], true),
                 "place {place} is taken twice"
             );
-            let needed = self.config.blocks_for(request.computed as usize);
+            let needed = self.config.blocks_for(computed as usize);
             hold!(self.kv.held(place) >= needed, "request {} has too few blocks", request.id);
             let capacity = self.kv.held(place) * self.config.block_size;
             hold!(
@@ -61,6 +63,37 @@ impl Scheduler {
             hold!(self.kv.held(place) == 0, "the free place {place} holds blocks");
         }
         hold!(place_taken.iter().all(|&t| t), "a place is lost");
+        Ok(())
+    }
+
+    /// Tokens in the KV cache.
+    fn computed(&self, index: u32) -> u32 {
+        let steps = self.decodes.iter().find(|d| d.index == index).map_or(0, |d| self.decodes.steps_of(d));
+        self.requests[index].computed + steps
+    }
+
+    fn audit_decodes(&self) -> Result<(), String> {
+        let decoding = |index: &u32| matches!(self.requests[*index].phase, Phase::Decoding { .. });
+        let first = self.running.iter().take_while(|&i| decoding(i));
+        hold!(first.eq(self.decodes.iter().map(|d| &d.index)), "the decodes are not the first that run");
+        let behind = &self.running[self.decodes.len()..];
+        hold!(!behind.iter().any(decoding), "a request decodes before one that was admitted earlier");
+        let rank = |index| self.queue.group(self.requests[index].group).spec.rank;
+        self.decodes.audit(|decode| {
+            let request = &self.requests[decode.index];
+            let full = u64::from(request.capacity - request.computed);
+            let end = u64::from(request.max_tokens - request.generated);
+            (u64::from(self.computed(decode.index)), decode.slot.get().map(|_| rank(decode.index)), end, full)
+        })?;
+        let mut read = Read::default();
+        for slot in (0..self.config.gpu_loras as u32).map(SlotId) {
+            let pinning: Vec<_> = self.decodes.iter().filter(|d| d.slot.get() == Some(slot)).collect();
+            hold!(pinning.len() == self.slots.decodes(slot) as usize, "slot {slot} miscounts its decodes");
+            if let Some(decode) = pinning.first() {
+                read = Read { slots: read.slots + 1, ranks: read.ranks + u64::from(rank(decode.index)) };
+            }
+        }
+        hold!(read == self.slots.decoded(), "decodes read {read:?}, not {:?}", self.slots.decoded());
         Ok(())
     }
 
@@ -106,8 +139,10 @@ impl Scheduler {
             let wanted = self.wanted.contains(&group);
             hold!(!wanted || (g.spec.pinned && g.slot.is_none()), "group {group} is wanted for nothing");
             if let Some(slot) = g.slot {
-                let seen = self.slots.view(slot).is_some_and(|v| v.user_pinned);
-                hold!(seen == g.spec.pinned, "slot {slot} does not know whether the user pinned it");
+                hold!(
+                    self.slots.is_user_pinned(slot) == g.spec.pinned,
+                    "slot {slot} does not know whether the user pinned it"
+                );
             }
             used += usize::from(matches!(g.host, HostState::Host | HostState::Fetching));
             let Some(host) = &self.host else {

@@ -2,8 +2,8 @@
 
 use crate::types::PlaceId;
 
-/// Who holds which block. Allocation and release are O(blocks moved); ids are handed out last in,
-/// first out, so the same history gives the same ids.
+/// Who holds which block. Allocation and release copy the blocks moved; what was given back last is handed
+/// out first, so the same history gives the same ids.
 #[derive(Clone, Debug)]
 pub(crate) struct BlockPool {
     free: Vec<u32>,
@@ -32,23 +32,27 @@ impl BlockPool {
         &self.tables
     }
 
-    /// Appends `count` blocks to the place's table and to `out`. The caller has checked [`Self::free`].
-    pub(crate) fn allocate(&mut self, place: PlaceId, count: usize, out: &mut Vec<u32>) {
+    /// Appends `count` blocks to the place's table and gives them. The caller has checked [`Self::free`].
+    pub(crate) fn allocate(&mut self, place: PlaceId, count: usize) -> &[u32] {
         debug_assert!(count <= self.free.len(), "allocation was not checked against the free blocks");
-        let from = out.len();
-        out.extend(self.free.drain(self.free.len().saturating_sub(count)..).rev());
-        self.tables[place.0 as usize].extend_from_slice(&out[from..]);
+        let left = self.free.len().saturating_sub(count);
+        let table = &mut self.tables[place.0 as usize];
+        let from = table.len();
+        table.extend_from_slice(&self.free[left..]);
+        self.free.truncate(left);
+        &table[from..]
     }
 
-    /// Appends a block to the place's table. The caller has checked [`Self::free`].
-    pub(crate) fn grow(&mut self, place: PlaceId) {
+    /// Appends a block to the place's table and gives it. The caller has checked [`Self::free`].
+    pub(crate) fn grow(&mut self, place: PlaceId) -> Option<u32> {
         let block = self.free.pop();
         debug_assert!(block.is_some(), "allocation was not checked against the free blocks");
         self.tables[place.0 as usize].extend(block);
+        block
     }
 
     /// Takes back everything that the place holds.
     pub(crate) fn release(&mut self, place: PlaceId) {
-        self.free.extend(self.tables[place.0 as usize].drain(..).rev());
+        self.free.append(&mut self.tables[place.0 as usize]);
     }
 }

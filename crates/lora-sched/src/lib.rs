@@ -30,13 +30,14 @@
 //!
 //! Where to look: `scheduler.rs` takes events, `admit.rs` forms steps, `policy.rs` says who is
 //! admitted, `slots.rs` and `evict.rs` say who is evicted, `adapters.rs` lets adapters come and go,
-//! `host.rs` says which are read from disk, `meter.rs` says what a request waited for, `skip.rs` takes
-//! runs of equal steps at once.
+//! `host.rs` says which are read from disk, `meter.rs` says what a request waited for, `decodes.rs` brings
+//! decoding requests further, `skip.rs` takes runs of equal steps at once.
 
 mod adapters;
 mod admit;
 mod audit;
 mod config;
+mod decodes;
 mod event;
 pub mod evict;
 mod heap;
@@ -57,7 +58,7 @@ pub use config::{AdapterSpec, Config, ConfigError, Evict, Policy, SwapMode, Unkn
 pub use event::{Arrival, Ended, Event, EventError, Notice, Outbox};
 pub use host::HostState;
 pub use parts::Parts;
-pub use plan::{FetchPlan, SeqStep, StepPlan, SwapKind, SwapPlan};
+pub use plan::{FetchPlan, Outline, SeqStep, StepPlan, SwapKind, SwapPlan};
 pub use scheduler::Scheduler;
 pub use skip::SteadyRun;
 pub use slots::{SlotState, SlotView};

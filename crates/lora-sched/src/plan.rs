@@ -12,9 +12,10 @@ pub struct StepPlan {
     pub step: u64,
     /// When it was formed.
     pub formed: Nanos,
-    /// The sequences, decodes first, each part in admission order.
+    /// The sequences, decodes first, each part in admission order; in an outline without the decodes.
     pub seqs: Vec<SeqStep>,
-    /// KV blocks given to sequences by this plan; each [`SeqStep::new_blocks`] is a range of it.
+    /// KV blocks given to sequences by this plan; each [`SeqStep::new_blocks`] is a range of it. In an outline
+    /// there are none.
     pub blocks: Vec<u32>,
     /// Slots that the step reads and that are still loading when it is formed. `blocking`: the
     /// driver submits the step when all of them are done. `layered`: layer `k` of the step waits
@@ -22,20 +23,47 @@ pub struct StepPlan {
     pub loading: Vec<SlotId>,
     /// Whether `loading` must be done before the step may be submitted.
     pub wait_for_swaps: bool,
+    /// In an outline: the decodes, and the adapters of all sequences, in sums.
+    pub outline: Option<Outline>,
+}
+
+/// What a plan says of sequences that it does not name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outline {
+    /// Sequences whose input is their last sampled token; each samples another.
+    pub decodes: u64,
+    /// Σ over decodes of the positions that each attends to.
+    pub decode_context: u64,
+    /// Decodes with an adapter.
+    pub lora_decodes: u64,
+    /// Σ over those of their adapter's rank.
+    pub lora_decode_ranks: u64,
+    /// Distinct adapters in the step, those of prompts included.
+    pub adapters: u64,
+    /// Σ over those of their rank.
+    pub adapter_ranks: u64,
 }
 
 impl StepPlan {
-    /// Empties it and keeps its memory.
+    /// An empty plan in outline: for drivers that only want to know what a step costs. Nobody looks at the decoding
+    /// sequences one by one then, so that a step costs next to nothing to plan.
+    pub fn outlined() -> Self {
+        Self { outline: Some(Outline::default()), ..Self::default() }
+    }
+
+    /// Empties it and keeps its memory, and whether it is an outline.
     pub fn clear(&mut self) {
         self.seqs.clear();
         self.blocks.clear();
         self.loading.clear();
         self.wait_for_swaps = false;
+        self.outline = self.outline.map(|_| Outline::default());
     }
 
     /// Tokens in the step.
     pub fn tokens(&self) -> usize {
-        self.seqs.iter().map(|s| s.len as usize).sum()
+        let unnamed = self.outline.map_or(0, |outline| outline.decodes as usize);
+        unnamed + self.seqs.iter().map(|s| s.len as usize).sum::<usize>()
     }
 
     /// The blocks that `seq` is given by this plan.

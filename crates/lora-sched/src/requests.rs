@@ -13,28 +13,46 @@ pub(crate) const NONE: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Waiting,
-    Running {
+    /// It runs and its prompt, or what it has to compute anew, is not in the KV cache.
+    Prefilling {
         place: PlaceId,
         /// Whether the step in flight has tokens of it.
         in_step: bool,
         /// Cancelled while in the step: gone when it ends.
         cancelled: bool,
     },
+    /// It runs and is in every step; what these have brought is counted by [`Decodes`](crate::decodes::Decodes).
+    Decoding {
+        place: PlaceId,
+        /// As above.
+        cancelled: bool,
+    },
+}
+
+impl Phase {
+    /// While it runs: its sequence place.
+    pub(crate) fn place(self) -> Option<PlaceId> {
+        match self {
+            Self::Waiting => None,
+            Self::Prefilling { place, .. } | Self::Decoding { place, .. } => Some(place),
+        }
+    }
 }
 
 /// One request.
 ///
-/// Laid out as written, on cache lines of its own: a decode step touches the first one alone. That has its
-/// place in its group's list too: what is written there when a request becomes the oldest brings the line
+/// Laid out as written, on cache lines of its own: what admission and the end touch is on the first one. That has
+/// its place in its group's list too: what is written there when a request becomes the oldest brings the line
 /// from memory by the time that the request is admitted.
 #[derive(Clone, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Request {
     pub(crate) phase: Phase,
-    /// Tokens in the KV cache.
+    /// Tokens in the KV cache; while it decodes, when that began.
     pub(crate) computed: u32,
     /// Tokens that the driver feeds: those known when it was last admitted.
     pub(crate) fed: u32,
+    /// Output tokens; while it decodes, when that began.
     pub(crate) generated: u32,
     pub(crate) max_tokens: u32,
     pub(crate) prompt: u32,

@@ -4,6 +4,7 @@
 //! adapters come and go.
 
 use crate::config::{Config, ConfigError, SwapMode};
+use crate::decodes::Decodes;
 use crate::event::{Arrival, Ended, Event, EventError, Notice, Outbox};
 use crate::host::{HostPlaces, HostState};
 use crate::kv::BlockPool;
@@ -30,6 +31,8 @@ pub struct Scheduler {
     pub(crate) clock: GateClock,
     /// Running requests in order of admission.
     pub(crate) running: Vec<u32>,
+    /// The first of them: those that decode.
+    pub(crate) decodes: Decodes,
     /// Places nobody runs in, the lowest last.
     pub(crate) places: Vec<PlaceId>,
     /// Waiting requests for which a demand load pins a slot.
@@ -47,7 +50,8 @@ pub struct Scheduler {
 pub(crate) struct StepInFlight {
     pub(crate) active: bool,
     pub(crate) formed: Nanos,
-    pub(crate) seqs: Vec<StepSeq>,
+    /// Its sequences behind the decodes.
+    pub(crate) chunks: Vec<Chunk>,
     pub(crate) loading: Vec<SlotId>,
     pub(crate) waits: bool,
     /// Whether its plan had to preempt, and so admitted nobody: the next one may.
@@ -56,10 +60,12 @@ pub(crate) struct StepInFlight {
     pub(crate) swaps_done: Nanos,
 }
 
+/// A part of a prompt, or the whole.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct StepSeq {
+pub(crate) struct Chunk {
     pub(crate) index: u32,
     pub(crate) len: u32,
+    /// Whether it is the last one, after which a token is sampled.
     pub(crate) samples: bool,
 }
 
@@ -76,6 +82,7 @@ impl Scheduler {
             kv: BlockPool::new(config.kv_blocks, config.max_num_seqs),
             clock: GateClock::new(),
             running: Vec::with_capacity(config.max_num_seqs),
+            decodes: Decodes::new(config.max_num_seqs),
             places: (0..config.max_num_seqs as u32).rev().map(PlaceId).collect(),
             holders: Vec::new(),
             wanted: Vec::new(),
@@ -136,7 +143,7 @@ impl Scheduler {
 
     /// The slots, in order.
     pub fn slots(&self) -> impl ExactSizeIterator<Item = SlotView> + '_ {
-        self.slots.views()
+        self.slots.views(self.step.active)
     }
 
     /// The slot that an adapter has, or is being copied into.
@@ -247,8 +254,12 @@ impl Scheduler {
     fn cancel(&mut self, id: RequestId, out: &mut Outbox) {
         let Some(index) = self.requests.find(id) else { return };
         match &mut self.requests[index].phase {
-            Phase::Running { in_step: true, cancelled, .. } => *cancelled = true,
-            Phase::Running { .. } => self.end(index, Ended::Cancelled, out),
+            Phase::Prefilling { in_step: true, cancelled, .. } => *cancelled = true,
+            Phase::Decoding { cancelled, .. } if self.step.active => {
+                *cancelled = true;
+                self.decodes.cancelled = true;
+            }
+            Phase::Prefilling { .. } | Phase::Decoding { .. } => self.end(index, Ended::Cancelled, out),
             Phase::Waiting => {
                 self.dequeue(index);
                 if self.requests[index].holds_slot {
@@ -273,29 +284,60 @@ impl Scheduler {
         if !self.step.active {
             return Err(EventError::NoStep);
         }
-        if let Some(&bad) = stopped.iter().find(|&&i| i as usize >= self.step.seqs.len()) {
+        let decodes = self.decodes.len();
+        if let Some(&bad) = stopped.iter().find(|&&i| i as usize >= decodes + self.step.chunks.len()) {
             return Err(EventError::NoSuchSequence(bad));
         }
         self.step.active = false;
-        let now = self.now();
-        let mut seqs = std::mem::take(&mut self.step.seqs);
-
         self.slots.step_done(|adapter| out.notices.push(Notice::AdapterGone(adapter)));
+        self.decodes.pass(1);
+        if self.decodes.any_ended() || self.decodes.cancelled || !stopped.is_empty() {
+            self.end_decodes(stopped, out);
+        }
+        if !self.step.chunks.is_empty() {
+            self.chunks_done(decodes, stopped, stalled, out);
+        }
+        self.step.loading.clear();
+        Ok(())
+    }
 
-        for (i, seq) in seqs.iter().enumerate() {
-            let request = &mut self.requests[seq.index];
-            request.computed += seq.len;
-            // The most common case first: a token on the way from the first to the last.
-            if let Phase::Running { in_step, cancelled: false, .. } = &mut request.phase
-                && seq.samples
-                && request.generated > 0
-                && request.generated + 1 < request.max_tokens
-                && stopped.is_empty()
-            {
-                *in_step = false;
-                request.generated += 1;
-                continue;
+    /// Ends the decodes whose last token the step has brought.
+    fn end_decodes(&mut self, stopped: &[u32], out: &mut Outbox) {
+        // Sequences are numbered as they were in the step.
+        let (mut number, mut i) = (0, 0);
+        while i < self.decodes.len() {
+            let index = self.decodes.at(i).index;
+            let cancelled = self.decodes.cancelled
+                && matches!(self.requests[index].phase, Phase::Decoding { cancelled: true, .. });
+            let why = if cancelled {
+                Some(Ended::Cancelled)
+            } else if stopped.contains(&number) {
+                Some(Ended::Stop)
+            } else {
+                self.decodes.has_ended(i).then_some(Ended::Length)
+            };
+            match why {
+                Some(why) => self.end(index, why, out),
+                None => i += 1,
             }
+            number += 1;
+        }
+        self.decodes.cancelled = false;
+    }
+
+    /// The step has computed its parts of prompts, which stood behind `decodes` others in it.
+    fn chunks_done(
+        &mut self,
+        decodes: usize,
+        stopped: &[u32],
+        stalled: &[(SlotId, Nanos)],
+        out: &mut Outbox,
+    ) {
+        let now = self.now();
+        let mut chunks = std::mem::take(&mut self.step.chunks);
+        for (i, chunk) in chunks.iter().enumerate() {
+            let request = &mut self.requests[chunk.index];
+            request.computed += chunk.len;
             if request.before_first_token() {
                 let step = &self.step;
                 let took = now.saturating_sub(step.formed);
@@ -311,10 +353,10 @@ impl Scheduler {
                 request.parts.prefill += took - swap;
                 request.since = now;
             }
-            let Phase::Running { in_step, cancelled, .. } = &mut request.phase else { continue };
+            let Phase::Prefilling { in_step, cancelled, .. } = &mut request.phase else { continue };
             *in_step = false;
             let cancelled = *cancelled;
-            if seq.samples {
+            if chunk.samples {
                 request.generated += 1;
                 if request.generated == 1 && !cancelled {
                     out.notices.push(Notice::FirstToken { id: request.id, parts: request.parts });
@@ -322,25 +364,34 @@ impl Scheduler {
             }
             let why = if cancelled {
                 Some(Ended::Cancelled)
-            } else if !seq.samples {
+            } else if !chunk.samples {
                 None
-            } else if stopped.contains(&(i as u32)) {
+            } else if stopped.contains(&((decodes + i) as u32)) {
                 Some(Ended::Stop)
             } else {
                 (request.generated >= request.max_tokens).then_some(Ended::Length)
             };
-            if let Some(why) = why {
-                self.end(seq.index, why, out);
+            match why {
+                Some(why) => self.end(chunk.index, why, out),
+                None if chunk.samples => self.begin_decoding(chunk.index),
+                None => {}
             }
         }
-        seqs.clear();
-        self.step.seqs = seqs;
-        self.step.loading.clear();
-        Ok(())
+        chunks.clear();
+        self.step.chunks = chunks;
+    }
+
+    fn begin_decoding(&mut self, index: u32) {
+        let request = &mut self.requests[index];
+        let rank = self.queue.group(request.group).spec.rank;
+        if let Some(slot) = request.slot.get() {
+            self.slots.begin_decoding(slot, rank);
+        }
+        self.decodes.begin(index, request, rank);
     }
 
     fn swap_done(&mut self, slot: SlotId, out: &mut Outbox) -> Result<(), EventError> {
-        let Some(SlotView { state: SlotState::Loading(adapter), .. }) = self.slots.view(slot).copied() else {
+        let Some(SlotState::Loading(adapter)) = self.slots.state(slot) else {
             return Err(EventError::NotLoading(slot));
         };
         self.end_load(slot);
@@ -364,11 +415,19 @@ impl Scheduler {
 
     /// Takes a running request's place and blocks.
     pub(crate) fn stop_running(&mut self, index: u32) -> Option<PlaceId> {
-        let Phase::Running { place, .. } = self.requests[index].phase else { return None };
+        let place = self.requests[index].phase.place()?;
         self.kv.release(place);
         self.places.push(place);
         if let Some(at) = self.running.iter().position(|&r| r == index) {
             self.running.remove(at);
+            if at < self.decodes.len() {
+                let request = &mut self.requests[index];
+                let rank = self.queue.group(request.group).spec.rank;
+                if let Some(slot) = request.slot.get() {
+                    self.slots.end_decoding(slot, rank);
+                }
+                self.decodes.leave(at, request, rank);
+            }
         }
         Some(place)
     }
@@ -432,7 +491,7 @@ impl Scheduler {
     }
 
     fn end_load(&mut self, slot: SlotId) {
-        let adapter = self.slots.view(slot).and_then(|v| v.state.adapter());
+        let adapter = self.slots.state(slot).and_then(SlotState::adapter);
         self.slots.end_load(slot);
         if let Some(adapter) = adapter {
             self.queue.set_readiness(adapter.0 + 1, Readiness::Ready, &self.clock);

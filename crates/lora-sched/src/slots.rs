@@ -43,8 +43,11 @@ pub struct SlotView {
 
 #[derive(Clone, Copy, Debug)]
 struct Slot {
+    /// With `in_step` where a prompt's part of the step in flight reads it.
     view: SlotView,
     usage: SlotUse,
+    /// Decoding requests that pin it: each step reads it for them.
+    decodes: u32,
 }
 
 /// The slots. Every operation is O(log slots) at most, but for prefetch's choice, which looks at all.
@@ -57,8 +60,19 @@ pub(crate) struct Slots {
     rule: Rule,
     uses: u64,
     loads: u64,
-    /// Slots that the step in flight reads.
+    /// Slots that the step in flight reads for prompts.
     in_step: Vec<u32>,
+    loading: usize,
+    /// Slots that are read for decodes, and those that the step in flight reads for prompts alone.
+    decoded: Read,
+    prompted: Read,
+}
+
+/// How many slots, and the sum of their adapters' ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Read {
+    pub(crate) slots: u64,
+    pub(crate) ranks: u64,
 }
 
 impl Slots {
@@ -66,6 +80,7 @@ impl Slots {
         let empty = Slot {
             view: SlotView { state: SlotState::Free, pins: 0, in_step: false, user_pinned: false },
             usage: SlotUse { last_use: 0, loaded: 0, uses: 0, pending: 0, bytes: 0 },
+            decodes: 0,
         };
         Self {
             slots: vec![empty; count],
@@ -75,19 +90,35 @@ impl Slots {
             uses: 0,
             loads: 0,
             in_step: Vec::with_capacity(count),
+            loading: 0,
+            decoded: Read::default(),
+            prompted: Read::default(),
         }
     }
 
-    pub(crate) fn views(&self) -> impl ExactSizeIterator<Item = SlotView> + '_ {
-        self.slots.iter().map(|s| s.view)
+    /// As others see them, while a step is in flight or not.
+    pub(crate) fn views(&self, step: bool) -> impl ExactSizeIterator<Item = SlotView> + '_ {
+        let in_step = move |s: &Slot| s.view.in_step || (step && s.decodes > 0);
+        self.slots.iter().map(move |s| SlotView { in_step: in_step(s), ..s.view })
     }
 
-    pub(crate) fn view(&self, slot: SlotId) -> Option<&SlotView> {
-        self.slots.get(slot.0 as usize).map(|s| &s.view)
+    /// None if there is no such slot.
+    pub(crate) fn state(&self, slot: SlotId) -> Option<SlotState> {
+        self.slots.get(slot.0 as usize).map(|s| s.view.state)
+    }
+
+    /// Whether the user has pinned its adapter.
+    pub(crate) fn is_user_pinned(&self, slot: SlotId) -> bool {
+        self.slots[slot.0 as usize].view.user_pinned
     }
 
     pub(crate) fn is_loading(&self, slot: SlotId) -> bool {
         matches!(self.slots[slot.0 as usize].view.state, SlotState::Loading(_))
+    }
+
+    /// Whether a copy is under way.
+    pub(crate) fn any_loading(&self) -> bool {
+        self.loading > 0
     }
 
     /// Whether [`Self::take`] would give one.
@@ -132,6 +163,7 @@ impl Slots {
     pub(crate) fn begin_load(&mut self, slot: SlotId, adapter: AdapterId, usage: AdapterUse) {
         self.loads += 1;
         self.uses += 1;
+        self.loading += 1;
         let s = &mut self.slots[slot.0 as usize];
         s.view = SlotView {
             state: SlotState::Loading(adapter),
@@ -153,6 +185,7 @@ impl Slots {
         let view = &mut self.slots[slot.0 as usize].view;
         if let SlotState::Loading(adapter) = view.state {
             view.state = SlotState::Resident(adapter);
+            self.loading -= 1;
         }
         self.settle(slot);
     }
@@ -203,20 +236,64 @@ impl Slots {
         }
     }
 
-    /// The step about to be submitted reads this slot. True the first time.
+    /// A request that pins the slot of its adapter, which has this rank, begins to decode.
+    pub(crate) fn begin_decoding(&mut self, slot: SlotId, rank: u32) {
+        let s = &mut self.slots[slot.0 as usize];
+        s.decodes += 1;
+        if s.decodes == 1 {
+            self.decoded.slots += 1;
+            self.decoded.ranks += u64::from(rank);
+        }
+    }
+
+    /// It has ended, or lost its blocks.
+    pub(crate) fn end_decoding(&mut self, slot: SlotId, rank: u32) {
+        let s = &mut self.slots[slot.0 as usize];
+        s.decodes -= 1;
+        if s.decodes == 0 {
+            self.decoded.slots -= 1;
+            self.decoded.ranks -= u64::from(rank);
+        }
+    }
+
+    /// Decoding requests that pin it.
+    pub(crate) fn decodes(&self, slot: SlotId) -> u32 {
+        self.slots[slot.0 as usize].decodes
+    }
+
+    /// The step about to be submitted reads this slot, which holds an adapter of `rank`, for other than decodes.
+    /// True the first time.
     #[inline]
-    pub(crate) fn read_in_step(&mut self, slot: SlotId) -> bool {
-        let view = &mut self.slots[slot.0 as usize].view;
-        let first = !view.in_step;
+    pub(crate) fn read_in_step(&mut self, slot: SlotId, rank: u32) -> bool {
+        let s = &mut self.slots[slot.0 as usize];
+        let first = !s.view.in_step;
         if first {
-            view.in_step = true;
+            s.view.in_step = true;
             self.in_step.push(slot.0);
+            if s.decodes == 0 {
+                self.prompted.slots += 1;
+                self.prompted.ranks += u64::from(rank);
+            }
         }
         first
     }
 
+    /// What the step about to be submitted reads.
+    pub(crate) fn read(&self) -> Read {
+        Read {
+            slots: self.decoded.slots + self.prompted.slots,
+            ranks: self.decoded.ranks + self.prompted.ranks,
+        }
+    }
+
+    /// What decodes read.
+    pub(crate) fn decoded(&self) -> Read {
+        self.decoded
+    }
+
     /// The step has ended. Gives the retiring slots, which are free now, to `retired`.
     pub(crate) fn step_done(&mut self, mut retired: impl FnMut(AdapterId)) {
+        self.prompted = Read::default();
         while let Some(slot) = self.in_step.pop() {
             let view = &mut self.slots[slot as usize].view;
             view.in_step = false;
