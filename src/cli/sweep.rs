@@ -10,6 +10,7 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress};
+use crate::report::columns::{self, Row};
 use crate::report::files::check_writable;
 use crate::report::machine::Gpu;
 use crate::report::manifest::{Manifest, path_beside};
@@ -193,16 +194,22 @@ pub(super) fn show(bar: &indicatif::ProgressBar, p: &SweepProgress<'_>) {
     bar.set_position(p.done as u64 * PARTS + share);
 }
 
-/// One line a cell: means over its runs, with 95 % intervals where there are several traces.
+/// One line a cell, told from the others by the settings that vary: means over its runs, with 95 % intervals where there
+/// are several traces.
 fn print(rows: &[ResultRow]) {
+    let named: Vec<Row<'_>> = rows.iter().map(Row::new).collect();
+    let settings = columns::varying(&named).into_iter().filter(|c| *c != "arrival_rate").collect::<Vec<_>>();
+    let of_cell = |cell: &str| named.iter().find(|r| r.row.cell.as_deref() == Some(cell));
     let mut cells: Vec<&str> = Vec::new();
     for cell in rows.iter().filter_map(|r| r.cell.as_deref()) {
         if !cells.contains(&cell) {
             cells.push(cell);
         }
     }
-    let mut table =
-        ui::table(&["gpu_loras", "regime", "rate", "runs", "TTFT median", "mean", "p90", "p99", "swaps", ""]);
+    let statistics = ["rate", "runs", "TTFT median", "mean", "p90", "p99", "swaps", ""];
+    let header: Vec<&str> =
+        ["gpu_loras"].into_iter().chain(settings.iter().copied()).chain(statistics).collect();
+    let mut table = ui::table(&header);
     for cell in cells {
         let runs: Vec<&ResultRow> = rows.iter().filter(|r| r.cell.as_deref() == Some(cell)).collect();
         let values =
@@ -217,9 +224,8 @@ fn print(rows: &[ResultRow]) {
                 None => mean,
             }
         };
-        table.add_row([
-            runs[0].gpu_loras.to_string(),
-            runs[0].prompt_regime.clone(),
+        let settings = settings.iter().map(|c| of_cell(cell).and_then(|r| r.get(c)).unwrap_or_default());
+        let statistics = [
             stats::mean(&values(|r| r.arrival_rate)).map_or_else(String::new, |r| format!("{r:.2}")),
             runs.len().to_string(),
             time(|r| r.ttft_median),
@@ -229,7 +235,8 @@ fn print(rows: &[ResultRow]) {
             stats::mean(&values(|r| r.swap_count.map(|n| n as f64)))
                 .map_or_else(String::new, |n| format!("{n:.1}")),
             if runs.iter().any(|r| r.saturated == Some(true)) { "saturated" } else { "" }.to_owned(),
-        ]);
+        ];
+        table.add_row([runs[0].gpu_loras.to_string()].into_iter().chain(settings).chain(statistics));
     }
     println!("{table}");
 }

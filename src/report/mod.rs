@@ -1,6 +1,7 @@
 //! Results: records, statistics, files, figures.
 
 pub mod binds;
+pub(crate) mod columns;
 pub mod comparison;
 pub mod decision_log;
 pub mod digest;

@@ -2,33 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::{Map, Value};
-
 use super::words::{Natural, describe};
 use super::{Options, PlotError};
+use crate::report::columns::{Row, SETTINGS, values, varying};
 use crate::report::record::{RequestRecord, Status};
 use crate::report::results::{ResultRow, Source};
 use crate::report::stats::{Interval, mean, mean_interval, quantile_interval, sorted};
 
 /// Panels in one figure, at most.
 pub const MOST_PANELS: usize = 6;
-
-/// Settings by which rows can differ; rows that differ in one belong to different panels.
-pub(super) const SETTINGS: [&str; 13] = [
-    "model",
-    "total_loras",
-    "rank",
-    "prompt_regime",
-    "rho",
-    "arrival_rate",
-    "arrivals",
-    "popularity",
-    "policy",
-    "evict",
-    "swap_mode",
-    "max_num_seqs",
-    "max_tokens",
-];
 
 /// What a curve shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -139,11 +121,8 @@ impl Data {
         if rows.is_empty() {
             return Err(PlotError::NoRows);
         }
-        let varying: Vec<&str> = SETTINGS.into_iter().filter(|c| values(&rows, c).len() > 1).collect();
         let by: Vec<&str> = if options.by.is_empty() {
-            // A rate follows from the load where both are known.
-            let rho = varying.contains(&"rho");
-            varying.iter().copied().filter(|c| !(rho && *c == "arrival_rate")).collect()
+            varying(&rows)
         } else {
             options.by.iter().map(String::as_str).collect()
         };
@@ -178,37 +157,6 @@ impl Data {
         let budgets: BTreeSet<u32> = rows.iter().map(|r| r.row.gpu_loras).collect();
         Ok(Self { budgets: budgets.into_iter().collect(), panels, shared, notes })
     }
-}
-
-/// A row with its columns by name.
-pub(super) struct Row<'a> {
-    pub row: &'a ResultRow,
-    pub columns: Map<String, Value>,
-}
-
-impl<'a> Row<'a> {
-    pub fn new(row: &'a ResultRow) -> Self {
-        let columns = match serde_json::to_value(row) {
-            Ok(Value::Object(columns)) => columns,
-            _ => Map::new(),
-        };
-        Self { row, columns }
-    }
-
-    /// A column as text; none where it is empty.
-    pub fn get(&self, column: &str) -> Option<String> {
-        match self.columns.get(column)? {
-            Value::Null => None,
-            Value::String(text) => Some(text.clone()),
-            Value::Number(n) => Some(n.as_f64().map_or_else(|| n.to_string(), |f| f.to_string())),
-            other => Some(other.to_string()),
-        }
-    }
-}
-
-/// The distinct values of a column among rows that have one.
-pub(super) fn values(rows: &[Row<'_>], column: &str) -> BTreeSet<String> {
-    rows.iter().filter_map(|r| r.get(column)).collect()
 }
 
 /// Settings that all rows share and that are not among `named`, as words.

@@ -5,10 +5,11 @@ mod render;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::data::{Row, SETTINGS, agree, range, shared, values};
+use super::data::{agree, range, shared};
 use super::words::{Natural, describe};
 use super::{Options, PlotError};
 use crate::report::binds::Binds;
+use crate::report::columns::{Row, values, varying};
 use crate::report::results::{ResultRow, Source};
 use crate::report::stats::{Interval, mean};
 
@@ -145,8 +146,7 @@ fn panel_columns<'a>(rows: &[Row<'_>], by_line: &str, options: &'a Options) -> V
     if !options.by.is_empty() {
         return options.by.iter().map(String::as_str).collect();
     }
-    let implied = |c: &str| c == "arrival_rate" && values(rows, "rho").len() > 1;
-    SETTINGS.into_iter().filter(|c| *c != by_line && !implied(c) && values(rows, c).len() > 1).collect()
+    varying(rows).into_iter().filter(|c| *c != by_line).collect()
 }
 
 /// Refuses measured and simulated rows in one line: their markers would mean different things.
