@@ -16,7 +16,7 @@
 use lora_sched::{Nanos, SlotId};
 
 use super::batch::Batch;
-use super::executor::{Sampling, TokenId};
+use super::executor::{Sampling, TokenId, TokenLogprobs};
 use super::model::{ModelSpec, Values};
 
 /// A linear module inside a fused projection, for [`Adapted`].
@@ -259,6 +259,9 @@ pub trait StepBackend: Backend {
 
     /// The tokens of the last step, one for each sampling sequence in batch order; waits for the step's end.
     fn sampled(&mut self) -> Result<&[TokenId], Self::Error>;
+
+    /// Of the token that the last step sampled at a place, if its sequence asks for it; [`Self::sampled`] first.
+    fn logprobs(&mut self, place: u32) -> Option<Box<TokenLogprobs>>;
 
     /// How long the last step waited for the adapter in each slot that was loading.
     fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), Self::Error>;

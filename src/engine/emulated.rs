@@ -163,6 +163,10 @@ impl Executor for EmulatedExecutor {
         self.clock.now()
     }
 
+    fn has_logits(&self) -> bool {
+        false
+    }
+
     fn preload(&mut self, _: &[AdapterId]) -> Result<(), ExecutorError> {
         Ok(())
     }

@@ -51,6 +51,18 @@ pub struct Sampling {
     pub banned_before_min: Vec<TokenId>,
     /// See `banned_before_min`.
     pub min_tokens: u32,
+    /// With each token its log-probability and those of so many of the likeliest; none tells nothing.
+    pub logprobs: Option<u32>,
+}
+
+/// What the model thought of a token, and of others in its place: the natural logarithms of the softmax over the
+/// logits as they came from the model, before temperature, penalties and bans.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token's own.
+    pub chosen: f32,
+    /// The likeliest tokens, the likeliest first; of equals the lower id.
+    pub top: Vec<(TokenId, f32)>,
 }
 
 impl Default for Sampling {
@@ -65,6 +77,7 @@ impl Default for Sampling {
             generated: Vec::new(),
             banned_before_min: Vec::new(),
             min_tokens: 0,
+            logprobs: None,
         }
     }
 }
@@ -95,10 +108,12 @@ pub enum Completion {
 }
 
 /// What a step made.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepResult {
     /// One for each sequence of the plan: the sampled token, or none where the step does not sample.
     pub tokens: Vec<Option<TokenId>>,
+    /// Of sequences that ask for them, by their number in the plan, in no order.
+    pub logprobs: Vec<(u32, Box<TokenLogprobs>)>,
     /// How long the step waited for layers of the adapter in each slot.
     pub stalled: Vec<(SlotId, Nanos)>,
 }
@@ -146,6 +161,11 @@ pub trait Executor: Send {
 
     /// Nanoseconds on the executor's clock now; every completion is on it.
     fn clock(&self) -> Nanos;
+
+    /// Whether its tokens come from logits, so that it can tell [`TokenLogprobs`].
+    fn has_logits(&self) -> bool {
+        true
+    }
 
     /// Copies `adapters[i]` into slot `i` before serving starts, and waits for it.
     fn preload(&mut self, adapters: &[AdapterId]) -> Result<(), ExecutorError>;

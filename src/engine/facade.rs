@@ -93,6 +93,7 @@ pub(super) struct Shared {
     pub(super) clock: Clock,
     pub(super) scheduler: Config,
     pub(super) vocab_size: usize,
+    pub(super) has_logits: bool,
     pub(super) eos: Vec<TokenId>,
     pub(super) seed: u64,
     pub(super) open: Arc<AtomicU64>,
@@ -154,6 +155,7 @@ impl Engine {
             clock,
             scheduler: config,
             vocab_size,
+            has_logits: executor.has_logits(),
             eos: eos.clone(),
             seed,
             open: Arc::new(AtomicU64::new(0)),
@@ -240,6 +242,7 @@ impl Engine {
             generated: Vec::new(),
             banned_before_min: banned,
             min_tokens: params.min_tokens,
+            logprobs: params.logprobs,
         };
         let active = Active {
             prompt_len: prompt.len(),
@@ -273,6 +276,9 @@ impl Engine {
             && !self.shared.directory.serves(adapter)
         {
             return Err(SubmitError::Refused(EventError::UnknownAdapter(adapter)));
+        }
+        if request.params.logprobs.is_some() && !self.shared.has_logits {
+            return Err(SubmitError::NoLogits);
         }
         let vocab = self.shared.vocab_size;
         match request.prompt.iter().find(|&&id| id as usize >= vocab) {

@@ -9,7 +9,7 @@ use lora_sched::{Ended, EventError, Nanos, Parts, RequestId};
 
 use super::channel::Sender;
 use super::clock::Clock;
-use super::executor::TokenId;
+use super::executor::{TokenId, TokenLogprobs};
 use super::request::{Delta, Finish, FirstToken};
 use super::step_loop::Mailbox;
 use crate::workload::tokenizer::DecodeStream;
@@ -148,7 +148,7 @@ pub(super) enum OutItem {
     /// A request has not been taken.
     Refuse(Box<OutState>, EventError),
     /// A token; silent ones (stop tokens) add no text.
-    Token { id: RequestId, token: TokenId, silent: bool },
+    Token { id: RequestId, token: TokenId, silent: bool, logprobs: Option<Box<TokenLogprobs>> },
     /// The first token's account.
     First { id: RequestId, parts: Parts, at: Nanos },
     /// A request has ended.
@@ -226,7 +226,7 @@ impl OutputSide<'_> {
                 self.open.insert(id, state);
             }
             OutItem::Refuse(state, error) => state.sender.send(StreamItem::Refused(error)),
-            OutItem::Token { id, token, silent } => {
+            OutItem::Token { id, token, silent, logprobs } => {
                 let Some(state) = self.open.get_mut(&id) else { return };
                 if state.stop_found {
                     return;
@@ -238,6 +238,7 @@ impl OutputSide<'_> {
                 if !std::mem::replace(&mut state.touched, true) {
                     self.touched.push(id);
                 }
+                state.pending.logprobs = logprobs;
                 if state.token(token, silent) {
                     state.stop_found = true;
                     self.mailbox.cancel(id);

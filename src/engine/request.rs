@@ -2,7 +2,7 @@
 
 use lora_sched::{AdapterId, EventError, Nanos, Parts};
 
-use super::executor::TokenId;
+use super::executor::{TokenId, TokenLogprobs};
 use crate::report::record::PartsS;
 
 /// One sequence to generate.
@@ -43,6 +43,8 @@ pub struct GenerateParams {
     pub stop: Vec<String>,
     /// Token ids that end the output.
     pub stop_token_ids: Vec<TokenId>,
+    /// See [`Sampling`](super::executor::Sampling).
+    pub logprobs: Option<u32>,
 }
 
 impl Default for GenerateParams {
@@ -59,6 +61,7 @@ impl Default for GenerateParams {
             ignore_eos: false,
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
+            logprobs: None,
         }
     }
 }
@@ -70,6 +73,8 @@ pub struct Delta {
     pub text: String,
     /// The token; none in a piece that only tells of the end.
     pub token: Option<TokenId>,
+    /// With the token, where the request asks for it.
+    pub logprobs: Option<Box<TokenLogprobs>>,
     /// With the first token: where the time to it went.
     pub first: Option<FirstToken>,
     /// With the last piece: why it is the last.
@@ -145,6 +150,9 @@ pub enum SubmitError {
         /// Ids that there are.
         vocab: usize,
     },
+    /// Log-probabilities of an engine that computes none.
+    #[error("this engine emulates a device and computes no logits, so it has no logprobs: leave them out")]
+    NoLogits,
     /// The engine is shutting down.
     #[error("the engine is shutting down")]
     Draining,

@@ -102,9 +102,8 @@ async fn metrics_agree_with_what_clients_got() {
     assert_eq!(slots, 2);
 }
 
-/// Sixty-four requests at once over sixteen adapters, on a real model: each says what it says alone.
-#[test]
-fn concurrent_requests_say_what_each_says_alone() {
+/// A real model with sixteen adapters in four slots.
+fn computed() -> LocalServer {
     let loaded = Loaded::load(EngineSettings {
         model: "tiny".into(),
         total_loras: 16,
@@ -117,7 +116,82 @@ fn concurrent_requests_say_what_each_says_alone() {
         ..EngineSettings::default()
     })
     .unwrap();
-    let server = LocalServer::start(&loaded, 4, None).unwrap();
+    LocalServer::start(&loaded, 4, None).unwrap()
+}
+
+/// The same tokens in a stream, in one answer and in a chat, with and without temperature; what is told of a token is
+/// the softmax's, so that a prompt's likeliest tokens do not depend on which of them came.
+#[test]
+fn logprobs_are_told_with_each_token() {
+    let server = computed();
+    let url = server.url();
+    server.block_on(async {
+        let body = json!({"model": "lora-9", "prompt": "a b c", "max_tokens": 6, "seed": 3, "logprobs": 20, "stop": "zz"});
+        let whole = answer(&url, COMPLETIONS, &body).await;
+        let choice = &whole["choices"][0];
+        let told = &choice["logprobs"];
+        let tokens: Vec<&str> = told["tokens"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+        assert_eq!((tokens.len(), tokens.concat().as_str()), (6, choice["text"].as_str().unwrap()));
+        let offsets: Vec<usize> = (0..6).map(|i| tokens[..i].concat().chars().count()).collect();
+        assert_eq!(told["text_offset"], json!(offsets));
+        for i in 0..6 {
+            let top = told["top_logprobs"][i].as_object().unwrap();
+            assert_eq!(top[tokens[i]], told["token_logprobs"][i]);
+            let sum: f64 = top.values().map(|p| p.as_f64().unwrap().exp()).sum();
+            assert!(top.len() >= 18 && sum < 1.0 + 1e-4, "{sum}: {top:?}");
+        }
+
+        let mut streamed = body.clone();
+        streamed["stream"] = json!(true);
+        let parts = events(&url, COMPLETIONS, &streamed).await;
+        for column in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+            let of = |e: &Value| e["choices"][0]["logprobs"][column].as_array().unwrap().clone();
+            assert_eq!(json!(parts.iter().flat_map(of).collect::<Vec<_>>()), told[column], "{column}");
+        }
+
+        let greedy = json!({"model": "lora-9", "prompt": "a b c", "max_tokens": 1, "temperature": 0, "logprobs": 0});
+        let greedy = answer(&url, COMPLETIONS, &greedy).await;
+        let told_greedy = &greedy["choices"][0]["logprobs"];
+        let token = told_greedy["tokens"][0].as_str().unwrap();
+        assert_eq!(told_greedy["top_logprobs"][0].as_object().unwrap().len(), 1);
+        assert_eq!(told["top_logprobs"][0][token], told_greedy["token_logprobs"][0]);
+
+        let chat = json!({"model": "lora-9", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4,
+            "logprobs": true, "top_logprobs": 2});
+        let chat = answer(&url, CHAT, &chat).await;
+        let content = chat["choices"][0]["logprobs"]["content"].as_array().unwrap();
+        assert_eq!(content.len(), 4);
+        for token in content {
+            assert_eq!(token["bytes"], json!(token["token"].as_str().unwrap().as_bytes()));
+            assert_eq!(token["top_logprobs"].as_array().unwrap().len(), 2);
+            assert!(token["top_logprobs"][0]["logprob"].as_f64() >= token["logprob"].as_f64());
+        }
+        let unasked = answer(&url, COMPLETIONS, &json!({"prompt": "a", "max_tokens": 1})).await;
+        assert_eq!(unasked["choices"][0]["logprobs"], Value::Null);
+    });
+    server.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_emulated_engine_has_no_logprobs() {
+    let site = site(config(), options(), 1, 1).await;
+    let messages = json!([{"role": "user", "content": "a"}]);
+    for (path, body) in [
+        (COMPLETIONS, json!({"prompt": "a", "logprobs": 1})),
+        (CHAT, json!({"messages": messages, "logprobs": true})),
+        (CHAT, json!({"messages": messages, "top_logprobs": 1})),
+    ] {
+        let response = post(&site.url, path, &body).await;
+        assert_eq!(response.status(), 400);
+        let error: Value = response.json().await.unwrap();
+        assert!(error["error"]["param"].as_str().unwrap().ends_with("logprobs"), "{error}");
+    }
+}
+
+/// Sixty-four requests at once over sixteen adapters, on a real model: each says what it says alone.
+#[test]
+fn concurrent_requests_say_what_each_says_alone() {
+    let server = computed();
     let url = server.url();
     let bodies: Vec<(&str, Value)> = (0..64usize)
         .map(|i| {

@@ -16,7 +16,7 @@ use super::step::Step;
 use crate::engine::backend::{Adapted, Backend, BackendShape, HostMatrix, Norm, StepBackend};
 use crate::engine::batch::Batch;
 use crate::engine::device::{SeqSampler, StepError};
-use crate::engine::executor::{Sampling, TokenId};
+use crate::engine::executor::{Sampling, TokenId, TokenLogprobs};
 use crate::engine::model::{Family, ModelSpec, Values};
 
 /// The weight of a linear layer, packed for reading.
@@ -374,6 +374,10 @@ impl StepBackend for CpuBackend {
 
     fn sampled(&mut self) -> Result<&[TokenId], StepError> {
         Ok(&self.sampled)
+    }
+
+    fn logprobs(&mut self, place: u32) -> Option<Box<TokenLogprobs>> {
+        self.samplers[place as usize].as_mut()?.take_logprobs()
     }
 
     fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), StepError> {

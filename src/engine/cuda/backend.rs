@@ -21,7 +21,7 @@ use super::timeline::Timeline;
 use crate::engine::backend::{BackendShape, StepBackend};
 use crate::engine::batch::{Batch, BatchLimits};
 use crate::engine::device::{SeqSampler, StepError};
-use crate::engine::executor::{Sampling, TokenId};
+use crate::engine::executor::{Sampling, TokenId, TokenLogprobs};
 use crate::engine::model::{Decoder, Destination, Family, ModelSpec};
 
 /// A step that a GPU cannot run.
@@ -378,6 +378,10 @@ impl StepBackend for CudaBackend {
             tokens.push(token);
         }
         Ok(tokens)
+    }
+
+    fn logprobs(&mut self, place: u32) -> Option<Box<TokenLogprobs>> {
+        self.samplers[place as usize].as_mut()?.take_logprobs()
     }
 
     fn stalled(&mut self, to: &mut Vec<(SlotId, Nanos)>) -> Result<(), CudaStepError> {

@@ -57,6 +57,9 @@ impl<B: StepBackend> Compute<B> {
         for (index, token) in job.batch.sample_plan.iter().zip(tokens) {
             job.result.tokens[*index as usize] = Some(*token);
         }
+        for (&index, &place) in job.batch.sample_plan.iter().zip(&job.batch.sample_places) {
+            job.result.logprobs.extend(backend.logprobs(place).map(|logprobs| (index, logprobs)));
+        }
         backend.stalled(&mut job.result.stalled)?;
         if self.keep_logits {
             job.logits.resize(job.batch.sample_rows.len() * self.vocab, 0.0);

@@ -160,6 +160,7 @@ impl Executor for DeviceExecutor {
         job.begins.extend(feed.begins.iter().map(|(place, how)| (place.0, how.clone())));
         job.result.tokens.clear();
         job.result.tokens.resize(plan.seqs.len(), None);
+        job.result.logprobs.clear();
         job.result.stalled.clear();
         job.logits.clear();
         let (slots, batch) = (self.slots.len(), &job.batch);

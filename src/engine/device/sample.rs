@@ -3,7 +3,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::engine::executor::{Sampling, TokenId};
+use crate::engine::executor::{Sampling, TokenId, TokenLogprobs};
 
 /// Below this a temperature means greedy.
 const GREEDY: f32 = 1e-5;
@@ -17,6 +17,8 @@ pub(in crate::engine) struct SeqSampler {
     generated: u32,
     /// How often the output has each token that it has; kept only where a penalty needs it.
     counts: Vec<(TokenId, u32)>,
+    /// Of the last sampled token, where they are asked for.
+    logprobs: Option<Box<TokenLogprobs>>,
 }
 
 impl SeqSampler {
@@ -24,7 +26,7 @@ impl SeqSampler {
     pub fn new(how: Sampling) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(how.seed);
         rng.set_word_pos(2 * how.generated.len() as u128);
-        let mut sampler = Self { rng, generated: 0, counts: Vec::new(), how };
+        let mut sampler = Self { rng, generated: 0, counts: Vec::new(), logprobs: None, how };
         for token in std::mem::take(&mut sampler.how.generated) {
             sampler.note(token);
         }
@@ -34,7 +36,10 @@ impl SeqSampler {
     /// Whether its next token is simply the likeliest allowed one.
     #[cfg(feature = "cuda")]
     pub fn is_plain(&self) -> bool {
-        self.how.temperature < GREEDY && !self.penalised() && self.generated >= self.how.min_tokens
+        self.how.temperature < GREEDY
+            && !self.penalised()
+            && self.generated >= self.how.min_tokens
+            && self.how.logprobs.is_none()
     }
 
     fn penalised(&self) -> bool {
@@ -60,6 +65,8 @@ impl SeqSampler {
         allowed: Option<&[bool]>,
         scratch: &mut Vec<(f32, TokenId)>,
     ) -> TokenId {
+        let raw =
+            self.how.logprobs.map(|top| (Distribution::of(logits, top as usize, scratch), logits.to_vec()));
         for (token, n) in &self.counts {
             logits[*token as usize] -= self.how.presence_penalty + *n as f32 * self.how.frequency_penalty;
         }
@@ -85,11 +92,16 @@ impl SeqSampler {
             self.draw(logits, u, scratch)
         };
         self.note(token);
+        self.logprobs = raw.map(|(distribution, raw)| Box::new(distribution.tell(raw[token as usize])));
         token
     }
 
+    /// Of the token that [`Self::sample`] has just chosen, where they are asked for.
+    pub fn take_logprobs(&mut self) -> Option<Box<TokenLogprobs>> {
+        self.logprobs.take()
+    }
+
     fn draw(&self, logits: &[f32], u: f64, scratch: &mut Vec<(f32, TokenId)>) -> TokenId {
-        let by_logit = |a: &(f32, TokenId), b: &(f32, TokenId)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
         scratch.clear();
         scratch.extend(
             logits
@@ -134,6 +146,43 @@ impl SeqSampler {
         }
         scratch[scratch.len() - 1].1
     }
+}
+
+/// What there is to tell of a token's logits once it is chosen.
+struct Distribution {
+    /// The logarithm of Σ exp over the logits.
+    log_sum: f64,
+    top: Vec<(TokenId, f32)>,
+}
+
+impl Distribution {
+    fn of(logits: &[f32], top: usize, scratch: &mut Vec<(f32, TokenId)>) -> Self {
+        let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let log_sum = most + logits.iter().map(|&l| (f64::from(l) - most).exp()).sum::<f64>().ln();
+        scratch.clear();
+        scratch.extend(logits.iter().copied().zip(0..));
+        let top = top.min(scratch.len());
+        if top < scratch.len() {
+            scratch.select_nth_unstable_by(top, by_logit);
+            scratch.truncate(top);
+        }
+        scratch.sort_unstable_by(by_logit);
+        let top = scratch.iter().map(|&(logit, id)| (id, logprob(logit, log_sum))).collect();
+        Self { log_sum, top }
+    }
+
+    fn tell(self, chosen: f32) -> TokenLogprobs {
+        TokenLogprobs { chosen: logprob(chosen, self.log_sum), top: self.top }
+    }
+}
+
+fn logprob(logit: f32, log_sum: f64) -> f32 {
+    (f64::from(logit) - log_sum) as f32
+}
+
+/// The largest first; of equals the lower id.
+fn by_logit(a: &(f32, TokenId), b: &(f32, TokenId)) -> std::cmp::Ordering {
+    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
 }
 
 /// The index of the largest; the lowest such on ties.
@@ -200,6 +249,28 @@ mod tests {
         let banned = Sampling { min_tokens: 2, banned_before_min: vec![0, 99], ..Sampling::default() };
         assert_eq!(tokens(banned, &logits, None, 3), [1, 1, 0]);
         assert_eq!(tokens(Sampling::default(), &logits, Some(&[false, false, true]), 1), [2]);
+    }
+
+    #[test]
+    fn logprobs_are_those_of_the_model_whatever_is_made_of_them() {
+        let logits: Vec<f32> = [0.1f32, 0.4, 0.2, 0.3].iter().map(|p| p.ln() + 7.0).collect();
+        let how = Sampling { logprobs: Some(2), presence_penalty: 2.0, temperature: 0.0, ..hot() };
+        let mut sampler = SeqSampler::new(how);
+        for expected in [1, 3] {
+            let allowed = [true, true, false, true];
+            let token = sampler.sample(&mut logits.clone(), Some(&allowed), &mut Vec::new());
+            assert_eq!(token, expected);
+            let told = sampler.take_logprobs().unwrap();
+            assert!((told.chosen.exp() - [0.0, 0.4, 0.0, 0.3][token as usize]).abs() < 1e-6);
+            let top: Vec<_> = told.top.iter().map(|(id, p)| (*id, (p.exp() * 10.0).round() as u32)).collect();
+            assert_eq!(top, [(1, 4), (3, 3)]);
+        }
+        let told = |logprobs| {
+            let mut sampler = SeqSampler::new(Sampling { logprobs, ..Sampling::default() });
+            sampler.sample(&mut logits.clone(), None, &mut Vec::new());
+            sampler.take_logprobs().map(|told| told.top.len())
+        };
+        assert_eq!([told(None), told(Some(0)), told(Some(9))], [None, Some(0), Some(4)]);
     }
 
     #[test]

@@ -121,6 +121,7 @@ impl ApiError {
                 ),
             ),
             SubmitError::Refused(_) | SubmitError::NoSuchToken { .. } => Self::bad("prompt", message),
+            SubmitError::NoLogits => Self::bad("logprobs", message),
             SubmitError::Draining | SubmitError::Stopped(_) => Self::internal(message),
         }
     }

@@ -141,6 +141,7 @@ impl<'a> Fields<'a> {
             ignore_eos: self.flag("ignore_eos", false)?,
             stop: self.strings("stop")?,
             stop_token_ids: self.token_ids("stop_token_ids")?,
+            logprobs: None,
         })
     }
 

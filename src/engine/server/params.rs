@@ -86,6 +86,7 @@ mod tests {
             ignore_eos: true,
             stop: vec!["x".into()],
             stop_token_ids: vec![7],
+            logprobs: None,
         };
         let expected = GenerateBody { prompt: "p".into(), model_id: Some(5), stream: true, n: 2, params };
         assert_eq!(body, expected);

@@ -10,6 +10,7 @@ use lora_sched::{AdapterId, Nanos};
 use super::error::ApiError;
 use super::state::{InFlight, State};
 use crate::engine::clock::Clock;
+use crate::engine::executor::{TokenId, TokenLogprobs};
 use crate::engine::{Delta, Finish, GenerateHandle, SubmitError};
 use crate::report::record::PartsS;
 
@@ -53,6 +54,8 @@ pub(super) struct Piece {
     /// Which sequence: prompt number times `n` plus the sequence's number among the prompt's.
     pub(super) choice: usize,
     pub(super) text: String,
+    /// The token that brought it, and its log-probabilities, where the request asks for them.
+    pub(super) logprobs: Option<(TokenId, Box<TokenLogprobs>)>,
     /// Tokens of the sequence so far, this piece's included.
     pub(super) tokens: usize,
     /// Why it is the sequence's last.
@@ -148,6 +151,11 @@ impl Sequences {
         self.tracks.len()
     }
 
+    /// A token's text when it stands alone; half a character's is the replacement character.
+    pub(super) fn text_of(&self, token: TokenId) -> String {
+        self.state.loaded().map(|(engine, _)| engine.tokenizer().decode(&[token])).unwrap_or_default()
+    }
+
     /// Sequences that are not at their end.
     pub(super) fn open(&self) -> usize {
         self.open
@@ -240,7 +248,8 @@ impl Sequences {
             Some(why) => ApiError::internal(why),
             None => ApiError::stopped(),
         });
-        Piece { choice, text: delta.text, tokens: track.tokens, finish: delta.finish, broken }
+        let logprobs = delta.token.zip(delta.logprobs);
+        Piece { choice, text: delta.text, logprobs, tokens: track.tokens, finish: delta.finish, broken }
     }
 }
 

@@ -245,7 +245,10 @@ impl StepLoop {
             if ends {
                 self.stopped.push(i as u32);
             }
-            self.items.push(OutItem::Token { id: seq.id, token, silent: ends });
+            // A handful at most, and none where nobody asks.
+            let told = result.logprobs.iter().find(|(of, _)| *of == i as u32);
+            let logprobs = told.map(|(_, logprobs)| logprobs.clone());
+            self.items.push(OutItem::Token { id: seq.id, token, silent: ends, logprobs });
         }
         let t = self.clock.now().max(self.last + 1);
         self.last = t;

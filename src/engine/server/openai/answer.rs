@@ -7,11 +7,12 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::logprobs::Untold;
 use super::request::Shape;
 use super::stream::Events;
 use crate::engine::Finish;
 use crate::engine::server::error::ApiError;
-use crate::engine::server::sequences::{Sequences, Timing};
+use crate::engine::server::sequences::{Piece, Sequences, Timing};
 use crate::engine::server::state::unix_seconds;
 
 /// Which of the two endpoints answers.
@@ -68,7 +69,7 @@ struct Choice<'a> {
     index: usize,
     #[serde(flatten)]
     said: Said<'a>,
-    logprobs: (),
+    logprobs: Value,
     finish_reason: Option<&'static str>,
 }
 
@@ -111,22 +112,24 @@ impl Answer {
         Ok(response)
     }
 
-    /// An event with a piece of a sequence's text. The first of a chat says whose turn it is, too: an
+    /// An event with a piece of a sequence's text. The `first` of a chat says whose turn it is, too: an
     /// event for that alone would be taken for the first token.
-    pub(super) fn piece(
-        &self,
-        index: usize,
-        text: &str,
-        first: bool,
-        finish: Option<Finish>,
-        usage: Option<Usage>,
-    ) -> Bytes {
+    pub(super) fn piece(&self, piece: &Piece, first: bool, logprobs: Value, usage: Option<Usage>) -> Bytes {
+        let text = piece.text.as_str();
         let said = match self.kind {
             Kind::Completion => Said::Text { text },
             Kind::Chat => Said::Delta { delta: Delta { role: first.then_some("assistant"), content: text } },
         };
-        let finish_reason = finish.map(Finish::as_str);
-        self.event(&[Choice { index, said, logprobs: (), finish_reason }], usage, None)
+        let finish_reason = piece.finish.map(Finish::as_str);
+        self.event(&[Choice { index: piece.choice, said, logprobs, finish_reason }], usage, None)
+    }
+
+    /// What an answer says of a sequence's log-probabilities that have gathered: null if nobody asked.
+    pub(super) fn logprobs(&self, untold: &mut Untold, sequences: &Sequences) -> Value {
+        if !self.shape.logprobs {
+            return Value::Null;
+        }
+        untold.tell(self.kind, |token| sequences.text_of(token))
     }
 
     /// The event after the last piece.
@@ -152,8 +155,10 @@ impl Answer {
     async fn whole(self, mut sequences: Sequences) -> Result<Response, ApiError> {
         let mut texts = vec![String::new(); sequences.len()];
         let mut reasons = vec![""; sequences.len()];
+        let mut untold: Vec<Untold> = (0..sequences.len()).map(|_| Untold::default()).collect();
         while let Some(piece) = sequences.next().await {
             texts[piece.choice].push_str(&piece.text);
+            untold[piece.choice].push(piece.logprobs);
             if let Some(error) = piece.broken {
                 return Err(error);
             }
@@ -161,16 +166,19 @@ impl Answer {
                 reasons[piece.choice] = finish.as_str();
             }
         }
-        let choice = |(index, (text, reason)): (usize, (String, &str))| match self.kind {
-            Kind::Completion => {
-                json!({"index": index, "text": text, "logprobs": null, "finish_reason": reason})
+        let choice = |(index, (text, reason)): (usize, (String, &str))| {
+            let logprobs = self.logprobs(&mut untold[index], &sequences);
+            match self.kind {
+                Kind::Completion => {
+                    json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
+                }
+                Kind::Chat => json!({
+                    "index": index,
+                    "message": {"role": "assistant", "content": text},
+                    "logprobs": logprobs,
+                    "finish_reason": reason,
+                }),
             }
-            Kind::Chat => json!({
-                "index": index,
-                "message": {"role": "assistant", "content": text},
-                "logprobs": null,
-                "finish_reason": reason,
-            }),
         };
         let choices: Vec<Value> = texts.into_iter().zip(reasons).enumerate().map(choice).collect();
         let mut answer = json!({

@@ -6,6 +6,7 @@ use axum::extract::{Request, State as Shared};
 use axum::response::Response;
 
 use super::answer::{Answer, Kind};
+use super::logprobs;
 use super::messages;
 use super::request::Common;
 use crate::engine::server::error::ApiError;
@@ -14,7 +15,6 @@ use crate::engine::server::intake::{Ask, Intake, none_empty};
 use crate::engine::server::state::State;
 
 const NOT_HERE: &[(&str, Neutral)] = &[
-    ("top_logprobs", Neutral::Number(0.0)),
     ("tools", Neutral::Empty),
     ("functions", Neutral::Empty),
     ("echo", Neutral::False),
@@ -35,7 +35,9 @@ pub(in crate::engine::server) async fn chat_completions(
     let map = object(&intake.body)?;
     let f = Fields(&map);
     f.refuse(NOT_HERE)?;
-    let mut common = Common::parse(f, &["max_completion_tokens", "max_tokens"], None, info.sampling)?;
+    let logprobs = logprobs::of_chat(f)?;
+    let mut common =
+        Common::parse(f, &["max_completion_tokens", "max_tokens"], None, logprobs, info.sampling)?;
     let adapter = state.model(common.model.as_deref())?;
     let prompts = vec![messages::encode(f.get("messages"), &state).await?];
     none_empty(&prompts, "messages")?;

@@ -7,6 +7,7 @@ use axum::response::Response;
 use serde_json::Value;
 
 use super::answer::{Answer, Kind};
+use super::logprobs;
 use super::request::Common;
 use crate::engine::model::SamplingDefaults;
 use crate::engine::server::error::ApiError;
@@ -38,7 +39,7 @@ fn parse(bytes: &[u8], defaults: SamplingDefaults) -> Result<(Common, Vec<Prompt
     let map = object(bytes)?;
     let f = Fields(&map);
     f.refuse(NOT_HERE)?;
-    let common = Common::parse(f, &["max_tokens"], Some(16), defaults)?;
+    let common = Common::parse(f, &["max_tokens"], Some(16), logprobs::of_completion(f)?, defaults)?;
     let prompt = f.get("prompt").ok_or_else(|| ApiError::bad("prompt", "prompt is missing"))?;
     Ok((common, prompts(prompt)?))
 }
@@ -126,6 +127,8 @@ mod tests {
             "stream_options": {"include_usage": true, "continuous_usage_stats": true},
         }))
         .unwrap();
+        let asked = |n| parsed(json!({"prompt": "a", "logprobs": n})).unwrap().0.params.logprobs;
+        assert_eq!([asked(json!(0)), asked(json!(3)), asked(json!(false))], [Some(0), Some(3), None]);
         let s = common.shape;
         assert!(s.stream && s.include_usage && s.continuous_usage && s.metrics);
         assert_eq!((common.model.as_deref(), common.n), (Some("lora-1"), 2));
@@ -146,8 +149,9 @@ mod tests {
         for (name, value) in [
             ("echo", json!(true)),
             ("suffix", json!("x")),
-            ("logprobs", json!(0)),
-            ("logprobs", json!(3)),
+            ("logprobs", json!(21)),
+            ("logprobs", json!(-1)),
+            ("logprobs", json!(true)),
             ("best_of", json!(2)),
             ("logit_bias", json!({"5": 1})),
             ("min_p", json!(0.1)),

@@ -3,6 +3,7 @@
 mod answer;
 mod chat;
 mod completions;
+mod logprobs;
 mod messages;
 mod request;
 mod stream;

@@ -9,7 +9,6 @@ use crate::engine::server::fields::{Fields, Neutral, UNSUPPORTED, kind};
 
 /// Parameters of the two endpoints that are not implemented, with the values that ask for nothing.
 const NOT_HERE: &[(&str, Neutral)] = &[
-    ("logprobs", Neutral::False),
     ("add_special_tokens", Neutral::True),
     ("truncate_prompt_tokens", Neutral::Null),
     ("structured_outputs", Neutral::Null),
@@ -35,6 +34,8 @@ pub(super) struct Shape {
     pub(super) continuous_usage: bool,
     /// Where the request's time went.
     pub(super) metrics: bool,
+    /// The tokens' log-probabilities.
+    pub(super) logprobs: bool,
 }
 
 /// The common part of a body.
@@ -49,12 +50,13 @@ pub(super) struct Common {
 }
 
 impl Common {
-    /// Parses it. `max_names` are the names of `max_tokens`, the one that counts first; `defaults` are
-    /// the model's.
+    /// Parses it. `max_names` are the names of `max_tokens`, the one that counts first; `logprobs` is what is asked
+    /// for of those; `defaults` are the model's.
     pub(super) fn parse(
         f: Fields<'_>,
         max_names: &[&'static str],
         default_max: Option<u32>,
+        logprobs: Option<u32>,
         defaults: SamplingDefaults,
     ) -> Result<Self, ApiError> {
         f.refuse(UNSUPPORTED)?;
@@ -80,11 +82,13 @@ impl Common {
             include_usage: option(options, "include_usage")?,
             continuous_usage: option(options, "continuous_usage_stats")?,
             metrics: f.flag("metrics", false)?,
+            logprobs: logprobs.is_some(),
         };
+        let params = f.sampling(max_tokens.or(default_max).unwrap_or(u32::MAX), defaults)?;
         Ok(Self {
             model: f.text("model")?.map(str::to_owned),
             n: f.n()?,
-            params: f.sampling(max_tokens.or(default_max).unwrap_or(u32::MAX), defaults)?,
+            params: GenerateParams { logprobs, ..params },
             max_tokens_given: max_tokens.or(default_max).is_some(),
             shape,
         })

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 
 use super::answer::{Answer, Usage};
+use super::logprobs::Untold;
 use crate::engine::server::sequences::{Piece, Sequences};
 
 /// Ends every stream.
@@ -27,25 +28,30 @@ pub(super) struct Events {
     sequences: Sequences,
     /// Sequences of which something has been told.
     begun: Vec<bool>,
+    /// One for each sequence.
+    untold: Vec<Untold>,
     at: At,
 }
 
 impl Events {
     pub(super) fn new(answer: Answer, sequences: Sequences) -> Self {
-        Self { answer, begun: vec![false; sequences.len()], sequences, at: At::Pieces }
+        let untold = (0..sequences.len()).map(|_| Untold::default()).collect();
+        Self { answer, begun: vec![false; sequences.len()], untold, sequences, at: At::Pieces }
     }
 
     /// None for a piece that has nothing to tell: half a character, or what may be half a stop string. An
     /// event without text would be taken for a token.
-    fn piece(&mut self, piece: &Piece) -> Option<Bytes> {
+    fn piece(&mut self, mut piece: Piece) -> Option<Bytes> {
+        let i = piece.choice;
+        self.untold[i].push(piece.logprobs.take());
         if piece.text.is_empty() && piece.finish.is_none() {
             return None;
         }
-        let i = piece.choice;
         let first = !std::mem::replace(&mut self.begun[i], true);
         let usage = self.answer.shape.continuous_usage;
         let usage = usage.then(|| Usage::new(self.sequences.prompt_tokens_of(i), piece.tokens));
-        Some(self.answer.piece(i, &piece.text, first, piece.finish, usage))
+        let logprobs = self.answer.logprobs(&mut self.untold[i], &self.sequences);
+        Some(self.answer.piece(&piece, first, logprobs, usage))
     }
 }
 
@@ -68,7 +74,7 @@ impl Stream for Events {
                         this.at = At::Over;
                         format!("data: {}\n\n{DONE}", error.body()).into()
                     }
-                    Poll::Ready(Some(piece)) => match this.piece(&piece) {
+                    Poll::Ready(Some(piece)) => match this.piece(piece) {
                         Some(event) => event,
                         None => continue,
                     },
