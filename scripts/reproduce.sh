@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# The measured figures of docs/performance.md and docs/experiment.md, on the GPU of this machine.
+#
+#   scripts/reproduce.sh PART OUT         PART: engine, budgets, traces, serve, pilot, repeats, plan
+#
+# Each part takes two to ten minutes on an H100, starts from nothing but the program, and leaves its results in the folder
+# OUT, with manifests; `repeats` goes on in the OUT of `pilot`. The first command that fails ends a part. Nothing here needs
+# cargo: carry the program, configs/ and this script.
+#
+#   PROGRAM=target/release/lora-hbm       the program, built with --features cuda
+#   DEVICE=cuda                           cpu: to try the script itself
+#   MODELS="meta-llama/Llama-2-7b-hf facebook/opt-125m"
+#   QUICK=1                               as little of everything as there can be, likewise
+set -euo pipefail
+part=${1:?usage: scripts/reproduce.sh PART OUT} out=${2:?usage: scripts/reproduce.sh PART OUT}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+program=$(realpath "${PROGRAM:-$root/target/release/lora-hbm}")
+device=${DEVICE:-cuda}
+read -ra models <<<"${MODELS:-meta-llama/Llama-2-7b-hf facebook/opt-125m}"
+model=${models[0]}
+quick=${QUICK:-}
+mkdir -p "$out"
+out=$(realpath "$out")
+cd "$root"
+
+say() { printf '\n== %s (%ss)\n' "$*" "$SECONDS"; }
+hbm() { "$program" "$@"; }
+name() { basename "$1" -hf | tr '[:upper:]' '[:lower:]'; }
+# What QUICK makes less of.
+few() { if [ -n "$quick" ]; then echo "$1"; else echo "$2"; fi; }
+
+bench() { hbm bench engine --max-r 16 --device "$device" "$@"; }
+
+# Twice, as every figure there is.
+engine() {
+    for run in $(few "1" "1 2"); do
+        say "engine, run $run"
+        bench --model "$model" --gpu-loras 18 --total-loras 24 --runs "$(few 2 20)" \
+            --prompts "$(few 64 256,512,1024,2048,4096)" --batches "$(few 4 1,16)" --contexts "$(few 64 512)" \
+            --adapters "$(few 0,1 0,1,16)" -o "$out/$(name "$model")-run$run.json"
+        for other in "${models[@]:1}"; do
+            bench --model "$other" --gpu-loras 18 --total-loras 24 --runs "$(few 2 20)" --prompts "$(few 64 512)" \
+                --batches 1 --contexts "$(few 64 128)" --adapters 0,1 -o "$out/$(name "$other")-run$run.json"
+        done
+    done
+}
+
+# A batch's time must not depend on the number of slots.
+budgets() {
+    for run in $(few "1" "1 2"); do
+        for slots in 2 128; do
+            say "$slots slots, run $run"
+            bench --model "$model" --gpu-loras "$slots" --runs "$(few 2 20)" --prompts "$(few 64 512)" \
+                --batches "$(few 4 16)" --contexts "$(few 64 512)" --adapters 1 -o "$out/budget-$slots-run$run.json"
+        done
+    done
+}
+
+traces() {
+    for run in $(few "1" "1 2"); do
+        say "traces, run $run"
+        trace() { hbm bench trace "configs/traces/$1.jsonl" --model "$model" --max-r 16 --device "$device" "${@:2}"; }
+        trace peer-short-r8 --budgets 2,8,32,128 -o "$out/trace-r8-run$run.json"
+        trace peer-short-r40 --budgets 32,128 -o "$out/trace-r40-run$run.json"
+        with_server "$model" 32
+        for rate in 8 40; do
+            hbm measure -e "$url" --trace "configs/traces/peer-short-r$rate.jsonl" --arrivals trace --total-loras 128 \
+                --gpu-loras 32 -o "$out/http-r$rate-run$run.csv"
+        done
+        stop_server
+    done
+}
+
+server=
+stop_server() { if [ -n "$server" ]; then kill "$server" && wait "$server"; server=; fi; }
+trap 'if [ -n "$server" ]; then kill "$server"; fi' EXIT
+
+# with_server MODEL SLOTS [FLAGS]: sets url.
+with_server() {
+    say "a server of $1 with $2 slots"
+    hbm serve --model "$1" --total-loras 128 --gpu-loras "$2" --max-r 16 --device "$device" --port 0 "${@:3}" \
+        2>"$out/serve.log" &
+    server=$!
+    url=
+    while [ -z "$url" ]; do
+        kill -0 "$server" 2>/dev/null || { cat "$out/serve.log"; server=; exit 1; }
+        sleep 0.2
+        url=$(grep -o 'http://[^ ]*' "$out/serve.log" | head -1 || true)
+    done
+}
+
+# The tools against the server, and what it decided, replayed.
+serve() {
+    for one in "${models[@]}"; do
+        for slots in 2 8 128; do
+            log=$out/$(name "$one")-$slots.decisions.jsonl
+            with_server "$one" "$slots" --decision-log "$log"
+            hbm smoke-test --port "${url##*:}" --total-loras 128 --gpu-loras "$slots"
+            if [ "$slots" = 8 ]; then
+                hbm probe -e "$url" --total-loras 128 --arrival-rates "$(few 2 5,10,20,40)" \
+                    -d "$(few 2 10)" -o "$out/$(name "$one")-probe.jsonl"
+            fi
+            hbm measure -e "$url" --total-loras 128 --gpu-loras "$slots" -r "$(few 4 20)" -n "$(few 8 200)" \
+                --show-swap-stats -o "$out/$(name "$one")-measure.csv"
+            stop_server
+            say "replay"
+            hbm replay "$log"
+            if [ "$slots" != 128 ]; then
+                # Another rule must decide differently.
+                status=0
+                hbm replay "$log" --evict fifo || status=$?
+                [ "$status" = 3 ] || [ -n "$quick" ] || { echo "replay --evict fifo ended with $status, not 3"; exit 1; }
+            fi
+            rm "$log"
+        done
+    done
+}
+
+experiment() { # one of configs/experiments, of this device and model, in $out
+    sed -e "s|^model = .*|model = \"$model\"|" -e "s|^device = .*|device = \"$device\"|" \
+        -e "s|^num_requests = .*|num_requests = $(few 8 200)|" "configs/experiments/$1.toml" >"$out/$1.toml"
+}
+
+pilot() {
+    experiment h100-pilot
+    cd "$out"
+    say "calibrate"
+    hbm calibrate --model "$model" --max-r 16 --device "$device" --seconds "$(few 5 100)" -o profile.json
+    say "predict, then measure"
+    hbm sweep h100-pilot.toml --mode simulated --profile profile.json
+    hbm sweep h100-pilot.toml --mode measured --profile profile.json --resume
+    judge
+}
+
+repeats() {
+    experiment h100-pilot-repeats
+    cd "$out"
+    say "repeats"
+    hbm sweep h100-pilot-repeats.toml --mode measured --profile profile.json --resume
+    judge
+}
+
+judge() {
+    say "judge"
+    # 3: not all is within bounds, which is a result like any other.
+    hbm validate --measured h100-pilot.csv --requests h100-pilot-requests --experiment h100-pilot.toml \
+        --profile profile.json -o validation.json || [ $? = 3 ]
+    hbm plot h100-pilot.csv
+}
+
+plan() {
+    cp configs/experiments/h100-plan.toml "$out"
+    cd "$out"
+    hbm plan --profile h100-llama2-7b --slo 'ttft_median<200ms' --rate 37 --max-tokens 16 | tee plan.txt
+    hbm sweep h100-plan.toml --mode measured --profile h100-llama2-7b --resume
+}
+
+case $part in
+engine | budgets | traces | serve | pilot | repeats | plan) "$part" ;;
+*) echo "there is no part '$part': engine, budgets, traces, serve, pilot, repeats or plan" >&2 && exit 2 ;;
+esac
+say done
