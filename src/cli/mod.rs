@@ -33,6 +33,8 @@ mod plot;
 mod probe;
 mod profile;
 mod replay;
+#[cfg(feature = "plot")]
+mod report;
 #[cfg(feature = "server")]
 mod serve;
 mod simulate;
@@ -105,6 +107,9 @@ enum Command {
     /// Draw median and p99 TTFT over gpu_loras from results CSVs
     #[cfg(feature = "plot")]
     Plot(plot::PlotArgs),
+    /// Put figure, tables and how results were made on one HTML page
+    #[cfg(feature = "plot")]
+    Report(report::ReportArgs),
     /// Join results CSVs, each run once
     Merge(merge::MergeArgs),
     /// The whole experiment in small, on this machine's CPU, in under two minutes
@@ -141,6 +146,8 @@ impl Command {
             Self::FetchData(args) => fetch_data::run(args, ctx),
             #[cfg(feature = "plot")]
             Self::Plot(args) => plot::run(args, ctx),
+            #[cfg(feature = "plot")]
+            Self::Report(args) => report::run(args, ctx),
             Self::Merge(args) => merge::run(args, ctx),
             #[cfg(feature = "server")]
             Self::Demo(args) => demo::run(args, ctx),

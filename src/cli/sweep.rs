@@ -1,6 +1,5 @@
 //! `lora-hbm sweep`: every cell of an experiment file, measured or simulated.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -10,12 +9,11 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress};
-use crate::report::columns::{self, Row};
+use crate::report::cells::Cells;
 use crate::report::files::check_writable;
 use crate::report::machine::Gpu;
 use crate::report::manifest::{Manifest, path_beside};
 use crate::report::results::ResultRow;
-use crate::report::stats;
 
 #[derive(Args, Debug, Serialize)]
 pub struct SweepArgs {
@@ -194,49 +192,12 @@ pub(super) fn show(bar: &indicatif::ProgressBar, p: &SweepProgress<'_>) {
     bar.set_position(p.done as u64 * PARTS + share);
 }
 
-/// One line a cell, told from the others by the settings that vary: means over its runs, with 95 % intervals where there
-/// are several traces.
+/// One line a cell.
 fn print(rows: &[ResultRow]) {
-    let named: Vec<Row<'_>> = rows.iter().map(Row::new).collect();
-    let settings = columns::varying(&named).into_iter().filter(|c| *c != "arrival_rate").collect::<Vec<_>>();
-    let of_cell = |cell: &str| named.iter().find(|r| r.row.cell.as_deref() == Some(cell));
-    let mut cells: Vec<&str> = Vec::new();
-    for cell in rows.iter().filter_map(|r| r.cell.as_deref()) {
-        if !cells.contains(&cell) {
-            cells.push(cell);
-        }
-    }
-    let statistics = ["rate", "runs", "TTFT median", "mean", "p90", "p99", "swaps", ""];
-    let header: Vec<&str> =
-        ["gpu_loras"].into_iter().chain(settings.iter().copied()).chain(statistics).collect();
-    let mut table = ui::table(&header);
-    for cell in cells {
-        let runs: Vec<&ResultRow> = rows.iter().filter(|r| r.cell.as_deref() == Some(cell)).collect();
-        let values =
-            |of: fn(&ResultRow) -> Option<f64>| runs.iter().filter_map(|r| of(r)).collect::<Vec<_>>();
-        let time = |of| {
-            let values = values(of);
-            let mean = stats::mean(&values).map_or_else(String::new, ui::seconds);
-            // Repeats of one trace tell of the machine, not of the traffic.
-            let traces: BTreeSet<_> = runs.iter().map(|r| r.seed).collect();
-            match stats::mean_interval(&values, 0.95).filter(|_| traces.len() == runs.len()) {
-                Some(i) => format!("{mean} ± {}", ui::seconds((i.high - i.low) / 2.0)),
-                None => mean,
-            }
-        };
-        let settings = settings.iter().map(|c| of_cell(cell).and_then(|r| r.get(c)).unwrap_or_default());
-        let statistics = [
-            stats::mean(&values(|r| r.arrival_rate)).map_or_else(String::new, |r| format!("{r:.2}")),
-            runs.len().to_string(),
-            time(|r| r.ttft_median),
-            time(|r| r.ttft_mean),
-            time(|r| r.ttft_p90),
-            time(|r| r.ttft_p99),
-            stats::mean(&values(|r| r.swap_count.map(|n| n as f64)))
-                .map_or_else(String::new, |n| format!("{n:.1}")),
-            if runs.iter().any(|r| r.saturated == Some(true)) { "saturated" } else { "" }.to_owned(),
-        ];
-        table.add_row([runs[0].gpu_loras.to_string()].into_iter().chain(settings).chain(statistics));
-    }
+    let Cells { header, lines } = Cells::of(rows);
+    let mut table = ui::table(&header.iter().map(String::as_str).collect::<Vec<_>>());
+    lines.into_iter().for_each(|line| {
+        table.add_row(line);
+    });
     println!("{table}");
 }

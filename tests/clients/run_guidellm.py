@@ -24,7 +24,8 @@ def environment():
     """One worker on a small machine, and a schedule that begins when all prompts are there.
 
     By itself it starts ten processes and the schedule at once: its first seconds are then sent late and all together,
-    and what is measured is a queue that nobody asked for."""
+    and what is measured is a queue that nobody asked for. Its Poisson schedule has the same effect at times (0.8.1 tells
+    the workers to begin before it has set the time at which they should), so the rate is constant."""
     return {
         **common.offline(),
         "GUIDELLM__MAX_WORKER_PROCESSES": "1",
@@ -50,7 +51,7 @@ def main():
                     binaries / "guidellm", "run",
                     "--backend", f"kind=openai_http,target={server.url},model={server.lora(number)},"
                                  f"request_format={route}",
-                    "--profile", f"kind=poisson,rate={args.rate}",
+                    "--profile", f"kind=constant,rate={args.rate}",
                     "--constraint", f"kind=max_requests,count={each}",
                     "--tokenizer", f"kind=huggingface_auto,model={tokenizer}",
                     "--data", "kind=synthetic_text,prompt_tokens=200,output_tokens=8",

@@ -221,3 +221,26 @@ fn a_run_measured_twice_with_other_numbers_keeps_the_first() {
         .stderr(contains("1 of the dropped rows had other numbers"));
     assert_eq!(read_rows(dir.path().join("all.csv")).unwrap()[0].ttft_median, Some(1.0));
 }
+
+#[test]
+fn report_is_one_page_with_figure_tables_and_manifests() {
+    let dir = tempfile::tempdir().unwrap();
+    let csv = dir.path().join("a.csv");
+    append_rows(&csv, &curve("skip")).unwrap();
+    let mut manifest = Manifest::begin("sweep", &serde_json::json!({}), &[42]).unwrap();
+    manifest.end(true);
+    manifest.write(dir.path().join("a.manifest.json")).unwrap();
+    lora_hbm(dir.path())
+        .args(["report", "a.csv", "--title", "Slots & time"])
+        .assert()
+        .success()
+        .stdout(contains("a.html"));
+    let page = std::fs::read_to_string(dir.path().join("a.html")).unwrap();
+    for part in ["Slots &amp; time", "<svg", "from 128 slots on", "<code>sweep</code>", "policy skip"] {
+        assert!(page.contains(part), "{part}: {page}");
+    }
+    lora_hbm(dir.path()).args(["report", "none.csv"]).assert().code(1).stderr(contains("none.csv"));
+    std::fs::write(dir.path().join("other.csv"), "a,b\n1,2\n").unwrap();
+    lora_hbm(dir.path()).args(["report", "other.csv", "-o", "other.html"]).assert().code(1);
+    assert!(!dir.path().join("other.html").exists());
+}

@@ -18,6 +18,7 @@ mod words;
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
+use super::columns::Row;
 use super::files::{self, FileError};
 use super::manifest;
 use super::results::{ResultRow, RunKey};
@@ -143,6 +144,16 @@ pub fn paths(base: impl AsRef<Path>) -> (PathBuf, PathBuf) {
         PathBuf::from(name)
     };
     (with(".svg"), with(".png"))
+}
+
+/// The settings that all rows share, in words.
+pub(super) fn shared_settings(rows: &[ResultRow]) -> Vec<String> {
+    data::shared(&rows.iter().map(Row::new).collect::<Vec<_>>(), &[])
+}
+
+/// A setting's value in words.
+pub(super) fn describe_setting(column: &str, value: &str) -> String {
+    words::describe(column, value)
 }
 
 /// A [footer](Options::footer) that says where the numbers come from: files, days, and what the

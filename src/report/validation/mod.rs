@@ -16,6 +16,8 @@ pub use requests::{Itself, RequestErrors};
 const MOST_SPREAD: f64 = 10.0;
 /// A budget is past the knee when its median is within this of the least, per cent.
 const KNEE: f64 = 10.0;
+/// Measured median at the smallest budget over that at the largest from which on the skill says something.
+const EFFECT: f64 = 1.5;
 
 /// One statistic at one budget.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -187,12 +189,25 @@ impl Validation {
         groups.values().map(|rows| Self::of(rows)).filter(|v| !v.budgets.is_empty()).collect()
     }
 
-    /// Whether medians are within `median` per cent and 90th percentiles within `p90` at every budget
-    /// (or twice the spread), and the skill is at least `skill`.
-    pub fn holds(&self, median: f64, p90: f64, skill: f64) -> bool {
-        !self.budgets.is_empty()
-            && self.budgets.iter().all(|b| b.median.within(median) && b.p90.within(p90))
-            && self.skill.is_none_or(|s| s >= skill)
+    /// What does not hold of medians within `median` per cent and 90th percentiles within `p90` at every budget (or
+    /// twice the spread), and of a skill of at least `skill` where the budget matters: where the measured median at
+    /// the smallest is half as much again as at the largest. Over medians that are nearly alike any constant is right.
+    pub fn breaches(&self, median: f64, p90: f64, skill: f64) -> Vec<String> {
+        let mut breaches = Vec::new();
+        for b in &self.budgets {
+            for (name, compared, limit) in [("median", &b.median, median), ("p90", &b.p90, p90)] {
+                if !compared.within(limit) {
+                    breaches.push(format!(
+                        "{name} at {} slots {:+.1} %",
+                        b.gpu_loras,
+                        compared.error_percent()
+                    ));
+                }
+            }
+        }
+        let matters = self.effect.is_some_and(|effect| effect >= EFFECT);
+        breaches.extend(self.skill.filter(|s| matters && *s < skill).map(|s| format!("skill {s:.3}")));
+        breaches
     }
 }
 
@@ -302,7 +317,7 @@ mod tests {
         assert_relative_eq!(v.budgets[0].median.error_percent(), 2.0, epsilon = 1e-9);
         assert!(v.budgets.iter().all(|b| b.misses().is_empty()), "{v:?}");
         assert_eq!((v.tau, v.knee), (Some(1.0), Some((32, 32))));
-        assert!(v.skill.unwrap() > 0.9 && v.holds(5.0, 8.0, 0.8));
+        assert!(v.skill.unwrap() > 0.9 && v.breaches(5.0, 8.0, 0.8).is_empty());
         // Of the six pairs, 32 and 128 are not told apart by repeats.
         assert_relative_eq!(v.budgets[0].naive.constant_percent.unwrap(), -62.5, epsilon = 1e-9);
         assert_relative_eq!(v.budgets[0].naive.service_percent.unwrap(), -87.5, epsilon = 1e-9);
@@ -320,7 +335,10 @@ mod tests {
         assert_eq!(uncounted.budgets[0].swaps, (None, Some(110.0)));
         assert_eq!(uncounted.budgets[0].misses(), ["median", "mean", "p99"]);
         assert_eq!(v.knee, Some((32, 32)));
-        assert!(v.tau.unwrap() < 1.0 && v.skill.unwrap() < 0.8 && !v.holds(10.0, 20.0, 0.8));
+        assert!(v.tau.unwrap() < 1.0 && v.skill.unwrap() < 0.8);
+        let breaches = v.breaches(10.0, 20.0, 0.8);
+        assert_eq!((breaches.len(), breaches[0].as_str()), (9, "median at 2 slots -50.0 %"));
+        assert!(breaches[8].starts_with("skill -"), "{breaches:?}");
     }
 
     #[test]
@@ -331,7 +349,23 @@ mod tests {
         all.extend(long);
         let each = Validation::each(&all);
         assert_eq!(each.len(), 2);
-        assert!(each[0].what.contains("long") && !each[0].holds(10.0, 20.0, 0.8));
-        assert!(each[1].what.contains("short") && each[1].holds(10.0, 20.0, 0.8));
+        assert!(each[0].what.contains("long") && !each[0].breaches(10.0, 20.0, 0.8).is_empty());
+        assert!(each[1].what.contains("short") && each[1].breaches(10.0, 20.0, 0.8).is_empty());
+    }
+
+    #[test]
+    fn where_the_budget_hardly_matters_no_skill_is_asked_for() {
+        let alike = |simulated: [f64; 2], smallest: f64| {
+            let mut rows = Vec::new();
+            for ((budget, m), s) in [2, 128].into_iter().zip([smallest, 0.1]).zip(simulated) {
+                rows.push(row(Source::Measured, budget, 0, m, 100));
+                rows.push(row(Source::Simulated, budget, 0, s, 101));
+            }
+            Validation::of(&rows)
+        };
+        let v = alike([0.1, 0.105], 0.104);
+        assert!(v.skill.unwrap() < 0.0 && v.breaches(10.0, 20.0, 0.8).is_empty(), "{v:?}");
+        let v = alike([0.145, 0.13], 0.16);
+        assert_eq!(v.breaches(90.0, 90.0, 0.8).len(), 1, "{v:?}");
     }
 }
