@@ -15,6 +15,7 @@ use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::bench::{BenchError, EngineReport, StepGrid, Times, TraceRow, run_engine, run_swaps, run_trace};
 use crate::engine::setup::{self, HostMemory, Loaded};
+use crate::experiment::lenient;
 use crate::report::files::{check_writable, write_atomic};
 use crate::report::manifest::{Manifest, path_beside};
 use crate::workload::trace::Trace;
@@ -109,7 +110,7 @@ struct TraceBenchArgs {
     budgets: BudgetArgs,
     #[command(flatten)]
     engine: EngineArgs,
-    /// Traces, as `trace make` writes them
+    /// Traces, as `trace generate` writes them
     #[arg(required = true, value_name = "FILE")]
     traces: Vec<PathBuf>,
 }
@@ -125,18 +126,25 @@ struct BudgetArgs {
 #[derive(Serialize, Deserialize)]
 #[serde(default)]
 struct BenchSettings {
+    #[serde(deserialize_with = "lenient::word")]
     model: String,
     total_loras: u32,
     out: PathBuf,
     gpu_loras: u32,
+    #[serde(deserialize_with = "lenient::list")]
     prompts: Vec<u32>,
+    #[serde(deserialize_with = "lenient::list")]
     batches: Vec<u32>,
+    #[serde(deserialize_with = "lenient::list")]
     contexts: Vec<u32>,
+    #[serde(deserialize_with = "lenient::list")]
     adapters: Vec<u32>,
+    #[serde(deserialize_with = "lenient::list")]
     each_rank: Vec<u32>,
     all_modes: bool,
     peft: Option<PathBuf>,
     runs: usize,
+    #[serde(deserialize_with = "lenient::list")]
     budgets: Vec<u32>,
 }
 

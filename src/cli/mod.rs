@@ -5,8 +5,6 @@
 //! [`settings`] for how the two meet.
 
 pub mod failure;
-#[cfg(feature = "server")]
-mod lenient;
 pub mod settings;
 pub mod ui;
 

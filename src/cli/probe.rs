@@ -12,6 +12,7 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::target::Target;
 use super::workload::{Run, WorkloadArgs, WorkloadSettings, amount, check_rate};
+use crate::experiment::lenient;
 use crate::loadgen::rates::{self, RateSummary};
 use crate::loadgen::{Health, prepare_for};
 use crate::report::files;
@@ -51,6 +52,7 @@ pub struct ProbeArgs {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Settings {
     total_loras: u32,
+    #[serde(deserialize_with = "lenient::joined")]
     arrival_rates: Option<String>,
     duration_seconds: f64,
     pause_seconds: f64,

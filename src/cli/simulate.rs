@@ -12,7 +12,7 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
-use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
+use crate::experiment::{Cell, Simulator, is_saturated, lenient, seed_budgets};
 use crate::profile::{Kind, Profile};
 use crate::report::binds::Binds;
 use crate::report::manifest::{Manifest, path_beside};
@@ -71,9 +71,12 @@ pub struct SimulateArgs {
 #[derive(Serialize, Deserialize)]
 #[serde(default)]
 struct SimulateSettings {
+    #[serde(deserialize_with = "lenient::text")]
     profile: Option<String>,
+    #[serde(deserialize_with = "lenient::text")]
     model: Option<String>,
     total_loras: u32,
+    #[serde(deserialize_with = "lenient::joined_word")]
     gpu_loras: String,
     num_requests: Option<u64>,
     warm_up: u64,

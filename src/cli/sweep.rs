@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
-use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress};
+use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress, lenient};
 use crate::report::columns::{self, Row};
 use crate::report::files::check_writable;
 use crate::report::machine::Gpu;
@@ -49,6 +49,7 @@ pub struct SweepArgs {
 struct SweepSettings {
     experiment: Option<PathBuf>,
     mode: Option<String>,
+    #[serde(deserialize_with = "lenient::text")]
     profile: Option<String>,
     resume: bool,
     shard: Option<String>,

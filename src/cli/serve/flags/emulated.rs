@@ -1,6 +1,6 @@
 //! The settings of `serve --emulate`: the flags that shape decisions, on the profile's machine.
 
-use super::{ServeSettings, bytes};
+use super::ServeSettings;
 use crate::cli::failure::Failure;
 use crate::cli::simulate::load_profile;
 use crate::engine::emulation::Emulation;
@@ -25,8 +25,8 @@ impl ServeSettings {
         }
         let profile = load_profile("serve --emulate", Some(named))?;
         let default = Self::default();
-        if self.model != default.model {
-            profile.expect_model(&self.model).map_err(|e| Failure::Failed(e.into()))?;
+        if let Some(model) = &self.model {
+            profile.expect_model(model).map_err(|e| Failure::Failed(e.into()))?;
         }
         let mut max_r = self.max_r as u32;
         if let [only] = profile.adapter.ranks[..]
@@ -49,8 +49,7 @@ impl ServeSettings {
             swap_mode: checked.swap_mode,
             prefetch: self.prefetch as u32,
             max_skip_age: self.max_skip_age,
-            // In bytes: a number alone is GiB to `serve` and bytes to experiments.
-            kv_memory: self.kv_memory.as_deref().map(bytes).transpose()?.map(|n| n.to_string()),
+            kv_memory: self.kv_memory.clone(),
             seed: self.seed,
             ..EngineSettings::default()
         };
