@@ -16,7 +16,7 @@ use crate::experiment::lenient;
 use crate::loadgen::{Endpoint, Health, LoadOptions, LoadOutcome, PreparedRequest, run_load};
 use crate::report::digest;
 use crate::report::files::check_writable;
-use crate::report::manifest::{Dataset, path_beside};
+use crate::report::manifest::Dataset;
 use crate::report::record::Status;
 use crate::workload::tokenizer::{Tokenizer, TokenizerSource};
 
@@ -266,17 +266,6 @@ pub fn verdict(outcome: &LoadOutcome) -> Result<(), Failure> {
 /// Whether results go to a CSV rather than to JSONL.
 pub fn is_csv(path: &Path) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"))
-}
-
-/// A results file collects many runs, so each run's manifest has its time in its name.
-pub fn manifest_path(out: &Path, started: &str) -> PathBuf {
-    let stamp: String = started.chars().filter(char::is_ascii_digit).take(14).collect();
-    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
-    (0..)
-        .map(|n| if n == 0 { format!("{stem}.{stamp}.csv") } else { format!("{stem}.{stamp}-{n}.csv") })
-        .map(|name| path_beside(out.with_file_name(name)))
-        .find(|path| !path.exists())
-        .unwrap_or_else(|| path_beside(out))
 }
 
 /// What the workload is read from, for the manifest.

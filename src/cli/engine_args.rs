@@ -27,6 +27,10 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_model_len: Option<u32>,
+    /// Compute a prompt in one step, never in chunks
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_enable_chunked_prefill: Option<bool>,
     /// Rank of the adapters [default: 8]
     #[arg(long, value_name = "RANK")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -77,6 +81,7 @@ pub struct EngineFlags {
     max_num_batched_tokens: Option<u32>,
     block_size: Option<u32>,
     max_model_len: Option<u32>,
+    no_enable_chunked_prefill: bool,
     max_r: Option<u32>,
     #[serde(deserialize_with = "lenient::some_list")]
     ranks: Option<Vec<u32>>,
@@ -108,6 +113,7 @@ impl EngineFlags {
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(default.max_num_batched_tokens),
             block_size: self.block_size.unwrap_or(default.block_size),
             max_model_len: self.max_model_len,
+            no_enable_chunked_prefill: self.no_enable_chunked_prefill,
             policy: policy.unwrap_or(default.policy),
             evict: choice::<Evict>(self.evict.as_deref())?.unwrap_or(default.evict),
             swap_mode: choice::<SwapMode>(self.swap_mode.as_deref())?.unwrap_or(default.swap_mode),

@@ -8,7 +8,6 @@ pub mod failure;
 pub mod settings;
 pub mod ui;
 
-#[cfg(feature = "server")]
 mod bench;
 #[cfg(feature = "server")]
 mod calibrate;
@@ -78,8 +77,7 @@ enum Command {
     /// Time this machine's steps, swaps and host: a profile
     #[cfg(feature = "server")]
     Calibrate(calibrate::CalibrateArgs),
-    /// Time the engine's own steps and swaps, or traces in-process
-    #[cfg(feature = "server")]
+    /// Time the engine's own steps and swaps, traces in-process, or the simulator
     Bench(bench::BenchArgs),
     /// Predict TTFT at every gpu_loras from a profile
     Simulate(Box<simulate::SimulateArgs>),
@@ -125,7 +123,6 @@ impl Command {
             Self::Measure(args) => measure::run(args, ctx),
             #[cfg(feature = "server")]
             Self::Calibrate(args) => calibrate::run(args, ctx),
-            #[cfg(feature = "server")]
             Self::Bench(args) => bench::run(args, ctx),
             Self::Simulate(args) => simulate::run(args, ctx),
             Self::Plan(args) => plan::run(args, ctx),

@@ -15,8 +15,8 @@ use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
 use crate::experiment::{Cell, Simulator, is_saturated, lenient, seed_budgets};
 use crate::profile::{Kind, Profile};
 use crate::report::binds::Binds;
-use crate::report::manifest::{Manifest, path_beside};
-use crate::report::results::{ResultRow, RunContext, append_rows};
+use crate::report::manifest::{Manifest, unclaimed_beside};
+use crate::report::results::{ResultRow, RunContext, append_rows, read_rows};
 use crate::workload::spec::{Amount, Requests};
 
 /// Arrivals a second where nothing says otherwise.
@@ -152,7 +152,9 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     manifest.seeds.dedup();
     if let Some(out) = &simulation.settings.out {
         manifest.end(true);
-        let path = path_beside(out);
+        // Rows that are there already keep the manifest that they name.
+        let there = if out.exists() { read_rows(out).map_err(Failure::failed)? } else { Vec::new() };
+        let path = unclaimed_beside(out, &manifest.started, &there);
         manifest.write(&path).map_err(Failure::failed)?;
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
         let named: Vec<ResultRow> =

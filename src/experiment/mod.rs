@@ -112,7 +112,7 @@ pub struct Output {
     /// Folder of requests JSONL files, one a run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests: Option<PathBuf>,
-    /// The figure.
+    /// The figure that `sweep` draws of the CSV, as SVG and PNG.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plot: Option<PathBuf>,
 }

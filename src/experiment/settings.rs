@@ -32,6 +32,9 @@ pub struct EngineSettings {
     /// Prompt and output tokens of one request, at most; none is the engine's default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_model_len: Option<u32>,
+    /// Prompts are computed in one step each, never in chunks.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub no_enable_chunked_prefill: bool,
     /// Admission policy.
     #[serde(with = "text")]
     pub policy: Policy,
@@ -77,6 +80,7 @@ impl Default for EngineSettings {
             max_num_batched_tokens: 4096,
             block_size: 16,
             max_model_len: None,
+            no_enable_chunked_prefill: false,
             policy: Policy::Skip,
             evict: Evict::Lru,
             swap_mode: SwapMode::Layered,

@@ -108,7 +108,7 @@ impl Simulator {
             max_model_len,
             block_size: engine.block_size as usize,
             kv_blocks: kv_blocks.min(useful),
-            chunked_prefill: true,
+            chunked_prefill: !engine.no_enable_chunked_prefill,
             policy: engine.policy,
             evict: engine.evict,
             swap_mode: engine.swap_mode,

@@ -86,7 +86,7 @@ fn impossible_flags_are_usage_errors_that_name_the_remedy() {
         (&["--total-loras", "2", "--gpu-loras", "2", "-pp=4"], "pipeline-parallel-size 4"),
         (&["--total-loras", "2", "--gpu-loras", "2", "--policy", "lifo"], "skip, fcfs, affinity"),
         (&["--total-loras", "2", "--gpu-loras", "2", "--evict", "best"], "lru"),
-        (&["--total-loras", "2", "--gpu-loras", "2", "--dtype", "half"], "the CPU in float"),
+        (&["--total-loras", "2", "--gpu-loras", "2", "--dtype", "half"], "use auto, which is"),
         (&["--total-loras", "2", "--gpu-loras", "2", "--kv-memory", "much"], "2GiB"),
         (&["--total-loras", "2", "--gpu-loras", "2", "--max-num-batched-tokens", "8"], "max_num_seqs"),
     ] {

@@ -45,7 +45,7 @@ pub struct ServeArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "auto|true|false")]
     #[serde(skip_serializing_if = "Option::is_none")]
     use_dummy_weights: Option<String>,
-    /// Data type: auto, half, bfloat16, float (the CPU computes in float) [default: auto]
+    /// Data type: auto, bfloat16 (a GPU's), float (the CPU's) [default: auto]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<String>,
@@ -166,7 +166,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     shutdown_timeout: Option<f64>,
-    /// Write every event and decision of the scheduler to this file (JSONL)
+    /// Write every event and decision of the scheduler to this new file (JSONL)
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     decision_log: Option<PathBuf>,

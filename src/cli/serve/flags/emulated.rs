@@ -44,6 +44,7 @@ impl ServeSettings {
             max_num_batched_tokens: self.max_num_batched_tokens as u32,
             block_size: self.block_size as u32,
             max_model_len: self.max_model_len.map(|n| n as u32),
+            no_enable_chunked_prefill: self.no_enable_chunked_prefill,
             policy: checked.policy,
             evict: checked.evict,
             swap_mode: checked.swap_mode,
@@ -59,7 +60,6 @@ impl ServeSettings {
             _ => Failure::Failed(e.into()),
         })?;
         config.max_queue = self.max_queue;
-        config.chunked_prefill = !self.no_enable_chunked_prefill;
         config.validate().map_err(|e| Failure::Usage(e.into()))?;
         let (tokenizer, said) = Tokenizer::resolve_or_byte_level(self.tokenizer.as_deref())
             .map_err(|e| Failure::Failed(e.into()))?;
