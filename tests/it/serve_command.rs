@@ -142,6 +142,21 @@ fn a_port_in_use_is_told_before_the_model_is_loaded() {
     assert!(!message.contains("no/such"), "{message}");
 }
 
+#[test]
+fn a_decision_log_that_cannot_be_one_is_told_before_the_model_is_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kept, below) = (dir.path().join("kept.jsonl"), dir.path().join("kept.jsonl/log.jsonl"));
+    std::fs::write(&kept, "an earlier run's\n").unwrap();
+    for (log, wanted, says) in [(&kept, 2, "name another file"), (&below, 1, "cannot write")] {
+        let log = log.to_str().unwrap();
+        let args = ["--model", "no/such", "--total-loras", "2", "--gpu-loras", "2", "--decision-log", log];
+        let (status, message) = refused(&args);
+        assert!(status == wanted && message.contains(says) && message.contains(log), "{message}");
+        assert!(!message.contains("no/such"), "{message}");
+    }
+    assert_eq!(std::fs::read_to_string(&kept).unwrap(), "an earlier run's\n");
+}
+
 /// One exchange, waited for: the body of what comes back.
 fn exchange(request: reqwest::RequestBuilder) -> reqwest::Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -326,6 +341,11 @@ fn an_emulated_engine_serves_a_profile_s_machine() {
     let other = ["--total-loras", "8", "--gpu-loras", "2", "--model", "some/other", "--emulate", path];
     let (status, message) = refused(&other);
     assert!(status == 1 && message.contains("some/other"), "{message}");
+    // A model that was named is meant, though it be the one that is served where none is.
+    let default =
+        ["--total-loras", "8", "--gpu-loras", "2", "--model", "facebook/opt-125m", "--emulate", path];
+    let (status, message) = refused(&default);
+    assert!(status == 1 && message.contains("facebook/opt-125m"), "{message}");
     let both = ["--total-loras", "8", "--gpu-loras", "2", "--adapters", "x", "--emulate", path];
     let (status, message) = refused(&both);
     assert!(status == 2 && message.contains("--adapters"), "{message}");

@@ -56,7 +56,7 @@ impl ServeSettings {
         };
         let simulator = Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))?;
         let mut config = simulator.config(&settings).map_err(|e| match e {
-            SimulateError::Size(_) => Failure::Usage(e.into()),
+            SimulateError::Size(_) | SimulateError::Config(_) => Failure::Usage(e.into()),
             _ => Failure::Failed(e.into()),
         })?;
         config.max_queue = self.max_queue;
