@@ -94,6 +94,7 @@ serve() {
     for one in "${models[@]}"; do
         for slots in 2 8 128; do
             log=$out/$(name "$one")-$slots.decisions.jsonl
+            rm -f "$log"
             with_server "$one" "$slots" --decision-log "$log"
             hbm smoke-test --port "${url##*:}" --total-loras 128 --gpu-loras "$slots"
             if [ "$slots" = 8 ]; then

@@ -15,6 +15,7 @@ use super::profile::save;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use crate::calibrate::{CalibrateOptions, Calibration, calibrate};
+use crate::experiment::lenient;
 use crate::profile::Profile;
 use crate::report::files::{check_writable, write_atomic};
 
@@ -57,6 +58,7 @@ pub struct CalibrateArgs {
 
 #[derive(Serialize, Deserialize)]
 struct CalibrateSettings {
+    #[serde(deserialize_with = "lenient::text")]
     model: Option<String>,
     out: PathBuf,
     seconds: f64,

@@ -12,10 +12,11 @@ use tokio_util::sync::CancellationToken;
 use super::failure::Failure;
 use super::ui;
 use super::workload::WorkloadSettings;
+use crate::experiment::lenient;
 use crate::loadgen::{Endpoint, Health, LoadOptions, LoadOutcome, PreparedRequest, run_load};
 use crate::report::digest;
 use crate::report::files::check_writable;
-use crate::report::manifest::{Dataset, path_beside};
+use crate::report::manifest::Dataset;
 use crate::report::record::Status;
 use crate::workload::tokenizer::{Tokenizer, TokenizerSource};
 
@@ -89,11 +90,13 @@ pub struct ClientSettings {
     /// HTTP interface.
     pub api: Api,
     /// Names of adapters; none is the default pattern or what the server lists.
+    #[serde(deserialize_with = "lenient::joined")]
     pub adapter_names: Option<String>,
     /// Members of bodies, as JSON.
+    #[serde(deserialize_with = "lenient::text")]
     pub extra_body: Option<String>,
     /// Key for the `Authorization` header. Never written down.
-    #[serde(skip)]
+    #[serde(default, skip_serializing, deserialize_with = "lenient::text")]
     pub api_key: Option<String>,
 }
 
@@ -135,9 +138,10 @@ impl ClientSettings {
         Ok(())
     }
 
-    /// With the key of the flags, else of the environment.
-    pub fn with_key(self, args: &ClientArgs) -> Self {
-        Self { api_key: args.api.key(), ..self }
+    /// With the key of the flags, else of the environment, else of the settings file.
+    pub fn with_key(mut self, args: &ClientArgs) -> Self {
+        self.api_key = args.api.key(self.api_key);
+        self
     }
 
     /// The server.
@@ -173,9 +177,10 @@ impl ClientSettings {
 }
 
 impl ApiArgs {
-    /// `--api-key`, else `LORA_HBM_API_KEY`, as for `serve`.
-    pub fn key(&self) -> Option<String> {
-        let key = self.api_key.clone().or_else(|| std::env::var("LORA_HBM_API_KEY").ok());
+    /// `--api-key`, else `LORA_HBM_API_KEY`, as for `serve`, else what was `resolved`. Settings from the environment
+    /// are read as what they look like; a key is always text.
+    pub fn key(&self, resolved: Option<String>) -> Option<String> {
+        let key = self.api_key.clone().or_else(|| std::env::var("LORA_HBM_API_KEY").ok()).or(resolved);
         key.filter(|k| !k.is_empty())
     }
 }
@@ -261,17 +266,6 @@ pub fn verdict(outcome: &LoadOutcome) -> Result<(), Failure> {
 /// Whether results go to a CSV rather than to JSONL.
 pub fn is_csv(path: &Path) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"))
-}
-
-/// A results file collects many runs, so each run's manifest has its time in its name.
-pub fn manifest_path(out: &Path, started: &str) -> PathBuf {
-    let stamp: String = started.chars().filter(char::is_ascii_digit).take(14).collect();
-    let stem = out.file_stem().unwrap_or_default().to_string_lossy();
-    (0..)
-        .map(|n| if n == 0 { format!("{stem}.{stamp}.csv") } else { format!("{stem}.{stamp}-{n}.csv") })
-        .map(|name| path_beside(out.with_file_name(name)))
-        .find(|path| !path.exists())
-        .unwrap_or_else(|| path_beside(out))
 }
 
 /// What the workload is read from, for the manifest.

@@ -1,11 +1,11 @@
 //! The engine flags that `calibrate` and `simulate` share with `serve`.
 
 use clap::Args;
-use lora_sched::{Evict, Policy, SwapMode};
+use lora_sched::{Evict, SwapMode};
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
-use crate::experiment::EngineSettings;
+use crate::experiment::{EngineSettings, lenient, parse_size, policy};
 use crate::profile::{Kind, Profile};
 
 /// What is served and how it is scheduled; names, defaults and meanings are `serve`'s.
@@ -27,6 +27,10 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_model_len: Option<u32>,
+    /// Compute a prompt in one step, never in chunks
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", hide_possible_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    no_enable_chunked_prefill: Option<bool>,
     /// Rank of the adapters [default: 8]
     #[arg(long, value_name = "RANK")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,7 +59,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_skip_age: Option<f64>,
-    /// Memory for the KV cache, such as 2GiB [default: the engine's]
+    /// KV cache, in GiB or with a unit (512MiB) [default: the engine's]
     #[arg(long, value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_memory: Option<String>,
@@ -77,13 +81,16 @@ pub struct EngineFlags {
     max_num_batched_tokens: Option<u32>,
     block_size: Option<u32>,
     max_model_len: Option<u32>,
+    no_enable_chunked_prefill: bool,
     max_r: Option<u32>,
+    #[serde(deserialize_with = "lenient::some_list")]
     ranks: Option<Vec<u32>>,
     policy: Option<String>,
     evict: Option<String>,
     swap_mode: Option<String>,
     prefetch: Option<u32>,
     max_skip_age: Option<f64>,
+    #[serde(deserialize_with = "lenient::text")]
     kv_memory: Option<String>,
     device: Option<String>,
     threads: Option<u32>,
@@ -93,6 +100,9 @@ impl EngineFlags {
     /// The settings of an engine of `model`, the defaults where a flag is absent.
     pub fn settings(&self, model: &str, total_loras: u32, gpu_loras: u32) -> Result<EngineSettings, Failure> {
         let default = EngineSettings::default();
+        // Read again by whoever needs the bytes: refused here, where it was given.
+        self.kv_memory.as_deref().map(parse_size).transpose().map_err(|e| Failure::Usage(e.into()))?;
+        let policy = self.policy.as_deref().map(policy).transpose().map_err(|e| Failure::Usage(e.into()))?;
         Ok(EngineSettings {
             model: model.to_owned(),
             total_loras,
@@ -103,7 +113,8 @@ impl EngineFlags {
             max_num_batched_tokens: self.max_num_batched_tokens.unwrap_or(default.max_num_batched_tokens),
             block_size: self.block_size.unwrap_or(default.block_size),
             max_model_len: self.max_model_len,
-            policy: choice::<Policy>(self.policy.as_deref())?.unwrap_or(default.policy),
+            no_enable_chunked_prefill: self.no_enable_chunked_prefill,
+            policy: policy.unwrap_or(default.policy),
             evict: choice::<Evict>(self.evict.as_deref())?.unwrap_or(default.evict),
             swap_mode: choice::<SwapMode>(self.swap_mode.as_deref())?.unwrap_or(default.swap_mode),
             prefetch: self.prefetch.unwrap_or(default.prefetch),

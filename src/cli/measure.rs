@@ -6,7 +6,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::client::{self, Api, ClientArgs, ClientSettings, budget, is_csv, manifest_path, ranks, verdict};
+use super::client::{self, Api, ClientArgs, ClientSettings, budget, is_csv, ranks, verdict};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::target::Target;
@@ -15,7 +15,7 @@ use crate::loadgen::bench::bench_keys;
 use crate::loadgen::summary::print_summary;
 use crate::loadgen::{Health, LoadOutcome, SwapStats, prepare_for, saturated};
 use crate::report::files;
-use crate::report::manifest::Manifest;
+use crate::report::manifest::{Manifest, stamped_beside};
 use crate::report::requests::append_requests;
 use crate::report::results::{self, ResultRow, RunContext, append_rows, rank_column};
 use crate::workload::spec::Amount;
@@ -108,7 +108,7 @@ pub fn run(args: &MeasureArgs, ctx: &Context) -> Result<(), Failure> {
     let mut row = measure.row(&measured);
     if let Some(out) = out {
         manifest.end(measured.outcome.cut_short.is_none());
-        let path = manifest_path(out, &manifest.started);
+        let path = stamped_beside(out, &manifest.started);
         manifest.write(&path).map_err(|e| Failure::Failed(e.into()))?;
         row.manifest = path.file_name().map(|n| n.to_string_lossy().into_owned());
         if is_csv(out) {

@@ -5,12 +5,9 @@
 //! [`settings`] for how the two meet.
 
 pub mod failure;
-#[cfg(feature = "server")]
-mod lenient;
 pub mod settings;
 pub mod ui;
 
-#[cfg(feature = "server")]
 mod bench;
 #[cfg(feature = "server")]
 mod calibrate;
@@ -82,8 +79,7 @@ enum Command {
     /// Time this machine's steps, swaps and host: a profile
     #[cfg(feature = "server")]
     Calibrate(calibrate::CalibrateArgs),
-    /// Time the engine's own steps and swaps, or traces in-process
-    #[cfg(feature = "server")]
+    /// Time the engine's own steps and swaps, traces in-process, or the simulator
     Bench(bench::BenchArgs),
     /// Predict TTFT at every gpu_loras from a profile
     Simulate(Box<simulate::SimulateArgs>),
@@ -132,7 +128,6 @@ impl Command {
             Self::Measure(args) => measure::run(args, ctx),
             #[cfg(feature = "server")]
             Self::Calibrate(args) => calibrate::run(args, ctx),
-            #[cfg(feature = "server")]
             Self::Bench(args) => bench::run(args, ctx),
             Self::Simulate(args) => simulate::run(args, ctx),
             Self::Plan(args) => plan::run(args, ctx),

@@ -9,7 +9,7 @@ use super::settings::{Context, OutputFormat};
 use super::simulate::{budgets, load_profile};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings};
-use crate::experiment::{BudgetPlan, Plan, PlanError, Planner, Simulator, Slo, Verdict};
+use crate::experiment::{BudgetPlan, Plan, PlanError, Planner, Simulator, Slo, Verdict, lenient};
 use crate::workload::spec::Amount;
 
 #[derive(Args, Debug, Serialize)]
@@ -53,10 +53,13 @@ pub struct PlanArgs {
 #[derive(Serialize, Deserialize)]
 #[serde(default)]
 struct PlanSettings {
+    #[serde(deserialize_with = "lenient::text")]
     profile: Option<String>,
+    #[serde(deserialize_with = "lenient::joined")]
     slo: Option<String>,
     rate: Option<f64>,
     total_loras: u32,
+    #[serde(deserialize_with = "lenient::joined_word")]
     gpu_loras: String,
     num_requests: u64,
     seeds: u64,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
+use crate::experiment::lenient;
 use crate::report::files::check_writable;
 use crate::report::plot::data::WithinRun;
 use crate::report::plot::{Options, PlotError, footer, paths, write};
@@ -47,8 +48,10 @@ pub struct PlotArgs {
 struct PlotSettings {
     csv: Vec<PathBuf>,
     out: Option<PathBuf>,
+    #[serde(deserialize_with = "lenient::list")]
     by: Vec<String>,
     lines: Option<String>,
+    #[serde(deserialize_with = "lenient::text")]
     title: Option<String>,
     requests: Option<PathBuf>,
 }

@@ -7,15 +7,16 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::client::{self, ClientArgs, ClientSettings, is_csv, manifest_path, ranks, verdict};
+use super::client::{self, ClientArgs, ClientSettings, is_csv, ranks, verdict};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::target::Target;
 use super::workload::{Run, WorkloadArgs, WorkloadSettings, amount, check_rate};
+use crate::experiment::lenient;
 use crate::loadgen::rates::{self, RateSummary};
 use crate::loadgen::{Health, prepare_for};
 use crate::report::files;
-use crate::report::manifest::Manifest;
+use crate::report::manifest::{Manifest, stamped_beside};
 use crate::workload::spec::Amount;
 
 /// Arrivals a second where nothing says.
@@ -51,6 +52,7 @@ pub struct ProbeArgs {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Settings {
     total_loras: u32,
+    #[serde(deserialize_with = "lenient::joined")]
     arrival_rates: Option<String>,
     duration_seconds: f64,
     pause_seconds: f64,
@@ -91,7 +93,7 @@ pub fn run(args: &ProbeArgs, ctx: &Context) -> Result<(), Failure> {
     }
     if let Some(out) = out {
         manifest.end(ended.is_ok());
-        let path = manifest_path(out, &manifest.started);
+        let path = stamped_beside(out, &manifest.started);
         manifest.write(&path).map_err(|e| Failure::Failed(e.into()))?;
         probe.save(out, &summaries)?;
         if text {

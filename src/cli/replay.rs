@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use lora_sched::{Evict, Policy, SwapMode};
+use lora_sched::{Evict, SwapMode};
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
+use crate::experiment::policy;
 use crate::report::decision_log;
 use crate::sim::{Recorded, replay};
 
@@ -47,7 +48,7 @@ pub fn run(args: &ReplayArgs, ctx: &Context) -> Result<(), Failure> {
     })?;
     let usage = |e: lora_sched::UnknownChoice| Failure::Usage(e.into());
     let evict = settings.evict.map(|e| e.parse::<Evict>()).transpose().map_err(usage)?;
-    let policy = settings.policy.map(|p| p.parse::<Policy>()).transpose().map_err(usage)?;
+    let policy = settings.policy.as_deref().map(policy).transpose().map_err(usage)?;
     let swap_mode = settings.swap_mode.map(|m| m.parse::<SwapMode>()).transpose().map_err(usage)?;
 
     let (header, lines) = decision_log::read(&path).map_err(|e| Failure::Failed(e.into()))?;

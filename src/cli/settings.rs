@@ -25,10 +25,17 @@ pub struct GlobalArgs {
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
     /// How results are printed
-    #[arg(long, global = true, value_enum, default_value = "table")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        env = "LORA_HBM_FORMAT",
+        hide_env = true,
+        default_value = "table"
+    )]
     pub format: OutputFormat,
     /// Settings file: one TOML table a subcommand
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, env = "LORA_HBM_CONFIG", hide_env = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
@@ -83,7 +90,7 @@ impl Context {
             let known = subcommands_below(&command)
                 .iter()
                 .any(|c| c.get_arguments().any(|a| a.get_id() == id.as_str()));
-            if !known && !NOT_FLAGS.contains(&id.as_str()) {
+            if !known && !GLOBAL.contains(&id.as_str()) {
                 return Err(Failure::Usage(anyhow!(
                     "unknown setting {ENV_PREFIX}{key} in the environment: names are those of the flags"
                 )));
@@ -158,8 +165,8 @@ impl Context {
 }
 
 const ENV_PREFIX: &str = "LORA_HBM_";
-/// Variables that are settings of the program as a whole.
-const NOT_FLAGS: &[&str] = &["log", "data"];
+/// Variables that are settings of the program as a whole, whatever the subcommand.
+const GLOBAL: &[&str] = &["log", "data", "format", "config"];
 
 /// The subcommands and those below them (`trace generate`).
 fn subcommands_below(command: &clap::Command) -> Vec<&clap::Command> {

@@ -12,11 +12,11 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
-use crate::experiment::{Cell, Simulator, is_saturated, seed_budgets};
+use crate::experiment::{Cell, Simulator, is_saturated, lenient, seed_budgets};
 use crate::profile::{Kind, Profile};
 use crate::report::binds::Binds;
-use crate::report::manifest::{Manifest, path_beside};
-use crate::report::results::{ResultRow, RunContext, append_rows};
+use crate::report::manifest::{Manifest, unclaimed_beside};
+use crate::report::results::{ResultRow, RunContext, append_rows, read_rows};
 use crate::workload::spec::{Amount, Requests};
 
 /// Arrivals a second where nothing says otherwise.
@@ -71,9 +71,12 @@ pub struct SimulateArgs {
 #[derive(Serialize, Deserialize)]
 #[serde(default)]
 struct SimulateSettings {
+    #[serde(deserialize_with = "lenient::text")]
     profile: Option<String>,
+    #[serde(deserialize_with = "lenient::text")]
     model: Option<String>,
     total_loras: u32,
+    #[serde(deserialize_with = "lenient::joined_word")]
     gpu_loras: String,
     num_requests: Option<u64>,
     warm_up: u64,
@@ -149,7 +152,9 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     manifest.seeds.dedup();
     if let Some(out) = &simulation.settings.out {
         manifest.end(true);
-        let path = path_beside(out);
+        // Rows that are there already keep the manifest that they name.
+        let there = if out.exists() { read_rows(out).map_err(Failure::failed)? } else { Vec::new() };
+        let path = unclaimed_beside(out, &manifest.started, &there);
         manifest.write(&path).map_err(Failure::failed)?;
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
         let named: Vec<ResultRow> =

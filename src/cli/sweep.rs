@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
-use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress};
+use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress, lenient};
 use crate::report::cells::Cells;
 use crate::report::files::check_writable;
 use crate::report::machine::Gpu;
-use crate::report::manifest::{Manifest, path_beside};
-use crate::report::results::ResultRow;
+use crate::report::manifest::{Manifest, unclaimed_beside};
+use crate::report::results::{ResultRow, Source};
 
 #[derive(Args, Debug, Serialize)]
 pub struct SweepArgs {
@@ -47,6 +47,7 @@ pub struct SweepArgs {
 struct SweepSettings {
     experiment: Option<PathBuf>,
     mode: Option<String>,
+    #[serde(deserialize_with = "lenient::text")]
     profile: Option<String>,
     resume: bool,
     shard: Option<String>,
@@ -79,32 +80,40 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
         .unwrap_or_else(|| PathBuf::from(format!("{}.csv", experiment.name)));
     check_writable(&csv).map_err(Failure::failed)?;
 
-    let manifest_path = path_beside_mode(&csv, measured);
     let mut manifest = Manifest::begin("sweep", &(&settings, &experiment), &experiment.replicate.seeds)
         .map_err(Failure::failed)?;
     if let Some(simulator) = &simulator {
         manifest.of_profile(simulator.profile());
     }
-    let sweep = Sweep {
+    let mut sweep = Sweep {
         experiment: &experiment,
         simulator: simulator.as_ref(),
         shard,
         requests: experiment.output.requests.clone(),
-        manifest: manifest_path.file_name().map(|n| n.to_string_lossy().into_owned()),
+        manifest: None,
         csv,
     };
-    let source = if measured {
-        crate::report::results::Source::Measured
-    } else {
-        crate::report::results::Source::Simulated
-    };
-    let there = sweep.rows().map_err(failed)?.iter().filter(|r| r.source == source).count();
+    let source = if measured { Source::Measured } else { Source::Simulated };
+    let rows = sweep.rows().map_err(failed)?;
+    let there = rows.iter().filter(|r| r.source == source).count();
     if there > 0 && !settings.resume {
         return Err(Failure::usage(format!(
             "{} has {there} {source} rows already: go on with --resume, or name another file with --out",
             sweep.csv.display()
         )));
     }
+    if let Some(figure) = &experiment.output.plot {
+        check_figure(figure)?;
+    }
+    if sweep.left(source, &rows).is_empty() {
+        // Nothing is run: the manifests of the runs that made the rows stay as they are.
+        if ctx.format == OutputFormat::Table {
+            println!("nothing is left to do: {there} {source} rows in {}", sweep.csv.display());
+        }
+        return draw(&sweep, ctx);
+    }
+    let manifest_path = unclaimed_beside(named_by(&sweep.csv, source, shard), &manifest.started, &rows);
+    sweep.manifest = manifest_path.file_name().map(|n| n.to_string_lossy().into_owned());
     manifest.write(&manifest_path).map_err(Failure::failed)?;
     let rows = if measured {
         measure(&sweep, |gpu| {
@@ -127,6 +136,37 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
             println!("{} rows in {}", rows.len(), sweep.csv.display());
         }
     }
+    draw(&sweep, ctx)
+}
+
+/// Refuses a figure that could not be drawn, before anything is run.
+#[cfg(feature = "plot")]
+fn check_figure(figure: &Path) -> Result<(), Failure> {
+    let (svg, png) = crate::report::plot::paths(figure);
+    [svg, png].iter().try_for_each(|path| check_writable(path).map_err(Failure::failed))
+}
+
+#[cfg(not(feature = "plot"))]
+fn check_figure(_: &Path) -> Result<(), Failure> {
+    Err(Failure::usage(
+        "[output] plot wants a figure, and this program was built without the feature 'plot': remove the key",
+    ))
+}
+
+/// The experiment's figure, of all the rows that its CSV has by now.
+#[cfg(feature = "plot")]
+fn draw(sweep: &Sweep<'_>, ctx: &Context) -> Result<(), Failure> {
+    let Some(figure) = &sweep.experiment.output.plot else { return Ok(()) };
+    let folder = sweep.requests.as_deref().filter(|folder| folder.is_dir());
+    let (svg, png) = super::plot::draw(std::slice::from_ref(&sweep.csv), folder, figure)?;
+    if ctx.format == OutputFormat::Table {
+        println!("plot: {} and {}", svg.display(), png.display());
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "plot"))]
+fn draw(_: &Sweep<'_>, _: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
@@ -135,10 +175,13 @@ pub(super) fn simulator(named: &str) -> Result<Simulator, Failure> {
     Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))
 }
 
-/// Measured and simulated rows of one CSV are made by two runs.
-fn path_beside_mode(csv: &Path, measured: bool) -> PathBuf {
-    let mode = if measured { "measured" } else { "simulated" };
-    path_beside(csv.with_extension(format!("{mode}.csv")))
+/// What a run's manifest is named after. Measured and simulated rows of one CSV are made by two runs, and each shard by
+/// one of its own, at the same time perhaps.
+fn named_by(csv: &Path, source: Source, shard: Option<Shard>) -> PathBuf {
+    csv.with_extension(match shard {
+        None => format!("{source}.csv"),
+        Some(shard) => format!("{source}.{}.csv", shard.to_string().replace('/', "of")),
+    })
 }
 
 fn failed(e: SweepError) -> Failure {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use super::settings::Context;
 use super::workload::{Run, WorkloadArgs, WorkloadSettings, amount};
+use crate::experiment::lenient;
 use crate::report::files::check_writable;
 use crate::workload::spec::Amount;
 use crate::workload::trace::Trace;
@@ -70,6 +71,7 @@ struct GenerateArgs {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct GenerateSettings {
     total_loras: u32,
+    #[serde(deserialize_with = "lenient::joined")]
     ranks: Option<String>,
     num_requests: Option<u64>,
     duration_seconds: Option<f64>,

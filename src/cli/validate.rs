@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
-use crate::experiment::{Experiment, Sources, Target, cost_factor};
+use crate::experiment::{Experiment, Sources, Target, cost_factor, lenient};
 use crate::profile::Kind;
 use crate::report::manifest;
 use crate::report::record::RequestRecord;
@@ -72,6 +72,7 @@ struct ValidateSettings {
     simulated: Option<PathBuf>,
     requests: Option<PathBuf>,
     experiment: Option<PathBuf>,
+    #[serde(deserialize_with = "lenient::text")]
     profile: Option<String>,
     plot: Option<PathBuf>,
     median: f64,

@@ -6,6 +6,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
+use crate::experiment::lenient;
 use crate::workload::arrivals::Arrivals;
 use crate::workload::import;
 use crate::workload::pool::PromptPool;
@@ -69,6 +70,7 @@ pub struct WorkloadSettings {
     /// Trace file.
     pub trace: Option<PathBuf>,
     /// Tokenizer's name.
+    #[serde(deserialize_with = "lenient::text")]
     pub tokenizer: Option<String>,
     /// Prompt lengths.
     pub prompt_regime: Regime,

@@ -24,6 +24,7 @@ impl EngineSettings {
             max_model_len: self.max_model_len.map(|n| n as usize),
             block_size: self.block_size as usize,
             kv_memory,
+            chunked_prefill: !self.no_enable_chunked_prefill,
             dtype: self.dtype.parse()?,
             device: self.device.parse()?,
             policy: self.policy,

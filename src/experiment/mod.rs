@@ -26,6 +26,7 @@ mod cell;
 mod engine;
 mod factor;
 mod fields;
+pub mod lenient;
 #[cfg(feature = "server")]
 mod measure;
 mod parse;
@@ -33,6 +34,7 @@ mod plan;
 mod settings;
 mod shard;
 mod simulate;
+mod size;
 mod slo;
 mod source;
 mod sweep;
@@ -51,9 +53,10 @@ pub use factor::{FactorError, Target, cost_factor};
 #[cfg(feature = "server")]
 pub use measure::{Engines, MeasureError, Measured};
 pub use plan::{BudgetPlan, Plan, PlanError, Planner, Seen, Verdict};
-pub use settings::{EngineSettings, WorkloadSettings};
+pub use settings::{EngineSettings, WorkloadSettings, policy};
 pub use shard::{Shard, UnknownShard};
-pub use simulate::{Asked, BURST, SimulateError, Simulated, Simulator, SizeError, is_saturated, parse_size};
+pub use simulate::{Asked, BURST, SimulateError, Simulated, Simulator, is_saturated};
+pub use size::{SizeError, parse_size};
 pub use slo::{NotAnSlo, Slo};
 pub use source::{SourceError, Sources};
 pub use sweep::{Sweep, SweepError, SweepProgress};
@@ -109,7 +112,7 @@ pub struct Output {
     /// Folder of requests JSONL files, one a run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests: Option<PathBuf>,
-    /// The figure.
+    /// The figure that `sweep` draws of the CSV, as SVG and PNG.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plot: Option<PathBuf>,
 }

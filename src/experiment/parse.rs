@@ -105,6 +105,18 @@ fn canonical(key: &str) -> String {
     }
 }
 
+/// A setting's value by the name that results have for it, so that cells of equal settings are equal.
+fn plain(name: &str, value: Value) -> Value {
+    match value.as_str() {
+        Some(text) if name == "policy" => match super::policy(text) {
+            Ok(policy) => Value::String(policy.to_string()),
+            // Refused where the cell is read, with its place.
+            Err(_) => value,
+        },
+        _ => value,
+    }
+}
+
 fn at(message: &str, place: &str) -> String {
     if place.is_empty() { message.to_owned() } else { format!("{message} (in the cell with {place})") }
 }
@@ -125,6 +137,7 @@ fn settings(file: &Table, place: &str, names: &[&str]) -> Result<Table, String> 
         if !names.contains(&name.as_str()) {
             return Err(unknown(&key, place, names));
         }
+        let value = plain(&name, value);
         if settings.insert(name, value).is_some() {
             return Err(format!("'{key}' in [{place}] is set twice under two names"));
         }
@@ -175,6 +188,7 @@ fn axes(file: &Table, names: &Names) -> Result<Vec<Choices>, String> {
         if axes.iter().any(|(other, _)| *other == name) {
             return Err(format!("[axes] {key} is listed twice under two names"));
         }
+        let values = values.into_iter().map(|value| plain(&name, value)).collect();
         axes.push((name, values));
     }
     Ok(axes)
@@ -226,7 +240,9 @@ fn excludes(file: &Table, names: &Names) -> Result<Vec<Vec<Choices>>, String> {
             .iter()
             .map(|(key, value)| {
                 let values = value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
-                Ok((names.setting(key, "exclude")?, values))
+                let name = names.setting(key, "exclude")?;
+                let values = values.into_iter().map(|value| plain(&name, value)).collect();
+                Ok((name, values))
             })
             .collect()
     };

@@ -1,8 +1,9 @@
 //! What a cell is run with. Names and defaults are those of `serve` and `measure`.
 
-use lora_sched::{Evict, Policy, SwapMode};
+use lora_sched::{Evict, Policy, SwapMode, UnknownChoice};
 use serde::{Deserialize, Serialize};
 
+use super::lenient;
 use crate::workload::arrivals::Arrivals;
 use crate::workload::popularity::Popularity;
 use crate::workload::regime::Regime;
@@ -31,6 +32,9 @@ pub struct EngineSettings {
     /// Prompt and output tokens of one request, at most; none is the engine's default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_model_len: Option<u32>,
+    /// Prompts are computed in one step each, never in chunks.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub no_enable_chunked_prefill: bool,
     /// Admission policy.
     #[serde(with = "text")]
     pub policy: Policy,
@@ -45,7 +49,7 @@ pub struct EngineSettings {
     /// Seconds after which nothing goes past a waiting request.
     pub max_skip_age: f64,
     /// Memory for KV blocks as `--kv-memory` takes it; none is the engine's default.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "lenient::text", skip_serializing_if = "Option::is_none")]
     pub kv_memory: Option<String>,
     /// Number type.
     pub dtype: String,
@@ -76,6 +80,7 @@ impl Default for EngineSettings {
             max_num_batched_tokens: 4096,
             block_size: 16,
             max_model_len: None,
+            no_enable_chunked_prefill: false,
             policy: Policy::Skip,
             evict: Evict::Lru,
             swap_mode: SwapMode::Layered,
@@ -88,6 +93,15 @@ impl Default for EngineSettings {
             threads: None,
         }
     }
+}
+
+/// An admission policy by its name, or by the one that the reference has for its own.
+pub fn policy(name: &str) -> Result<Policy, UnknownChoice> {
+    if name == "credit" {
+        tracing::warn!("policy 'credit' is the reference's: taken as 'skip'");
+        return Ok(Policy::Skip);
+    }
+    name.parse()
 }
 
 impl EngineSettings {

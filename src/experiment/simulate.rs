@@ -3,7 +3,7 @@
 use lora_sched::{AdapterSpec, Config, ConfigError, EventError, Nanos, Scheduler};
 
 use super::tally::Tally;
-use super::{Cell, EngineSettings};
+use super::{Cell, EngineSettings, SizeError, parse_size};
 use crate::profile::{CostModel, Profile, ProfileError, Scale, ScaleError, nearest};
 use crate::report::record::{PartsS, RequestRecord, Status};
 use crate::report::results::{ResultRow, RunContext};
@@ -108,7 +108,7 @@ impl Simulator {
             max_model_len,
             block_size: engine.block_size as usize,
             kv_blocks: kv_blocks.min(useful),
-            chunked_prefill: true,
+            chunked_prefill: !engine.no_enable_chunked_prefill,
             policy: engine.policy,
             evict: engine.evict,
             swap_mode: engine.swap_mode,
@@ -270,30 +270,6 @@ fn record(outcome: &Outcome, ranks: &[u32], deliver: Nanos) -> RequestRecord {
     }
 }
 
-/// A size that is not one.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is not a size: use bytes, or a number with KiB, MiB or GiB")]
-pub struct SizeError(String);
-
-/// Bytes from `1073741824`, `512MiB` or `1.5GiB`.
-pub fn parse_size(text: &str) -> Result<u64, SizeError> {
-    let error = || SizeError(text.to_owned());
-    let text = text.trim();
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "k" | "kib" => 1024.0,
-        "m" | "mib" => 1048576.0,
-        "g" | "gib" => 1073741824.0,
-        _ => return Err(error()),
-    };
-    let number: f64 = digits.trim().parse().map_err(|_| error())?;
-    if !(number > 0.0 && number.is_finite()) {
-        return Err(error());
-    }
-    Ok((number * unit) as u64)
-}
-
 /// Whether a rate is beyond what an engine sustains, by a saturation rate of its own budget.
 pub fn is_saturated(rate: f64, saturation_rate: f64) -> bool {
     rate > 0.95 * saturation_rate
@@ -368,13 +344,5 @@ mod tests {
         assert!(refused(EngineSettings { max_model_len: Some(300), ..engine(2) }).contains("max_model_len"));
         assert!(refused(EngineSettings { kv_memory: Some("1MiB".into()), ..engine(2) }).contains("GB"));
         assert!(refused(EngineSettings { kv_memory: Some("lots".into()), ..engine(2) }).contains("'lots'"));
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
-        assert_eq!(parse_size("512 MiB"), Ok(512 << 20));
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert!(parse_size("-1").is_err() && parse_size("1TB").is_err());
     }
 }

@@ -78,6 +78,16 @@ impl Sweep<'_> {
         if self.csv.exists() { Ok(read_rows(&self.csv)?) } else { Ok(Vec::new()) }
     }
 
+    /// What is left to run of this source, `rows` being there.
+    pub fn left(&self, source: Source, rows: &[ResultRow]) -> Vec<Run<'_>> {
+        let mut pending = self.experiment.pending(self.shard, source, rows);
+        if source == Source::Simulated {
+            // Repeats of one trace tell of a machine's spread; a simulation has none.
+            pending.retain(|run| run.repeat == 0);
+        }
+        pending
+    }
+
     /// Requests a second of a cell; none are the trace's own times.
     fn rate(&self, cell: &Cell, sources: &mut Sources, seed: u64) -> Result<Option<f64>, SweepError> {
         let Some(rho) = cell.workload.rho else { return Ok(cell.workload.arrival_rate) };
@@ -127,9 +137,7 @@ impl Sweep<'_> {
     /// Simulates what is left, on all cores. Gives the new rows.
     pub fn simulate(&self, progress: impl Fn(SweepProgress<'_>)) -> Result<Vec<ResultRow>, SweepError> {
         let simulator = self.simulator.ok_or(SweepError::NoProfile)?;
-        let mut pending = self.experiment.pending(self.shard, Source::Simulated, &self.rows()?);
-        // Repeats of one trace tell of a machine's spread; a simulation has none.
-        pending.retain(|run| run.repeat == 0);
+        let pending = self.left(Source::Simulated, &self.rows()?);
         let mut rows = Vec::new();
         for chunk in pending.chunks(CHUNK) {
             progress(SweepProgress { done: rows.len(), total: pending.len(), run: None, requests: (0, 0) });
@@ -156,7 +164,7 @@ impl Sweep<'_> {
     /// The cell of the first run that is left to measure.
     #[cfg(feature = "server")]
     pub fn first_to_measure(&self) -> Result<Option<&Cell>, SweepError> {
-        let pending = self.experiment.pending(self.shard, Source::Measured, &self.rows()?);
+        let pending = self.left(Source::Measured, &self.rows()?);
         Ok(pending.first().map(|run| run.cell))
     }
 
@@ -167,7 +175,7 @@ impl Sweep<'_> {
         engines: &mut super::Engines,
         progress: impl Fn(SweepProgress<'_>),
     ) -> Result<Vec<ResultRow>, SweepError> {
-        let pending = self.experiment.pending(self.shard, Source::Measured, &self.rows()?);
+        let pending = self.left(Source::Measured, &self.rows()?);
         let mut sources = Sources::default();
         let mut rows = Vec::new();
         for run in &pending {

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::digest::{canonical_json, sha256};
 use super::files::{self, FileError};
 use super::machine::{Gpu, Machine, machine};
+use super::results::ResultRow;
 use crate::profile::{Kind, Profile};
 
 /// The format's version.
@@ -199,6 +200,29 @@ pub fn path_beside(result: impl AsRef<Path>) -> PathBuf {
     let mut name = result.file_stem().map_or_else(OsString::new, OsString::from);
     name.push(".manifest.json");
     result.with_file_name(name)
+}
+
+/// Where the manifest of one of many runs lies that a results file collects: with the time of the run in its name.
+pub fn stamped_beside(result: impl AsRef<Path>, started: &str) -> PathBuf {
+    let result = result.as_ref();
+    let stamp: String = started.chars().filter(char::is_ascii_digit).take(14).collect();
+    let stem = result.file_stem().unwrap_or_default().to_string_lossy();
+    (0..)
+        .map(|n| if n == 0 { format!("{stem}.{stamp}.csv") } else { format!("{stem}.{stamp}-{n}.csv") })
+        .map(|name| path_beside(result.with_file_name(name)))
+        .find(|path| !path.exists())
+        .unwrap_or_else(|| path_beside(result))
+}
+
+/// [`path_beside`] unless one of these rows names the manifest there as its own: then [`stamped_beside`].
+pub fn unclaimed_beside(result: impl AsRef<Path>, started: &str, rows: &[ResultRow]) -> PathBuf {
+    let first = path_beside(&result);
+    let name = first.file_name().and_then(|n| n.to_str());
+    if rows.iter().any(|row| row.manifest.is_some() && row.manifest.as_deref() == name) {
+        stamped_beside(result, started)
+    } else {
+        first
+    }
 }
 
 fn now() -> String {

@@ -145,7 +145,9 @@ pub struct ResultRow {
     pub client_ttft_median: Option<f64>,
     /// Client's TTFT.
     pub client_ttft_p99: Option<f64>,
-    /// Whether the rate is above 0.95 of this budget's saturation rate.
+    /// Of a simulated run, whether the rate is above 0.95 of this budget's saturation rate. Of a measured one, whether
+    /// the backlog grew from its second third to its last by more than 5 % of a third's arrivals
+    /// (`src/loadgen/saturation.rs`): empty where there are too few requests to tell.
     pub saturated: Option<bool>,
     /// Key of the experiment's cell.
     pub cell: Option<String>,

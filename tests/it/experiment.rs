@@ -137,3 +137,28 @@ fn mistakes_are_named_with_a_remedy() {
         assert!(message.contains(expected), "{text:?} gave {message:?}, expected {expected:?}");
     }
 }
+
+#[test]
+fn the_references_policy_means_the_same_cells() {
+    let keys = |text: &str| parse(text).cells().iter().map(|c| c.key().to_owned()).collect::<Vec<_>>();
+    let plain = keys("[engine]\ngpu_loras = 4");
+    assert_eq!(plain, keys("[engine]\ngpu_loras = 4\npolicy = \"credit\""));
+    assert_eq!(
+        plain,
+        keys("[engine]\ngpu_loras = 4\n[axes]\npolicy = [\"skip\", \"fcfs\"]\n[exclude]\npolicy = \"fcfs\"")
+    );
+    let without =
+        "[engine]\ngpu_loras = 4\n[axes]\npolicy = [\"credit\", \"fcfs\"]\n[exclude]\npolicy = \"credit\"";
+    assert_eq!(parse(without).cells()[0].engine.policy, lora_sched::Policy::Fcfs);
+}
+
+#[test]
+fn an_engine_without_chunks_is_another_cell() {
+    let cell = |text: &str| parse(text).cells()[0].clone();
+    let (chunked, not) = (
+        cell("[engine]\ngpu_loras = 4\nno-enable-chunked-prefill = false"),
+        cell("[engine]\ngpu_loras = 4\nno_enable_chunked_prefill = true"),
+    );
+    assert_ne!(chunked.key(), not.key());
+    assert_eq!(chunked.key(), "a2aaec1a6e54887f");
+}

@@ -399,3 +399,28 @@ fn the_smoke_test_passes_only_if_all_holds() {
     let failed = program(folder.path()).args(args).assert().code(1);
     assert!(stdout(&failed).contains("no server answers"), "{}", stdout(&failed));
 }
+
+#[test]
+fn a_key_in_the_settings_file_is_sent_and_not_written_down() {
+    let (mock, folder) = (Mock::start(Behaviour::default()), folder());
+    let settings = folder.path().join("s.toml");
+    std::fs::write(&settings, "[measure]\napi-key = \"from-file\"\napi = \"openai\"\n").unwrap();
+    measure(folder.path(), &mock.url(), &["--config", "s.toml", "-o", "r.csv"]).success();
+    let sent = mock.keys();
+    assert!(sent.len() == 40 && sent.iter().all(|k| k.as_deref() == Some("Bearer from-file")), "{sent:?}");
+    std::fs::remove_file(&settings).unwrap();
+    for entry in std::fs::read_dir(folder.path()).unwrap() {
+        let path = entry.unwrap().path();
+        assert!(!std::fs::read_to_string(&path).unwrap().contains("from-file"), "{}", path.display());
+    }
+}
+
+#[test]
+fn one_rate_of_probe_may_come_from_the_environment() {
+    let (mock, folder) = (Mock::start(Behaviour::default()), folder());
+    program(folder.path())
+        .args(["probe", "-e", &mock.url(), "-d", "0.2", "--max-tokens", "3"])
+        .env("LORA_HBM_ARRIVAL_RATES", "50")
+        .assert()
+        .success();
+}

@@ -25,6 +25,8 @@ mod load_commands;
 mod load_run;
 #[cfg(feature = "engine")]
 mod load_support;
+#[cfg(feature = "server")]
+mod measured_sweep;
 #[cfg(feature = "engine")]
 mod models;
 #[cfg(feature = "server")]

@@ -78,3 +78,26 @@ fn another_rule_does_not_replay() {
         assert!(!same, "{other:?} replays as if nothing were different");
     }
 }
+
+#[test]
+fn the_command_replays_a_log_and_tells_another_rule_from_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log.jsonl");
+    let config = twelve_adapters(SwapMode::Overlap, Policy::Skip);
+    let log = DecisionLog::to_file(&path, &LogHeader::new("emulated", 1, &config)).unwrap();
+    let (engine, _) = engine(config, 1, 1, Some(log));
+    // One after another: the slots begin with 0, 1 and 2, so the first in is the one just used.
+    for adapter in [1, 2, 0, 3, 0, 1] {
+        engine.submit(request(20, Some(adapter), 2)).unwrap().wait().unwrap();
+    }
+    until(&engine, "idle", idle);
+    engine.shutdown();
+    let replay = |more: &[&str]| {
+        let mut command = assert_cmd::Command::cargo_bin("lora-hbm").unwrap();
+        command.arg("replay").arg(&path).args(more).assert()
+    };
+    replay(&[]).code(0);
+    replay(&["--evict", "fifo"]).code(3);
+    replay(&["--policy", "credit"]).code(0);
+    replay(&["--evict", "best"]).code(2);
+}

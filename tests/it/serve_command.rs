@@ -86,7 +86,7 @@ fn impossible_flags_are_usage_errors_that_name_the_remedy() {
         (&["--total-loras", "2", "--gpu-loras", "2", "-pp=4"], "pipeline-parallel-size 4"),
         (&["--total-loras", "2", "--gpu-loras", "2", "--policy", "lifo"], "skip, fcfs, affinity"),
         (&["--total-loras", "2", "--gpu-loras", "2", "--evict", "best"], "lru"),
-        (&["--total-loras", "2", "--gpu-loras", "2", "--dtype", "half"], "the CPU in float"),
+        (&["--total-loras", "2", "--gpu-loras", "2", "--dtype", "half"], "use auto, which is"),
         (&["--total-loras", "2", "--gpu-loras", "2", "--kv-memory", "much"], "2GiB"),
         (&["--total-loras", "2", "--gpu-loras", "2", "--max-num-batched-tokens", "8"], "max_num_seqs"),
     ] {
@@ -140,6 +140,21 @@ fn a_port_in_use_is_told_before_the_model_is_loaded() {
     assert_eq!(status, 1);
     assert!(message.contains(&format!("cannot listen on 127.0.0.1:{port}")), "{message}");
     assert!(!message.contains("no/such"), "{message}");
+}
+
+#[test]
+fn a_decision_log_that_cannot_be_one_is_told_before_the_model_is_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kept, below) = (dir.path().join("kept.jsonl"), dir.path().join("kept.jsonl/log.jsonl"));
+    std::fs::write(&kept, "an earlier run's\n").unwrap();
+    for (log, wanted, says) in [(&kept, 2, "name another file"), (&below, 1, "cannot write")] {
+        let log = log.to_str().unwrap();
+        let args = ["--model", "no/such", "--total-loras", "2", "--gpu-loras", "2", "--decision-log", log];
+        let (status, message) = refused(&args);
+        assert!(status == wanted && message.contains(says) && message.contains(log), "{message}");
+        assert!(!message.contains("no/such"), "{message}");
+    }
+    assert_eq!(std::fs::read_to_string(&kept).unwrap(), "an earlier run's\n");
 }
 
 /// One exchange, waited for: the body of what comes back.
@@ -326,6 +341,11 @@ fn an_emulated_engine_serves_a_profile_s_machine() {
     let other = ["--total-loras", "8", "--gpu-loras", "2", "--model", "some/other", "--emulate", path];
     let (status, message) = refused(&other);
     assert!(status == 1 && message.contains("some/other"), "{message}");
+    // A model that was named is meant, though it be the one that is served where none is.
+    let default =
+        ["--total-loras", "8", "--gpu-loras", "2", "--model", "facebook/opt-125m", "--emulate", path];
+    let (status, message) = refused(&default);
+    assert!(status == 1 && message.contains("facebook/opt-125m"), "{message}");
     let both = ["--total-loras", "8", "--gpu-loras", "2", "--adapters", "x", "--emulate", path];
     let (status, message) = refused(&both);
     assert!(status == 2 && message.contains("--adapters"), "{message}");

@@ -114,3 +114,160 @@ fn impossible_wishes_are_usage_errors_and_bad_profiles_failures() {
         program(&["simulate", "--profile", name]).assert().code(1).stderr(contains(says));
     }
 }
+
+#[test]
+fn what_looks_like_a_number_is_a_list_or_a_text_wherever_it_comes_from() {
+    let (dir, program) = set_up();
+    std::fs::write(dir.path().join("s.toml"), "[simulate]\ngpu-loras = [2, 8]\nkv-memory = 0.5\nranks = 8\n")
+        .unwrap();
+    let budgets = |command: &mut Command| {
+        let output = command.assert().success().get_output().stdout.clone();
+        let row = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap();
+        String::from_utf8(output).unwrap().lines().map(|l| row(l)["gpu_loras"].as_u64().unwrap()).collect()
+    };
+    let simulate = ["simulate", "--profile", "profile.json", "-n", "20"];
+    let by_file = [&["--format", "json", "--config", "s.toml"][..], &simulate].concat();
+    let of_file: Vec<u64> = budgets(&mut program(&by_file));
+    assert_eq!(of_file, [2, 8]);
+    let environment = [
+        ("LORA_HBM_GPU_LORAS", "8"),
+        ("LORA_HBM_RANKS", "8"),
+        ("LORA_HBM_KV_MEMORY", "1"),
+        ("LORA_HBM_FORMAT", "json"),
+    ];
+    let of_environment: Vec<u64> = budgets(program(&simulate).envs(environment));
+    assert_eq!(of_environment, [8]);
+    let mut plan = program(&["plan", "--profile", "profile.json", "--slo", "ttft_p99<9s", "-n", "20"]);
+    plan.envs(environment).args(["--seeds", "2"]).assert().success().stdout(contains("\"gpu_loras\":8"));
+    let mut trace = program(&["trace", "generate", "-n", "3", "-o", "t.jsonl"]);
+    trace.env("LORA_HBM_RANKS", "8").assert().success();
+    program(&simulate).env("LORA_HBM_FORMAT", "xml").assert().code(2).stderr(contains("table, json"));
+}
+
+#[test]
+fn a_size_without_a_unit_is_in_gib_in_every_command() {
+    let (dir, program) = set_up();
+    let simulate = ["simulate", "--profile", "profile.json", "-n", "20", "--gpu-loras", "2", "--kv-memory"];
+    program(&[&simulate[..], &["1"]].concat()).assert().success();
+    program(&[&simulate[..], &["1GB"]].concat()).assert().success();
+    // One byte holds no sequence.
+    program(&[&simulate[..], &["1B"]].concat()).assert().code(1);
+    program(&[&simulate[..], &["lots"]].concat()).assert().code(2).stderr(contains("'lots' is no amount"));
+    std::fs::write(
+        dir.path().join("e.toml"),
+        "[engine]\nmodel = \"tiny\"\ngpu_loras = 2\nkv_memory = 1\n[workload]\nnum_requests = 20\n",
+    )
+    .unwrap();
+    program(&["sweep", "e.toml", "--mode", "simulated", "--profile", "profile.json"]).assert().success();
+}
+
+#[test]
+fn the_references_policy_is_an_alias_in_every_command() {
+    let (dir, program) = set_up();
+    let args = ["simulate", "--profile", "profile.json", "-n", "20", "--gpu-loras", "2", "-o", "r.csv"];
+    program(&[&args[..], &["--policy", "credit"]].concat())
+        .assert()
+        .success()
+        .stderr(contains("'credit' is the reference's: taken as 'skip'"));
+    let rows = read_rows(dir.path().join("r.csv")).unwrap();
+    assert_eq!(rows[0].policy.as_deref(), Some("skip"));
+}
+
+#[test]
+fn rows_that_are_there_keep_the_manifest_that_they_name() {
+    let (dir, program) = set_up();
+    let args = ["simulate", "--profile", "profile.json", "-n", "20", "-o", "r.csv", "--gpu-loras"];
+    for budget in ["2", "4", "8"] {
+        program(&[&args[..], &[budget]].concat()).assert().success();
+    }
+    let mut names = Vec::new();
+    for row in read_rows(dir.path().join("r.csv")).unwrap() {
+        let name = row.manifest.unwrap();
+        let manifest = lora_hbm::report::manifest::Manifest::read(dir.path().join(&name)).unwrap();
+        assert_eq!(manifest.config[0]["gpu_loras"], row.gpu_loras.to_string(), "{name}");
+        names.push(name);
+    }
+    assert_eq!(names[0], "r.manifest.json");
+    assert!(names[1] != names[0] && names[2] != names[1], "{names:?}");
+}
+
+#[test]
+fn a_sweep_with_nothing_left_writes_no_manifest_and_one_that_goes_on_its_own() {
+    let (dir, program) = set_up();
+    let experiment = |seeds: &str| {
+        let text = format!(
+            "[engine]\nmodel = \"tiny\"\n[workload]\nnum_requests = 20\n[axes]\ngpu_loras = [2, 4, 8, 16]\n[replicate]\n\
+             seeds = {seeds}\nrepeats = 2\n"
+        );
+        std::fs::write(dir.path().join("e.toml"), text).unwrap();
+    };
+    let sweep = ["sweep", "e.toml", "--mode", "simulated", "--profile", "profile.json", "--resume"];
+    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    experiment("[1]");
+    program(&sweep).assert().success();
+    let first = read("e.simulated.manifest.json");
+    program(&sweep).assert().success().stdout(contains("nothing is left to do: 4 simulated rows"));
+    experiment("[1, 2]");
+    program(&sweep).assert().success();
+    assert_eq!(read("e.simulated.manifest.json"), first);
+    for part in ["1/2", "2/2"] {
+        program(&[&sweep[..], &["--shard", part, "-o", "s.csv"]].concat()).assert().success();
+    }
+    let names = |csv: &str| {
+        let rows = read_rows(dir.path().join(csv)).unwrap();
+        rows.into_iter().map(|r| r.manifest.unwrap()).collect::<std::collections::BTreeSet<_>>()
+    };
+    let (resumed, shards) = (names("e.csv"), names("s.csv"));
+    assert_eq!(resumed.len(), 2, "{resumed:?}");
+    assert!(
+        shards.iter().eq(["s.simulated.1of2.manifest.json", "s.simulated.2of2.manifest.json"]),
+        "{shards:?}"
+    );
+    assert!(resumed.iter().chain(&shards).all(|name| dir.path().join(name).exists()));
+}
+
+#[cfg(feature = "plot")]
+#[test]
+fn a_sweep_draws_the_figure_that_its_file_names() {
+    let (dir, program) = set_up();
+    let text = "[engine]\nmodel = \"tiny\"\n[workload]\nnum_requests = 20\n[axes]\ngpu_loras = [2, 4]\n[output]\nplot = \"f/x\"\n";
+    std::fs::write(dir.path().join("e.toml"), text).unwrap();
+    let sweep = ["sweep", "e.toml", "--mode", "simulated", "--profile", "profile.json"];
+    program(&sweep).assert().success().stdout(contains("x.svg"));
+    assert!(dir.path().join("f/x.svg").exists() && dir.path().join("f/x.png").exists());
+}
+
+#[test]
+fn an_engine_without_chunks_needs_room_for_the_longest_prompt_in_a_step() {
+    let (dir, program) = set_up();
+    let args =
+        ["simulate", "--profile", "profile.json", "-n", "40", "--gpu-loras", "8", "--prompt-regime", "long"];
+    let unchunked = [&args[..], &["--no-enable-chunked-prefill"]].concat();
+    program(&unchunked).assert().code(1).stderr(contains("max_num_batched_tokens"));
+    for (more, out) in [(&args[..], "chunked.csv"), (&unchunked, "unchunked.csv")] {
+        let tokens = ["-r", "20", "--max-num-batched-tokens", "4352", "-o", out];
+        program(&[more, &tokens].concat()).assert().success();
+    }
+    let median = |name: &str| read_rows(dir.path().join(name)).unwrap()[0].ttft_median.unwrap();
+    assert_ne!(median("chunked.csv"), median("unchunked.csv"));
+}
+
+#[test]
+fn bench_sim_times_three_loads() {
+    let (_dir, program) = set_up();
+    let args = ["bench", "sim", "--profile", "profile.json", "--requests", "300"];
+    program(&args).assert().success().stdout(contains("requests a second"));
+    let output = program(&[&args[..], &["--format", "json"]].concat()).output().unwrap();
+    let speeds: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let loads: Vec<f64> = speeds.iter().map(|s| s["rho"].as_f64().unwrap()).collect();
+    assert_eq!(loads, [0.2, 0.8, 1.1]);
+    assert!(speeds.iter().all(|s| s["requests"] == 300 && s["requests_per_second"].as_f64() > Some(0.0)));
+    program(&["bench", "sim"]).assert().code(2).stderr(contains("bench sim needs --profile"));
+}
+
+#[test]
+fn completions_name_the_subcommands() {
+    let (_dir, program) = set_up();
+    let printed = program(&["completions", "bash"]).assert().success();
+    printed.stdout(contains("simulate")).stdout(contains("sweep")).stdout(contains("completions"));
+}

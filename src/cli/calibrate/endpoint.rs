@@ -13,7 +13,7 @@ use crate::cli::failure::Failure;
 use crate::cli::settings::Context;
 use crate::cli::target::Target;
 use crate::cli::ui;
-use crate::experiment::EngineSettings;
+use crate::experiment::{EngineSettings, lenient};
 use crate::profile::Profile;
 
 /// Where the server is, and what its operator knows of it.
@@ -64,10 +64,15 @@ pub(super) struct EndpointSettings {
     /// None calibrates this program's engine.
     pub(super) endpoint: Option<String>,
     api: Api,
+    #[serde(deserialize_with = "lenient::joined")]
     adapter_names: Option<String>,
+    #[serde(deserialize_with = "lenient::text")]
     extra_body: Option<String>,
+    #[serde(skip_serializing, deserialize_with = "lenient::text")]
+    api_key: Option<String>,
     total_loras: Option<u32>,
     gpu_loras: Option<u32>,
+    #[serde(deserialize_with = "lenient::text")]
     tokenizer: Option<String>,
     kv_tokens: Option<u64>,
     repeats: u32,
@@ -83,6 +88,7 @@ impl Default for EndpointSettings {
             api: client.api,
             adapter_names: None,
             extra_body: None,
+            api_key: None,
             total_loras: None,
             gpu_loras: None,
             tokenizer: None,
@@ -114,7 +120,7 @@ pub(super) fn run(
         api: endpoint.api,
         adapter_names: endpoint.adapter_names.clone(),
         extra_body: endpoint.extra_body.clone(),
-        api_key: api.key(),
+        api_key: api.key(endpoint.api_key.clone()),
     };
     client.check(&[Some(&settings.out)])?;
     let bar = ui::bar(100, "calibrating");

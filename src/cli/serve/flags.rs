@@ -9,9 +9,9 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::failure::Failure;
-use crate::cli::lenient;
 use crate::engine::model::DummyWeights;
 use crate::engine::setup::EngineSettings;
+use crate::experiment::{lenient, parse_size, policy};
 
 /// Flags; every one is optional, see `settings`.
 #[derive(Args, Debug, Serialize)]
@@ -45,7 +45,7 @@ pub struct ServeArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "auto|true|false")]
     #[serde(skip_serializing_if = "Option::is_none")]
     use_dummy_weights: Option<String>,
-    /// Data type: auto, half, bfloat16, float (the CPU computes in float) [default: auto]
+    /// Data type: auto, bfloat16 (a GPU's), float (the CPU's) [default: auto]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<String>,
@@ -166,7 +166,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     shutdown_timeout: Option<f64>,
-    /// Write every event and decision of the scheduler to this file (JSONL)
+    /// Write every event and decision of the scheduler to this new file (JSONL)
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     decision_log: Option<PathBuf>,
@@ -181,7 +181,8 @@ pub struct ServeArgs {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct ServeSettings {
-    model: String,
+    #[serde(deserialize_with = "lenient::text")]
+    model: Option<String>,
     total_loras: Option<usize>,
     gpu_loras: Option<usize>,
     pub(super) host: String,
@@ -232,7 +233,7 @@ impl Default for ServeSettings {
     fn default() -> Self {
         let engine = EngineSettings::default();
         Self {
-            model: engine.model,
+            model: None,
             total_loras: None,
             gpu_loras: None,
             host: "127.0.0.1".into(),
@@ -289,14 +290,8 @@ impl ServeSettings {
                 return Err(Failure::usage(format!("{flag} {size} is not supported: only 1 is")));
             }
         }
-        let policy = if self.policy == "credit" {
-            tracing::warn!("policy 'credit' is the reference's: taken as 'skip'");
-            "skip"
-        } else {
-            &self.policy
-        };
         Ok(EngineSettings {
-            model: self.model.clone(),
+            model: self.model.clone().unwrap_or_else(|| EngineSettings::default().model),
             device: self.device.parse().map_err(Failure::usage)?,
             dtype: self.dtype.parse().map_err(Failure::usage)?,
             host_memory: self.host_memory.parse().map_err(Failure::usage)?,
@@ -323,10 +318,10 @@ impl ServeSettings {
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
             block_size: self.block_size,
-            kv_memory: self.kv_memory.as_deref().map(bytes).transpose()?,
+            kv_memory: self.kv_memory.as_deref().map(parse_size).transpose().map_err(Failure::usage)?,
             memory_utilization: self.gpu_memory_utilization,
             chunked_prefill: !self.no_enable_chunked_prefill,
-            policy: policy.parse().map_err(Failure::usage)?,
+            policy: policy(&self.policy).map_err(Failure::usage)?,
             evict: self.evict.parse().map_err(Failure::usage)?,
             swap_mode: self.swap_mode.parse().map_err(Failure::usage)?,
             prefetch: self.prefetch,
@@ -356,41 +351,9 @@ pub(super) fn seconds(flag: &str, value: f64) -> Result<Duration, Failure> {
         .map_err(|_| Failure::usage(format!("{flag} {value}: give seconds, at least 0")))
 }
 
-/// `512MiB`, `2GB`, or a number of GiB.
-fn bytes(text: &str) -> Result<u64, Failure> {
-    let wrong = || Failure::usage(format!("'{text}' is no amount of memory: write 2GiB, 512MiB or 2 (GiB)"));
-    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let factor: u64 = match unit.to_ascii_lowercase().as_str() {
-        "" | "gib" => 1 << 30,
-        "mib" => 1 << 20,
-        "kib" => 1 << 10,
-        "gb" => 1_000_000_000,
-        "mb" => 1_000_000,
-        "kb" => 1_000,
-        "b" => 1,
-        _ => return Err(wrong()),
-    };
-    match number.trim().parse::<f64>() {
-        Ok(n) if n.is_finite() && n > 0.0 => Ok((n * factor as f64) as u64),
-        _ => Err(wrong()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn amounts_of_memory_are_read_with_and_without_a_unit() {
-        assert_eq!(bytes("2").unwrap(), 2 << 30);
-        assert_eq!(bytes("0.5GiB").unwrap(), 1 << 29);
-        assert_eq!(bytes("512 MiB").unwrap(), 512 << 20);
-        assert_eq!(bytes("3mb").unwrap(), 3_000_000);
-        for wrong in ["", "GiB", "-1", "2 parsecs", "nan"] {
-            assert!(bytes(wrong).is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn the_references_policy_is_an_alias() {

@@ -2,7 +2,7 @@
 
 mod flags;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use crate::engine::emulation::Emulation;
 use crate::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
+use crate::report::files::check_writable;
 pub use flags::ServeArgs;
 use flags::{ServeSettings, seconds};
 
@@ -36,6 +37,9 @@ pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
             What::Engine(Box::new(engine))
         }
     };
+    if let Some(path) = &settings.decision_log {
+        check_new(path)?;
+    }
     let options = ServerOptions {
         host: settings.host.clone(),
         port: settings.port,
@@ -53,6 +57,18 @@ pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
     // Tokenising that is under way is nobody's any more.
     runtime.shutdown_background();
     ended
+}
+
+/// A decision log is one run's: an earlier one is kept. Asked before a model is loaded.
+fn check_new(log: &Path) -> Result<(), Failure> {
+    check_writable(log).map_err(|e| Failure::Failed(e.into()))?;
+    if log.metadata().is_ok_and(|m| m.len() > 0) {
+        return Err(Failure::usage(format!(
+            "--decision-log {}: there is something in it already; name another file, or remove this one",
+            log.display()
+        )));
+    }
+    Ok(())
 }
 
 /// What serves.

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::super::failure::Failure;
 use super::super::settings::{Context, OutputFormat};
+use crate::experiment::lenient;
 use crate::report::stats::{Summary, std_dev};
 use crate::workload::import;
 use crate::workload::trace::Trace;
@@ -31,6 +32,7 @@ pub struct ShowArgs {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Settings {
     dataset: Option<PathBuf>,
+    #[serde(deserialize_with = "lenient::text")]
     tokenizer: Option<String>,
 }
 

@@ -69,7 +69,7 @@ impl FromStr for DtypeChoice {
             "float" | "float32" => Ok(Self::Float),
             "bfloat16" => Ok(Self::Bfloat16),
             "half" | "float16" => Err(format!(
-                "dtype '{word}' is not computed in: a GPU computes in bfloat16, the CPU in float"
+                "dtype '{word}' is not computed in: use auto, which is bfloat16 on a GPU and float on the CPU"
             )),
             other => unknown("dtype", other, "auto, bfloat16 or float"),
         }

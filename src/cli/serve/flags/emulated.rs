@@ -1,6 +1,6 @@
 //! The settings of `serve --emulate`: the flags that shape decisions, on the profile's machine.
 
-use super::{ServeSettings, bytes};
+use super::ServeSettings;
 use crate::cli::failure::Failure;
 use crate::cli::simulate::load_profile;
 use crate::engine::emulation::Emulation;
@@ -25,8 +25,8 @@ impl ServeSettings {
         }
         let profile = load_profile("serve --emulate", Some(named))?;
         let default = Self::default();
-        if self.model != default.model {
-            profile.expect_model(&self.model).map_err(|e| Failure::Failed(e.into()))?;
+        if let Some(model) = &self.model {
+            profile.expect_model(model).map_err(|e| Failure::Failed(e.into()))?;
         }
         let mut max_r = self.max_r as u32;
         if let [only] = profile.adapter.ranks[..]
@@ -44,23 +44,22 @@ impl ServeSettings {
             max_num_batched_tokens: self.max_num_batched_tokens as u32,
             block_size: self.block_size as u32,
             max_model_len: self.max_model_len.map(|n| n as u32),
+            no_enable_chunked_prefill: self.no_enable_chunked_prefill,
             policy: checked.policy,
             evict: checked.evict,
             swap_mode: checked.swap_mode,
             prefetch: self.prefetch as u32,
             max_skip_age: self.max_skip_age,
-            // In bytes: a number alone is GiB to `serve` and bytes to experiments.
-            kv_memory: self.kv_memory.as_deref().map(bytes).transpose()?.map(|n| n.to_string()),
+            kv_memory: self.kv_memory.clone(),
             seed: self.seed,
             ..EngineSettings::default()
         };
         let simulator = Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))?;
         let mut config = simulator.config(&settings).map_err(|e| match e {
-            SimulateError::Size(_) => Failure::Usage(e.into()),
+            SimulateError::Size(_) | SimulateError::Config(_) => Failure::Usage(e.into()),
             _ => Failure::Failed(e.into()),
         })?;
         config.max_queue = self.max_queue;
-        config.chunked_prefill = !self.no_enable_chunked_prefill;
         config.validate().map_err(|e| Failure::Usage(e.into()))?;
         let (tokenizer, said) = Tokenizer::resolve_or_byte_level(self.tokenizer.as_deref())
             .map_err(|e| Failure::Failed(e.into()))?;
