@@ -5,16 +5,16 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use lora_sched::{Config, ConfigError, EventError, Scheduler};
+use lora_sched::{Config, ConfigError, EventError, Nanos, RequestId, Scheduler};
 
 use super::adapters::{Directory, HostPool};
-use super::channel::channel;
+use super::channel::{Receiver, channel};
 use super::clock::Clock;
 use super::executor::{Executor, ExecutorError, Sampling, TokenId};
 use super::fetcher::Fetcher;
 use super::gauges::{EngineStats, Gauges, SwapStats};
 use super::handle::GenerateHandle;
-use super::output::{self, OpenGuard, OutQueue, OutState};
+use super::output::{self, OpenGuard, OutQueue, OutState, StreamItem};
 use super::request::{GenerateRequest, SubmitError};
 use super::step_loop::{Active, LoopParts, Mailbox, StepLoop, Submission};
 use crate::report::decision_log::DecisionLog;
@@ -54,6 +54,9 @@ pub enum StartError {
     #[error("cannot start the engine's threads: {0}")]
     Thread(#[from] std::io::Error),
 }
+
+/// When a request was received, and its stream of output.
+type CallerEnd = (Nanos, Receiver<StreamItem>);
 
 /// A running engine. Dropping it ends it at once; see [`Engine::drain`] for a gentle end.
 #[derive(Debug)]
@@ -213,6 +216,26 @@ impl Engine {
     /// # Errors
     /// If the request is impossible, or the engine takes none any more.
     pub fn submit(&self, request: GenerateRequest) -> Result<GenerateHandle, SubmitError> {
+        let (submission, end) = self.prepare(request)?;
+        let id = self.put(vec![submission])?;
+        Ok(self.handle(id, end))
+    }
+
+    /// Puts requests into the queue together: it takes all of them or, where it has no room for all, none. They are
+    /// numbered upwards in their order; each one's handle tells whether it was taken.
+    ///
+    /// # Errors
+    /// If one of the requests is impossible, or the engine takes none any more.
+    pub fn submit_all(&self, requests: Vec<GenerateRequest>) -> Result<Vec<GenerateHandle>, SubmitError> {
+        let prepared = requests.into_iter().map(|request| self.prepare(request));
+        let (submissions, ends): (Vec<_>, Vec<_>) =
+            prepared.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        let first = self.put(submissions)?;
+        let ids = (first.0..).map(RequestId);
+        Ok(ids.zip(ends).map(|(id, end)| self.handle(id, end)).collect())
+    }
+
+    fn put(&self, submissions: Vec<Submission>) -> Result<RequestId, SubmitError> {
         let shared = &self.shared;
         if let Some(message) = shared.failure.get() {
             return Err(SubmitError::Stopped(message.clone()));
@@ -220,6 +243,16 @@ impl Engine {
         if shared.draining.load(Ordering::SeqCst) {
             return Err(SubmitError::Draining);
         }
+        shared.mailbox.submit(submissions).map_err(|_| SubmitError::Stopped(shared.why_stopped()))
+    }
+
+    fn handle(&self, id: RequestId, (received, receiver): CallerEnd) -> GenerateHandle {
+        GenerateHandle { id, received, receiver, shared: self.shared.clone(), admitted: false, done: false }
+    }
+
+    /// What the step loop gets of a request and what its caller keeps.
+    fn prepare(&self, request: GenerateRequest) -> Result<(Submission, CallerEnd), SubmitError> {
+        let shared = &self.shared;
         self.check(&request)?;
         let GenerateRequest { prompt, adapter, params, received } = request;
         let received = received.unwrap_or_else(|| shared.clock.now());
@@ -257,15 +290,11 @@ impl Engine {
             stop_token_ids: params.stop_token_ids,
             cancelled: false,
         };
-        let id = shared
-            .mailbox
-            .submit(Box::new(Submission { active, out: Box::new(out) }))
-            .map_err(|_| SubmitError::Stopped(shared.why_stopped()))?;
-        Ok(GenerateHandle { id, received, receiver, shared: shared.clone(), admitted: false, done: false })
+        Ok((Submission { active, out: Box::new(out) }, (received, receiver)))
     }
 
     /// What can be told without asking the scheduler.
-    pub(super) fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
+    fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
         let config = &self.shared.scheduler;
         let tokens = request.prompt.len() + request.params.max_tokens as usize;
         if tokens > config.max_model_len {

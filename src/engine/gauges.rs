@@ -68,7 +68,7 @@ pub struct EngineStats {
     pub steps: u64,
     /// Requests taken.
     pub accepted: u64,
-    /// Requests refused by the scheduler.
+    /// Requests refused because the queue was full.
     pub refused: u64,
     /// Requests that ended by a stop condition.
     pub finished_stop: u64,

@@ -29,9 +29,14 @@ pub fn bench_keys(outcome: &LoadOutcome) -> Map<String, Value> {
         Some((r.last_s? - r.first_s?) / f64::from(after_first))
     };
     let e2el = |r: &RequestRecord| r.latency_s;
-    let seconds: [(&str, Vec<f64>); 3] = [
+    // Of all requests together, so that a long one counts as often as it has gaps.
+    let times = outcome.records.iter().zip(&outcome.token_times);
+    let of_ok = times.filter(|(r, _)| r.status == Status::Ok).map(|(_, times)| times);
+    let itl = of_ok.flat_map(|times| times.windows(2).map(|pair| pair[1] - pair[0])).collect();
+    let seconds: [(&str, Vec<f64>); 4] = [
         ("ttft", ok.iter().copied().filter_map(ttft).collect()),
         ("tpot", ok.iter().copied().filter_map(tpot).collect()),
+        ("itl", itl),
         ("e2el", ok.iter().copied().filter_map(e2el).collect()),
     ];
     for (name, seconds) in seconds {

@@ -3,12 +3,14 @@
 //! Neither names adapters as a rule: a trace without any says so in its header, and they are drawn
 //! when it is used.
 
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, NaiveDateTime};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::arrivals::round_ns;
 use super::trace::{NO_ADAPTERS, SCHEMA, Trace, TraceHeader, TraceRequest, check};
@@ -37,7 +39,7 @@ pub enum ImportError {
     /// None of the formats.
     #[error(
         "{} is none of the known trace formats: Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens) or Mooncake's \
-         JSONL (timestamp in ms, input_length, output_length), or this program's own JSONL", path.display()
+         JSONL (timestamp, input_length, output_length), or this program's own JSONL", path.display()
     )]
     Unknown {
         /// The file.
@@ -58,6 +60,32 @@ pub struct Imported {
     pub trace: Trace,
     /// Requests without prompt or output tokens, which no engine can serve.
     pub skipped_empty: u64,
+    /// The number that each adapter got which the file names and does not number, in order of first appearance.
+    pub numbered: Vec<(String, u32)>,
+}
+
+impl Imported {
+    /// Which numbers stand for which names; none where nothing had to be numbered.
+    pub fn numbered_said(&self) -> Option<String> {
+        const SHOWN: usize = 8;
+        let names = self.numbered.iter().take(SHOWN).map(|(name, number)| format!("'{name}' is {number}"));
+        let more = match self.numbered.len().saturating_sub(SHOWN) {
+            0 => String::new(),
+            more => format!(", and {more} more"),
+        };
+        let names: Vec<String> = names.collect();
+        (!names.is_empty())
+            .then(|| format!("adapters are numbered as their names first appear: {}{more}", names.join(", ")))
+    }
+}
+
+/// The unit of JSONL's `timestamp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timestamps {
+    /// Milliseconds, as in Mooncake's traces.
+    Ms,
+    /// Seconds, as in vLLM's timed traces.
+    S,
 }
 
 /// The formats.
@@ -76,7 +104,10 @@ pub fn read_any(path: &Path) -> anyhow::Result<(Trace, u64)> {
     if first.starts_with('{') && first.contains("\"schema\"") {
         return Ok((Trace::read(path)?, 0));
     }
-    let imported = import(path, sniff(path)?)?;
+    let imported = import(path, sniff(path)?, Timestamps::Ms)?;
+    if let Some(said) = imported.numbered_said() {
+        tracing::info!("{}: {said}", path.display());
+    }
     Ok((imported.trace, imported.skipped_empty))
 }
 
@@ -92,11 +123,11 @@ pub fn sniff(path: &Path) -> Result<Format, ImportError> {
     }
 }
 
-/// Reads a file of either format.
-pub fn import(path: &Path, format: Format) -> Result<Imported, ImportError> {
+/// Reads a file of either format. `timestamps` is the unit of Mooncake's; Azure's are dates.
+pub fn import(path: &Path, format: Format, timestamps: Timestamps) -> Result<Imported, ImportError> {
     match format {
         Format::Azure => azure(path),
-        Format::Mooncake => mooncake(path),
+        Format::Mooncake => mooncake(path, timestamps),
     }
 }
 
@@ -159,18 +190,47 @@ impl At {
 
 #[derive(Deserialize)]
 struct MooncakeLine {
-    /// Milliseconds.
     timestamp: f64,
     input_length: u32,
     output_length: u32,
     #[serde(default)]
-    adapter: Option<u32>,
+    adapter: Value,
     #[serde(default)]
     prompt: Option<String>,
 }
 
-/// Mooncake's JSONL: `timestamp` in ms, `input_length`, `output_length`, optionally `adapter` and `prompt`.
-fn mooncake(path: &Path) -> Result<Imported, ImportError> {
+/// How a line names its adapter.
+#[derive(Clone, Debug, PartialEq)]
+enum Adapter {
+    Number(u32),
+    Name(String),
+}
+
+impl Adapter {
+    /// A number, a generated adapter's name, which is as good as its number, or another name; none if null.
+    fn of(value: Value) -> Result<Option<Self>, String> {
+        match value {
+            Value::Null => Ok(None),
+            Value::String(name) if !name.is_empty() => {
+                let number = name.strip_prefix("lora-").and_then(|n| n.parse().ok());
+                // lora-007 is a name like any other.
+                let number = number.filter(|n: &u32| name == format!("lora-{n}"));
+                Ok(Some(number.map_or(Self::Name(name), Self::Number)))
+            }
+            other => match other.as_u64().and_then(|n| u32::try_from(n).ok()) {
+                Some(number) => Ok(Some(Self::Number(number))),
+                None => Err(format!("adapter is {other}: it must be a number, 0 or more, or a name")),
+            },
+        }
+    }
+}
+
+/// Mooncake's JSONL: `timestamp`, `input_length`, `output_length`, optionally `adapter` and `prompt`.
+fn mooncake(path: &Path, timestamps: Timestamps) -> Result<Imported, ImportError> {
+    let (unit, a_second, ns) = match timestamps {
+        Timestamps::Ms => ("milliseconds", 1e3, 1e6),
+        Timestamps::S => ("seconds", 1.0, 1e9),
+    };
     let mut lines = Lines::open(path)?;
     let mut build = Builder::new(path, "Mooncake-style trace");
     while let Some((number, line)) = lines.next_line()? {
@@ -178,11 +238,12 @@ fn mooncake(path: &Path) -> Result<Imported, ImportError> {
         let r: MooncakeLine =
             serde_json::from_str(&line).map_err(|e| wrong(format!("not a request: {e}")))?;
         if !r.timestamp.is_finite() || r.timestamp < 0.0 {
-            return Err(wrong(format!("timestamp is {}: it must be milliseconds, 0 or more", r.timestamp)));
+            return Err(wrong(format!("timestamp is {}: it must be {unit}, 0 or more", r.timestamp)));
         }
-        let (s, ms) = ((r.timestamp / 1e3).floor(), r.timestamp.rem_euclid(1e3));
-        let at = At { s: s as i64, ns: (ms * 1e6).round() as u32 };
-        build.push(number, at, r.input_length, r.output_length, r.adapter, r.prompt)?;
+        let (s, rest) = ((r.timestamp / a_second).floor(), r.timestamp.rem_euclid(a_second));
+        let at = At { s: s as i64, ns: (rest * ns).round() as u32 };
+        let adapter = Adapter::of(r.adapter).map_err(wrong)?;
+        build.push(number, at, r.input_length, r.output_length, adapter, r.prompt)?;
     }
     build.finish()
 }
@@ -193,6 +254,10 @@ struct Builder<'a> {
     source: String,
     first: Option<At>,
     requests: Vec<TraceRequest>,
+    /// Names of adapters without a number, and the places of their requests.
+    names: Vec<(String, Vec<usize>)>,
+    /// Where a name stands among them.
+    places: HashMap<String, usize>,
     skipped_empty: u64,
 }
 
@@ -200,7 +265,15 @@ impl<'a> Builder<'a> {
     fn new(path: &'a Path, what: &str) -> Self {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let source = format!("{what}: {name}");
-        Self { path, source, first: None, requests: Vec::new(), skipped_empty: 0 }
+        Self {
+            path,
+            source,
+            first: None,
+            requests: Vec::new(),
+            names: Vec::new(),
+            places: HashMap::new(),
+            skipped_empty: 0,
+        }
     }
 
     fn push(
@@ -209,7 +282,7 @@ impl<'a> Builder<'a> {
         at: At,
         prompt_tokens: u32,
         output_tokens: u32,
-        adapter: Option<u32>,
+        adapter: Option<Adapter>,
         prompt: Option<String>,
     ) -> Result<(), ImportError> {
         if prompt_tokens == 0 || output_tokens == 0 {
@@ -218,6 +291,14 @@ impl<'a> Builder<'a> {
         }
         let arrival_s = at.since(*self.first.get_or_insert(at));
         let id = self.requests.len() as u64;
+        let adapter = match adapter {
+            Some(Adapter::Number(number)) => Some(number),
+            Some(Adapter::Name(name)) => {
+                self.named(name);
+                None
+            }
+            None => None,
+        };
         let request =
             TraceRequest { id, arrival_s, prompt_tokens, output_tokens, adapter, rank: None, prompt };
         check(&request, self.requests.last().map(|r| (r.id, r.arrival_s)))
@@ -226,15 +307,42 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn finish(self) -> Result<Imported, ImportError> {
+    /// The next request's adapter has this name.
+    fn named(&mut self, name: String) {
+        let place = self.requests.len();
+        match self.places.get(&name) {
+            Some(&at) => self.names[at].1.push(place),
+            None => {
+                self.places.insert(name.clone(), self.names.len());
+                self.names.push((name, vec![place]));
+            }
+        }
+    }
+
+    /// Gives names numbers that no line has, in the order in which they came.
+    fn number_names(&mut self) -> Vec<(String, u32)> {
+        let taken: BTreeSet<u32> = self.requests.iter().filter_map(|r| r.adapter).collect();
+        let free = (0..).filter(|number| !taken.contains(number));
+        let mut numbered = Vec::with_capacity(self.names.len());
+        for ((name, places), number) in std::mem::take(&mut self.names).into_iter().zip(free) {
+            for place in places {
+                self.requests[place].adapter = Some(number);
+            }
+            numbered.push((name, number));
+        }
+        numbered
+    }
+
+    fn finish(mut self) -> Result<Imported, ImportError> {
         if self.requests.is_empty() {
             return Err(ImportError::Empty { path: self.path.to_owned() });
         }
+        let numbered = self.number_names();
         let named = self.requests.iter().any(|r| r.adapter.is_some());
         let popularity = if named { "trace" } else { NO_ADAPTERS }.to_owned();
         let header = TraceHeader { schema: SCHEMA, source: self.source, seed: 0, popularity };
         let trace = Trace { header, requests: self.requests };
-        Ok(Imported { trace, skipped_empty: self.skipped_empty })
+        Ok(Imported { trace, skipped_empty: self.skipped_empty, numbered })
     }
 }
 
@@ -273,7 +381,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        import(&path, sniff(&path)?)
+        import(&path, sniff(&path)?, Timestamps::Ms)
     }
 
     #[test]
@@ -301,6 +409,41 @@ mod tests {
         assert_eq!((trace.requests[0].adapter, trace.requests[1].adapter), (None, Some(3)));
         assert_eq!(trace.requests[1].prompt.as_deref(), Some("Hello"));
         assert_eq!(trace.header.popularity, "trace");
+    }
+
+    #[test]
+    fn timestamps_are_seconds_where_that_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vllm.jsonl");
+        let line = |at: f64| format!("{{\"timestamp\": {at}, \"input_length\": 5, \"output_length\": 2}}\n");
+        std::fs::write(&path, [0.5, 1.25, 61.000_000_5].map(line).concat()).unwrap();
+        let times = |unit| -> Vec<f64> {
+            let trace = import(&path, Format::Mooncake, unit).unwrap().trace;
+            trace.requests.iter().map(|r| r.arrival_s).collect()
+        };
+        assert_eq!(times(Timestamps::S), [0.0, 0.75, 60.500_000_5]);
+        assert_eq!(times(Timestamps::Ms)[..2], [0.0, 0.000_75]);
+        std::fs::write(&path, line(-1.0)).unwrap();
+        let error = import(&path, Format::Mooncake, Timestamps::S).unwrap_err().to_string();
+        assert!(error.contains("must be seconds"), "{error}");
+    }
+
+    #[test]
+    fn adapters_have_numbers_or_names() {
+        let line = |adapter: &str| {
+            format!("{{\"timestamp\":1,\"input_length\":1,\"output_length\":1,\"adapter\":{adapter}}}\n")
+        };
+        let lines = ["\"sql\"", "1", "\"lora-3\"", "null", "\"chat\"", "\"sql\"", "0", "\"lora-03\""];
+        let imported = take("m.jsonl", &lines.map(line).concat()).unwrap();
+        let adapters: Vec<_> = imported.trace.requests.iter().map(|r| r.adapter).collect();
+        assert_eq!(adapters, [Some(2), Some(1), Some(3), None, Some(4), Some(2), Some(0), Some(5)]);
+        let said = imported.numbered_said().unwrap();
+        assert!(said.ends_with("'sql' is 2, 'chat' is 4, 'lora-03' is 5"), "{said}");
+        assert_eq!(take("m.jsonl", &line("\"lora-7\"")).unwrap().numbered_said(), None);
+        for wrong in ["-1", "1.5", "true", "\"\"", "[1]", "4294967296"] {
+            let error = take("m.jsonl", &line(wrong)).unwrap_err().to_string();
+            assert!(error.contains("line 1") && error.contains("a number, 0 or more, or a name"), "{error}");
+        }
     }
 
     #[test]

@@ -84,6 +84,7 @@ fn a_file_that_has_changed_fails_its_requests_and_no_others() {
     });
     let stats = engine.stats();
     assert_eq!((stats.failed, stats.fetches_failed), (2, 2), "{stats:?}");
+    assert_eq!(stats.refused, 0, "the queue was never full");
     until(engine, "idle", |s| idle(s) && s.fetches_open == 0);
     server.stop();
     let lines = std::mem::take(&mut *lines.lock().unwrap());

@@ -311,6 +311,56 @@ fn of_sixty_four_callers_one_loads_and_one_unloads() {
     logged.replays();
 }
 
+/// Loads and unloads of one name over HTTP, all at once: whatever their order, a load finds the name free and an unload
+/// finds it taken.
+#[test]
+fn of_sixty_four_loads_over_http_one_succeeds_at_a_time() {
+    const LOAD: &str = "/v1/load_lora_adapter";
+    const UNLOAD: &str = "/v1/unload_lora_adapter";
+    let dir = tempfile::tempdir().unwrap();
+    let folder = peft_folder(dir.path(), "a", 2, 1);
+    let loaded = Loaded::load(settings(2, 2)).unwrap();
+    let server = LocalServer::start(&loaded, 2, None).unwrap();
+    let (url, engine) = (server.url(), server.engine());
+    let before = engine.host_bytes();
+    server.block_on(async {
+        let mut answers: HashMap<(&str, u16), usize> = HashMap::new();
+        for unloads in [0, 16, 64] {
+            let calls = (0..64 + unloads).map(|i| {
+                // Unloads stand among the loads.
+                let path = if i % 2 == 1 && i / 2 < unloads { UNLOAD } else { LOAD };
+                let (url, body) = (url.clone(), json!({"lora_name": "mine", "lora_path": folder}));
+                tokio::spawn(async move { (path, post(&url, path, body).await) })
+            });
+            let mut made = HashMap::from([(LOAD, 0), (UNLOAD, 0)]);
+            for call in calls.collect::<Vec<_>>() {
+                let (path, (status, said)) = call.await.unwrap();
+                let refusal = if path == LOAD { 400 } else { 404 };
+                assert!(status == 200 || status == refusal, "{path}: {status} {said}");
+                *made.entry(path).or_default() += usize::from(status == 200);
+                *answers.entry((path, status)).or_default() += 1;
+            }
+            let there = usize::from(engine.find_adapter("mine").is_some());
+            assert_eq!(made[LOAD], made[UNLOAD] + there, "{unloads} unloads");
+            assert!(made[LOAD] > 0 && (unloads > 0 || made[LOAD] == 1), "{made:?}");
+            assert_eq!(engine.adapter_count(), 2 + there);
+            if there > 0 {
+                assert_eq!(post(&url, UNLOAD, json!({"lora_name": "mine"})).await.0, 200);
+                *answers.entry((UNLOAD, 200)).or_default() += 1;
+            }
+            assert_eq!((engine.adapter_count(), engine.host_bytes()), (2, before), "{unloads} unloads");
+        }
+        let metrics = reqwest::get(format!("{url}/metrics")).await.unwrap().text().await.unwrap();
+        for ((path, status), count) in answers {
+            let name = "lora_hbm:http_responses_total{model_name=\"tiny\"";
+            let line = format!("{name},path=\"{path}\",status=\"{status}\"}} {count}\n");
+            assert!(metrics.contains(&line), "{line}: {metrics}");
+        }
+        assert!(metrics.contains("lora_hbm:adapters{model_name=\"tiny\"} 2\n"), "{metrics}");
+    });
+    server.stop();
+}
+
 /// Unloads of one run.
 const ENOUGH: usize = 12;
 

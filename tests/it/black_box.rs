@@ -1,5 +1,7 @@
 //! `calibrate --endpoint`: a server seen from outside, simulated, and labelled as such everywhere.
 
+use std::path::Path;
+
 use lora_hbm::profile::{Kind, Profile};
 use lora_hbm::report::manifest::Manifest;
 use lora_hbm::report::results::read_rows;
@@ -7,21 +9,45 @@ use serde_json::Value;
 
 use crate::load_support::mock::{Behaviour, Mock};
 use crate::load_support::{program, stderr, stdout};
-use crate::serve_command::start;
+use crate::serve_command::{Serve, get, start};
 
 /// An emulated server whose steps take at least 2 ms and whose swaps take 20.
-#[test]
-fn a_server_seen_from_outside_can_be_simulated() {
-    let folder = tempfile::tempdir().unwrap();
-    let truth = folder.path().join("truth.json");
+fn emulated(folder: &Path) -> Serve {
+    let truth = folder.join("truth.json");
     let costs = [("step", 2e6), ("tokens:0-", 1e4), ("decodes", 1e5)];
     let mut profile = crate::oracles::machine(&costs, 20_000_000, 0);
     profile.model = "tiny".to_owned();
     std::fs::write(&truth, serde_json::to_string(&profile.signed()).unwrap()).unwrap();
     let emulate =
         ["--total-loras", "6", "--gpu-loras", "2", "--max-num-seqs", "4", "--swap-mode", "blocking"];
-    let (serve, _) = start(&[&emulate[..], &["--emulate", truth.to_str().unwrap()]].concat());
+    start(&[&emulate[..], &["--emulate", truth.to_str().unwrap()]].concat()).0
+}
 
+/// Over nothing but what any OpenAI-compatible server has.
+#[test]
+fn a_server_is_calibrated_over_openais_interface() {
+    let folder = tempfile::tempdir().unwrap();
+    let serve = emulated(folder.path());
+    let args = ["calibrate", "--endpoint", &serve.url, "--api", "openai", "--total-loras", "6"];
+    let more = ["--gpu-loras", "2", "--longest", "200", "--repeats", "2", "--max-model-len", "2048"];
+    program(folder.path()).args(args).args(more).args(["-o", "bb.json"]).assert().success();
+    let metrics = get(&format!("{}/metrics", serve.url));
+    let path = |path: &str| format!("lora_hbm:http_responses_total{{model_name=\"tiny\",path=\"{path}\"");
+    assert!(metrics.contains(&path("/v1/completions")) && !metrics.contains(&path("/generate")), "{metrics}");
+
+    let profile = Profile::load(&folder.path().join("bb.json")).unwrap();
+    assert_eq!((profile.kind, profile.engine.max_model_len), (Kind::BlackBox, 2048));
+    assert!(profile.swap.fixed_s > 0.0 && profile.holdout.samples >= 3, "{profile:?}");
+    let samples = std::fs::read_to_string(folder.path().join("bb.samples.jsonl")).unwrap();
+    for kind in ["round_trip", "resident", "not_resident", "decode"] {
+        assert!(samples.contains(&format!("\"kind\":\"{kind}\"")), "{kind}");
+    }
+}
+
+#[test]
+fn a_server_seen_from_outside_can_be_simulated() {
+    let folder = tempfile::tempdir().unwrap();
+    let serve = emulated(folder.path());
     let calibrate = ["calibrate", "--endpoint", &serve.url, "--total-loras", "6", "--gpu-loras", "2"];
     let more = ["--longest", "200", "--repeats", "2", "--max-model-len", "2048", "-o", "bb.json"];
     let done = program(folder.path()).args(calibrate).args(more).assert().success();

@@ -111,6 +111,11 @@ fn measure_speaks_json_with_the_keys_of_vllm() {
         assert!(printed[key].as_f64().unwrap() > 0.0, "{key}: {printed}");
     }
     assert_eq!(printed["total_output_tokens"], 120);
+    let itl = ["mean", "median", "std", "p99"].map(|of| printed[format!("{of}_itl_ms")].as_f64().unwrap());
+    // Three tokens of one stream, which come as soon as they can: gaps are short, and there are some.
+    assert!(itl.iter().all(|ms| *ms >= 0.0) && itl[0] > 0.0 && itl[1] <= itl[3], "{printed}");
+    let e2el = printed["mean_e2el_ms"].as_f64().unwrap() - printed["mean_ttft_ms"].as_f64().unwrap();
+    assert!((2.0 * itl[0] - e2el).abs() < 1e-6, "two gaps a request: {printed}");
 }
 
 #[test]

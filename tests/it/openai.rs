@@ -181,6 +181,7 @@ async fn what_cannot_be_served_names_its_parameter() {
         (CHAT, json!({"prompt": "a"}), 400, json!("messages")),
         (CHAT, json!({"messages": "hi"}), 400, json!("messages")),
         (CHAT, json!({"messages": [{"role": "user", "content": "a".repeat(600)}]}), 400, json!("messages")),
+        (CHAT, json!({"messages": hi, "max_tokens": 500}), 400, json!("messages")),
         (CHAT, json!({"messages": hi, "max_completion_tokens": "x"}), 400, json!("max_completion_tokens")),
         (CHAT, json!({"messages": hi, "min_tokens": 500}), 400, json!("min_tokens")),
         (CHAT, json!({"messages": hi, "logprobs": true}), 400, json!("logprobs")),

@@ -102,6 +102,76 @@ async fn metrics_agree_with_what_clients_got() {
     assert_eq!(slots, 2);
 }
 
+/// A request that there is no room for leaves no trace of itself, however much of it there was room for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_takes_all_of_a_request_or_nothing() {
+    let site = site(Config { max_num_seqs: 1, max_queue: 4, ..config() }, options(), 20, 1).await;
+    let send = |body: Value| {
+        let url = site.url.clone();
+        tokio::spawn(async move { answer(&url, COMPLETIONS, &body).await })
+    };
+    let wait_for = |running, waiting| {
+        let engine = site.engine.clone();
+        tokio::task::spawn_blocking(move || {
+            until(&engine, "as full as that", |s| (s.running, s.waiting) == (running, waiting));
+        })
+    };
+    // Two seconds, in which all that follows is refused.
+    let mut answers = vec![send(json!({"prompt": "a", "max_tokens": 100}))];
+    wait_for(1, 0).await.unwrap();
+    answers.push(send(json!({"prompt": ["b", "cd"], "max_tokens": 1})));
+    wait_for(1, 2).await.unwrap();
+    let messages = json!([{"role": "user", "content": "a"}]);
+    let mut refused = 0;
+    for (path, body, sequences) in [
+        (COMPLETIONS, json!({"prompt": "abc", "n": 3}), 3),
+        (COMPLETIONS, json!({"prompt": ["a", "b", "c"], "stream": true}), 3),
+        (COMPLETIONS, json!({"prompt": ["a", "bc"], "n": 2}), 4),
+        (CHAT, json!({"messages": messages, "n": 4, "max_tokens": 2}), 4),
+        ("/generate", json!({"prompt": "abc", "n": 3}), 3),
+    ] {
+        let response = post(&site.url, path, &body).await;
+        assert_eq!(response.status(), 503, "{path} {body}");
+        assert!(response.headers().contains_key("retry-after"));
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(error["error"]["type"], "ServiceUnavailableError", "{error}");
+        refused += sequences;
+        let stats = site.engine.stats();
+        assert_eq!((stats.waiting, stats.accepted, stats.refused), (2, 3, refused), "{path} {body}");
+    }
+    answers.push(send(json!({"prompt": "e", "n": 2, "max_tokens": 1})));
+    wait_for(1, 4).await.unwrap();
+    assert_eq!(post(&site.url, COMPLETIONS, &json!({"prompt": "f"})).await.status(), 503);
+    refused += 1;
+    // What would not fit into an empty queue need not be sent again.
+    let never = post(&site.url, COMPLETIONS, &json!({"prompt": "a", "n": 5})).await;
+    assert_eq!(never.status(), 400);
+    assert_eq!(never.json::<Value>().await.unwrap()["error"]["param"], "n");
+
+    let (mut prompt, mut completion) = (0, 0);
+    for (answer, n) in answers.into_iter().zip([1, 1, 2]) {
+        let usage = answer.await.unwrap()["usage"].clone();
+        prompt += usage["prompt_tokens"].as_u64().unwrap() * n;
+        completion += usage["completion_tokens"].as_u64().unwrap();
+    }
+    let engine = site.engine.clone();
+    tokio::task::spawn_blocking(move || until(&engine, "idle", idle)).await.unwrap();
+    let stats = site.engine.stats();
+    assert_eq!((stats.places_used, stats.pins, stats.tracked, site.engine.open_requests()), (0, 0, 0, 0));
+    let text = reqwest::get(format!("{}/metrics", site.url)).await.unwrap().text().await.unwrap();
+    for (name, value) in [
+        ("vllm:prompt_tokens_total", prompt),
+        ("vllm:generation_tokens_total", completion),
+        ("vllm:request_success_total{model_name=\"emulated\",finished_reason=\"length\"}", 5),
+        ("vllm:request_success_total{model_name=\"emulated\",finished_reason=\"abort\"}", 0),
+        ("vllm:time_to_first_token_seconds_count", 5),
+        ("lora_hbm:requests_refused_total", refused),
+        ("lora_hbm:client_disconnects_total", 0),
+    ] {
+        assert_eq!(sample(&text, name), value as f64, "{name}: {text}");
+    }
+}
+
 /// A real model with sixteen adapters in four slots.
 fn computed() -> LocalServer {
     let loaded = Loaded::load(EngineSettings {

@@ -1,13 +1,14 @@
 //! The simulator is the same machine as the engine: what the engine logged, replayed on the
 //! simulator's clock, gives the same decisions and first tokens; with another rule it must not.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lora_hbm::report::decision_log::{DecisionLog, LogHeader};
+use lora_hbm::report::decision_log::{DecisionLog, LogHeader, LogLine};
 use lora_hbm::sim::{Recorded, replay};
 use lora_sched::{Config, Evict, Policy, SwapMode};
 
-use crate::support::{config, engine, idle, request, until};
+use crate::support::{MS, config, engine, idle, request, until};
 
 /// Serves a burst of mixed requests, some of them cancelled, and gives the recording.
 fn record(config: &Config) -> Recorded {
@@ -60,6 +61,46 @@ fn prefetch_and_every_eviction_rule_replay() {
         let report = replay(&record(&config), config).unwrap();
         assert!(report.holds(), "{evict}: {report:#?}");
     }
+}
+
+/// What the queue refuses as a whole, the scheduler never saw, nor does the log tell of it.
+#[test]
+fn requests_that_are_refused_together_replay() {
+    let config = Config { max_queue: 5, max_num_seqs: 2, ..twelve_adapters(SwapMode::Overlap, Policy::Skip) };
+    let (log, lines) = DecisionLog::in_memory();
+    let (engine, times) = engine(config.clone(), 1, 1, Some(log));
+    let (mut taken, mut refused) = (0, 0);
+    for i in 0..120 {
+        let together = (0..1 + i % 4).map(|k| request(20, Some((i * 5 + k) % 12), 1 + i % 3)).collect();
+        let handles = engine.submit_all(together).unwrap();
+        let ids: Vec<_> = handles.iter().map(|h| h.id().0).collect();
+        assert!(ids.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ids:?}");
+        // Every third caller waits; the others let go of theirs in whatever phase.
+        if i % 3 == 0 {
+            let outs: Vec<_> = handles.into_iter().map(|h| h.wait()).collect();
+            assert!(outs.iter().all(Result::is_ok) || outs.iter().all(Result::is_err), "{outs:?}");
+            let count = if outs[0].is_ok() { &mut taken } else { &mut refused };
+            *count += outs.len();
+        }
+    }
+    assert!(taken > 0, "{refused} were refused");
+    // A full queue for as long as it takes to ask, on any machine.
+    until(&engine, "idle", idle);
+    times.step.store(200 * MS, Ordering::Relaxed);
+    let five = || (0..5).map(|_| request(200, None, 1)).collect();
+    let first = engine.submit_all(five()).unwrap();
+    assert!(engine.submit_all(five()).unwrap().into_iter().all(|h| h.wait().is_err()));
+    times.step.store(MS, Ordering::Relaxed);
+    assert!(first.into_iter().all(|h| h.wait().is_ok()));
+    until(&engine, "idle", idle);
+    let accepted = engine.stats().accepted;
+    engine.shutdown();
+    let lines = lines.lock().unwrap();
+    let told = |line: &&LogLine| matches!(line, LogLine::Arrive { refused: None, .. });
+    assert_eq!(lines.iter().filter(told).count() as u64, accepted);
+    let recorded = Recorded::new(&LogHeader::new("emulated", 1, &config), &lines).unwrap();
+    let report = replay(&recorded, config).unwrap();
+    assert!(report.holds(), "{report:#?}");
 }
 
 /// The negative control: a replay that would pass whatever it is given shows nothing.

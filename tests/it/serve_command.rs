@@ -38,9 +38,14 @@ fn refused(args: &[&str]) -> (i32, String) {
 
 /// Starts `tiny` with these flags and waits until it serves; the lines that it said are returned.
 pub fn start(args: &[&str]) -> (Serve, Vec<String>) {
+    start_with(args, &[])
+}
+
+/// The same with these variables in its environment.
+fn start_with(args: &[&str], variables: &[(&str, &str)]) -> (Serve, Vec<String>) {
     let mut all = vec!["--model", "tiny", "--port", "0"];
     all.extend(args);
-    let mut child = command(&all).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command(&all).envs(variables.iter().copied()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let mut said = Vec::new();
     let url = loop {
@@ -167,7 +172,7 @@ fn generate(url: &str, body: &Value) -> reqwest::Result<String> {
     exchange(reqwest::Client::new().post(format!("{url}/generate")).json(body))
 }
 
-fn get(url: &str) -> String {
+pub fn get(url: &str) -> String {
     exchange(reqwest::Client::new().get(url)).unwrap()
 }
 
@@ -241,6 +246,18 @@ pub fn metric(url: &str, name: &str) -> f64 {
     let text = get(&format!("{url}/metrics"));
     let line = text.lines().find(|l| l.starts_with(name)).unwrap();
     line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_key_may_come_from_the_environment() {
+    let flags = ["--total-loras", "2", "--gpu-loras", "2", "--kv-memory", "256MiB"];
+    let (serve, said) = start_with(&flags, &[("LORA_HBM_API_KEY", "of-the-environment")]);
+    assert!(said.iter().all(|line| !line.contains("of-the-environment")), "{said:?}");
+    let models = || reqwest::Client::new().get(format!("{}/v1/models", serve.url));
+    assert!(exchange(models()).unwrap().contains("AuthenticationError"));
+    assert!(exchange(models().bearer_auth("another")).unwrap().contains("AuthenticationError"));
+    assert!(exchange(models().bearer_auth("of-the-environment")).unwrap().contains("lora-1"));
+    assert!(get(&format!("{}/health", serve.url)).contains("\"ok\""), "needs none");
 }
 
 #[test]

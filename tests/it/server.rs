@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Site, config, idle, options, site, until};
+use crate::support::{Site, config, idle, options, request, site, until};
 
 async fn quick() -> Site {
     site(config(), options(), 1, 1).await
@@ -158,8 +158,9 @@ async fn what_cannot_be_served_is_refused_in_one_shape() {
     let site = quick().await;
     let long = format!(r#"{{"prompt":"{}"}}"#, "a".repeat(600));
     for (body, status, param) in [
-        (br#"{"prompt":"a""#.to_vec(), 400, Value::Null),
-        (b"{\"prompt\":\"\xff\"}".to_vec(), 400, Value::Null),
+        (br#"{"prompt":"a""#.to_vec(), 400, json!("body")),
+        (b"{\"prompt\":\"\xff\"}".to_vec(), 400, json!("body")),
+        (br#"["prompt"]"#.to_vec(), 400, json!("body")),
         (br#"{"model_id":0}"#.to_vec(), 400, json!("prompt")),
         (br#"{"prompt":"a","temperature":"hot"}"#.to_vec(), 400, json!("temperature")),
         (br#"{"prompt":"a","max_tokens":0}"#.to_vec(), 400, json!("max_tokens")),
@@ -182,6 +183,27 @@ async fn what_cannot_be_served_is_refused_in_one_shape() {
     assert_eq!(failure(client.get(url("/generate")).send().await.unwrap()).await.0, 405);
     let plain = client.post(url("/generate")).header("content-type", "text/plain").body("{}");
     assert_eq!(failure(plain.send().await.unwrap()).await.0, 415);
+    for (path, status) in
+        [("/adapters/%ff/pin", 400), ("/adapters/%ff/unpin", 400), ("/adapters/nobody/pin", 404)]
+    {
+        let (got, param, _) = failure(client.post(url(path)).send().await.unwrap()).await;
+        assert_eq!((got, param), (status, json!("adapter")), "{path}");
+    }
+    for path in ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"] {
+        for (body, param) in [
+            (json!([]), "body"),
+            (json!({"lora_path": "/x"}), "lora_name"),
+            (json!({"lora_name": 5, "lora_path": "/x"}), "lora_name"),
+            (json!({"lora_name": "x", "lora_path": ["/x"]}), "lora_path"),
+            (json!({"lora_name": "x", "lora_path": null}), "lora_path"),
+        ] {
+            if path.contains("unload") && param == "lora_path" {
+                continue;
+            }
+            let (got, found, _) = failure(client.post(url(path)).json(&body).send().await.unwrap()).await;
+            assert_eq!((got, found), (400, json!(param)), "{path} {body}");
+        }
+    }
     assert_eq!(get(&site, "/health").await.0, 200, "and it still serves");
 }
 
@@ -261,6 +283,9 @@ async fn a_stop_lets_streams_end_and_refuses_new_requests() {
     while get(&site, "/health").await.0 == 200 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
+    let health = reqwest::get(format!("{}/health", site.url)).await.unwrap();
+    assert!(health.headers().contains_key("retry-after"));
+    assert_eq!(failure(health).await, (503, Value::Null, "the server is shutting down".into()));
     let refused = post(&site, r#"{"prompt":"a"}"#).await;
     assert!(refused.headers().contains_key("retry-after"));
     assert_eq!(failure(refused).await.0, 503);
@@ -271,6 +296,23 @@ async fn a_stop_lets_streams_end_and_refuses_new_requests() {
     assert!(String::from_utf8(last).unwrap().contains("\"finished\": true"));
     assert_eq!(site.running.await.unwrap(), Ended::Drained);
     assert!(TcpStream::connect(site.address).await.is_err(), "the port is free again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_waits_for_an_unload_that_drains() {
+    let site = site(config(), options(), 30, 1).await;
+    // Not the server's, so that nothing but the unload holds up the stop. Longer than connections get to close.
+    let running = site.engine.submit(request(10, Some(1), 100)).unwrap();
+    let unload = Client::new().post(format!("{}/v1/unload_lora_adapter", site.url));
+    let unload = tokio::spawn(unload.json(&json!({"lora_name": "lora-1"})).send());
+    while site.engine.find_adapter("lora-1").is_some() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    site.stop.send(()).await.unwrap();
+    assert_eq!(site.running.await.unwrap(), Ended::Drained);
+    assert!(site.engine.adapters().iter().all(|a| a.name != "lora-1"), "it has gone before the server has");
+    assert_eq!(unload.await.unwrap().unwrap().status(), 200);
+    assert_eq!(running.wait().unwrap().tokens.len(), 100);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -317,7 +359,12 @@ async fn until_the_model_is_loaded_the_server_says_that_it_loads() {
     tokio::spawn(server.run(stops));
     let health = reqwest::get(format!("http://{address}/health")).await.unwrap();
     assert_eq!(health.status(), 503);
-    assert_eq!(health.json::<Value>().await.unwrap()["status"], "loading");
+    let health: Value = health.json().await.unwrap();
+    assert_eq!((&health["status"], &health["config"]), (&json!("loading"), &Value::Null));
+    let error = json!({
+        "message": "the model is being loaded", "type": "ServiceUnavailableError", "param": null, "code": 503,
+    });
+    assert_eq!(health["error"], error);
 }
 
 #[tokio::test(flavor = "multi_thread")]

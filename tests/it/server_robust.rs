@@ -1,6 +1,7 @@
 //! Clients that go, stall, flood or talk nonsense, and a stop under load: what they leave behind, and what
 //! others notice of it.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use lora_hbm::engine::EngineStats;
@@ -13,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::serve_command::{metric, signal, start, status};
-use crate::support::{Site, config, options, site};
+use crate::support::{MS, Site, config, options, site};
 
 /// A request as bytes.
 fn request(path: &str, body: &Value) -> String {
@@ -106,9 +107,20 @@ async fn a_client_that_goes_leaves_nothing_in_any_phase() {
                 client.write_all(request(path, &body).as_bytes()).await.unwrap();
                 wait_for(&site, phase, |s| reached(s, before)).await;
                 gone += 1 + others.len() as u64;
+                // A step that begins from now on is long enough for the server to notice, on any machine.
+                site.times.step.store(500 * MS, Ordering::Relaxed);
+                let steps = site.engine.stats().steps;
                 drop((client, others));
                 nothing_held(&site).await;
-                assert_eq!(site.engine.stats().cancelled, gone, "{path} {stream} {i}");
+                let stats = site.engine.stats();
+                assert_eq!(stats.cancelled, gone, "{path} {stream} {i}");
+                // The one that was running, and the one that may have begun before the server noticed.
+                assert!(
+                    stats.steps - steps <= 2,
+                    "{path} {stream} {phase}: {} more steps",
+                    stats.steps - steps
+                );
+                site.times.step.store(30 * MS, Ordering::Relaxed);
                 assert_eq!(counter(&site, "lora_hbm:client_disconnects_total").await, gone as f64);
             }
         }

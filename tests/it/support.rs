@@ -93,6 +93,8 @@ pub fn idle(stats: &EngineStats) -> bool {
 /// A server in front of an emulated engine.
 pub struct Site {
     pub engine: Arc<Engine>,
+    /// How long its steps and swaps take.
+    pub times: Arc<Times>,
     pub url: String,
     pub address: std::net::SocketAddr,
     pub stop: mpsc::Sender<()>,
@@ -136,10 +138,10 @@ pub async fn site(config: Config, options: ServerOptions, step_ms: u64, swap_ms:
     let server = Server::bind(options).await.unwrap();
     let address = server.address();
     let info = info(&config);
-    let (engine, _) = engine(config, step_ms, swap_ms, None);
+    let (engine, times) = engine(config, step_ms, swap_ms, None);
     let engine = Arc::new(engine);
     server.handle().ready(engine.clone(), info);
     let (stop, stops) = mpsc::channel(2);
     let running = tokio::spawn(server.run(stops));
-    Site { engine, url: format!("http://{address}"), address, stop, running }
+    Site { engine, times, url: format!("http://{address}"), address, stop, running }
 }

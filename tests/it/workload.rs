@@ -71,6 +71,28 @@ fn azures_trace_is_imported_with_and_without_adapters() {
 }
 
 #[test]
+fn a_timed_trace_in_seconds_with_names_is_imported() {
+    let folder = tempfile::tempdir().unwrap();
+    let line = |at: f64, adapter: &str| {
+        format!("{{\"timestamp\":{at},\"input_length\":9,\"output_length\":2,\"adapter\":\"{adapter}\"}}\n")
+    };
+    let text = [line(0.5, "sql"), line(1.75, "lora-3"), line(2.5, "sql")].concat();
+    std::fs::write(folder.path().join("vllm.jsonl"), text).unwrap();
+    let import = |more: &[&str]| {
+        let args = ["trace", "import", "vllm.jsonl", "-o", "t.jsonl"];
+        let done = program(folder.path()).args(args).args(more).assert().success();
+        assert!(stderr(&done).contains("'sql' is 0"), "{}", stderr(&done));
+        let written = std::fs::read_to_string(folder.path().join("t.jsonl")).unwrap();
+        let requests = written.lines().skip(1).map(|line| serde_json::from_str(line).unwrap());
+        requests.map(|r: Value| (r["arrival_s"].as_f64().unwrap(), r["adapter"].as_u64().unwrap())).collect()
+    };
+    let seconds: Vec<_> = import(&["--timestamps", "s"]);
+    assert_eq!(seconds, [(0.0, 0), (1.25, 3), (2.0, 0)]);
+    let milliseconds: Vec<_> = import(&[]);
+    assert_eq!(milliseconds, [(0.0, 0), (0.00125, 3), (0.002, 0)]);
+}
+
+#[test]
 fn the_embedded_and_the_peers_traces_are_whole() {
     let folder = tempfile::tempdir().unwrap();
     for (name, requests) in [("short-r8", 100), ("short-r24", 265), ("short-r40", 498), ("long-r3", 56)] {
@@ -96,6 +118,7 @@ fn wrong_traces_and_wishes_are_told() {
         (vec!["show"], 2, "required"),
         (vec!["import", "x.jsonl", "-o", "y.jsonl"], 1, "none of the known trace formats"),
         (vec!["import", AZURE], 2, "--out is required"),
+        (vec!["import", AZURE, "-o", "y.jsonl", "--timestamps", "s"], 2, "--timestamps is for JSONL"),
         (vec!["generate", "-o", "file/t.jsonl"], 1, "cannot write file/t.jsonl"),
         (vec!["generate", "-o", "t.jsonl", "--ranks", "8,big"], 2, "'big' is not a rank"),
         (vec!["generate", "-o", "t.jsonl", "-n", "300", "--trace", AZURE], 2, "the trace has 12"),

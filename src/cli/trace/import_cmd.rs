@@ -9,7 +9,7 @@ use super::super::failure::Failure;
 use super::super::settings::Context;
 use super::super::workload::amount;
 use crate::workload::arrivals::Arrivals;
-use crate::workload::import::{self, Format};
+use crate::workload::import::{self, Format, Timestamps};
 use crate::workload::popularity::Popularity;
 use crate::workload::replay::{Replay, replay_trace};
 
@@ -22,6 +22,10 @@ pub struct ImportArgs {
     #[arg(long, value_enum)]
     #[serde(skip)]
     kind: Option<Kind>,
+    /// The unit of JSONL's timestamps [default: ms]
+    #[arg(long, value_enum, value_name = "UNIT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timestamps: Option<Unit>,
     /// Draw adapters for the requests; without it a trace that has none gets them when it is used
     #[arg(long, value_name = "LAW")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -56,8 +60,27 @@ enum Kind {
     Mooncake,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+enum Unit {
+    /// Milliseconds, as in Mooncake's traces
+    Ms,
+    /// Seconds, as in vLLM's timed traces
+    S,
+}
+
+impl From<Unit> for Timestamps {
+    fn from(unit: Unit) -> Self {
+        match unit {
+            Unit::Ms => Self::Ms,
+            Unit::S => Self::S,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Settings {
+    timestamps: Unit,
     popularity: Option<Popularity>,
     total_loras: u32,
     seed: u64,
@@ -69,6 +92,7 @@ struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
+            timestamps: Unit::Ms,
             popularity: None,
             total_loras: 128,
             seed: 42,
@@ -89,7 +113,15 @@ pub fn run(args: &ImportArgs, ctx: &Context) -> Result<(), Failure> {
         Some(Kind::Mooncake) => Format::Mooncake,
         None => import::sniff(&args.file).map_err(failed)?,
     };
-    let imported = import::import(&args.file, format).map_err(failed)?;
+    if format == Format::Azure && args.timestamps.is_some() {
+        return Err(Failure::usage(
+            "--timestamps is for JSONL: times of Azure's CSV are dates; leave it out",
+        ));
+    }
+    let imported = import::import(&args.file, format, settings.timestamps.into()).map_err(failed)?;
+    if let Some(said) = imported.numbered_said() {
+        tracing::info!("{said}");
+    }
     if imported.skipped_empty > 0 {
         tracing::warn!("{} requests without prompt or output tokens were left out", imported.skipped_empty);
     }

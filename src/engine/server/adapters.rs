@@ -5,14 +5,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State as Shared};
 use lora_sched::{AdapterId, EventError};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::body;
 use super::error::ApiError;
-use super::state::State;
+use super::fields::{Fields, object};
+use super::state::{InFlight, State};
 use crate::engine::adapters::{AdapterView, PoolError};
 use crate::engine::{AdapterError, Engine};
 
@@ -77,27 +78,36 @@ pub(super) async fn list(Shared(state): Shared<Arc<State>>) -> Result<Json<List>
     Ok(Json(List { object: "list", data }))
 }
 
+/// An adapter as a path names it.
+type Named = Result<Path<String>, PathRejection>;
+
 pub(super) async fn pin(
     Shared(state): Shared<Arc<State>>,
-    Path(name): Path<String>,
+    name: Named,
 ) -> Result<Json<serde_json::Value>, ApiError> {
-    set_pin(&state, &name, true).await
+    set_pin(&state, name, true).await
 }
 
 pub(super) async fn unpin(
     Shared(state): Shared<Arc<State>>,
-    Path(name): Path<String>,
+    name: Named,
 ) -> Result<Json<serde_json::Value>, ApiError> {
-    set_pin(&state, &name, false).await
+    set_pin(&state, name, false).await
 }
 
 /// Answers with the adapter as it is once the pin holds: it may still be on its way into a slot.
-async fn set_pin(state: &State, name: &str, pinned: bool) -> Result<Json<serde_json::Value>, ApiError> {
+async fn set_pin(state: &State, name: Named, pinned: bool) -> Result<Json<serde_json::Value>, ApiError> {
+    let Path(name) = name.map_err(|e| ApiError::bad("adapter", e.body_text()))?;
     let (engine, _) = state.serving()?;
-    let id = find(engine, name)?;
-    engine.pin_adapter(id, pinned)?.done().await?;
+    let id = find(engine, &name)?;
+    let refused = |error| match error {
+        // It went in the meantime.
+        AdapterError::Refused(EventError::UnknownAdapter(_)) => unknown(&name),
+        other => ApiError::from(other),
+    };
+    engine.pin_adapter(id, pinned).map_err(refused)?.done().await.map_err(refused)?;
     let now = engine.clock().now();
-    let view = engine.adapters().into_iter().find(|view| view.id == id).ok_or_else(|| unknown(name))?;
+    let view = engine.adapters().into_iter().find(|view| view.id == id).ok_or_else(|| unknown(&name))?;
     let adapter = serde_json::to_value(AdapterObject::new(view, now));
     Ok(Json(adapter.map_err(|e| ApiError::internal(e.to_string()))?))
 }
@@ -108,23 +118,17 @@ fn find(engine: &Engine, name: &str) -> Result<AdapterId, ApiError> {
     engine.find_adapter(name).or_else(number).ok_or_else(|| unknown(name))
 }
 
+/// Of a path: bodies call it otherwise.
 fn unknown(name: &str) -> ApiError {
-    AdapterError::Unknown { name: name.to_owned() }.into()
-}
-
-#[derive(Debug, Deserialize)]
-struct LoadBody {
-    lora_name: String,
-    lora_path: PathBuf,
-}
-
-#[derive(Debug, Deserialize)]
-struct UnloadBody {
-    lora_name: String,
+    ApiError::not_found(Some("adapter"), AdapterError::Unknown { name: name.to_owned() }.to_string())
 }
 
 pub(super) async fn load(Shared(state): Shared<Arc<State>>, request: Request) -> Result<String, ApiError> {
-    let LoadBody { lora_name: name, lora_path } = parse(request, &state).await?;
+    let bytes = body::read(request, &state.limits).await?;
+    let guard = InFlight::new(&state);
+    let map = object(&bytes)?;
+    let name = Fields(&map).required("lora_name")?.to_owned();
+    let lora_path = PathBuf::from(Fields(&map).required("lora_path")?);
     let (engine, info) = state.serving()?;
     if name.is_empty() {
         return Err(ApiError::bad(
@@ -139,29 +143,32 @@ pub(super) async fn load(Shared(state): Shared<Arc<State>>, request: Request) ->
     let engine = Arc::clone(engine);
     let said = format!("Success: LoRA adapter '{name}' added successfully.");
     // Reading takes its time; once begun it is finished, whether or not the client waits for it.
-    tokio::task::spawn_blocking(move || engine.load_adapter(&name, &lora_path))
+    let load = move || {
+        let _guard = guard;
+        engine.load_adapter(&name, &lora_path)
+    };
+    tokio::task::spawn_blocking(load)
         .await
         .map_err(|e| ApiError::internal(format!("loading failed: {e}")))??;
     Ok(said)
 }
 
 pub(super) async fn unload(Shared(state): Shared<Arc<State>>, request: Request) -> Result<String, ApiError> {
-    let UnloadBody { lora_name: name } = parse(request, &state).await?;
+    let bytes = body::read(request, &state.limits).await?;
+    // A stop waits for the adapter's last requests, and so for their adapter to go.
+    let guard = InFlight::new(&state);
+    let map = object(&bytes)?;
+    let name = Fields(&map).required("lora_name")?;
     let (engine, _) = state.serving()?;
-    let pending = engine.unload_adapter(&name)?;
+    let pending = engine.unload_adapter(name)?;
     // Waited for even if the client does not, so that the memory is given back on a thread that may wait.
     let ended = tokio::spawn(async move {
+        let _guard = guard;
         let made = pending.done().await?;
         tokio::task::spawn_blocking(move || drop(made)).await.map_err(|e| ApiError::internal(e.to_string()))
     });
     ended.await.map_err(|e| ApiError::internal(format!("unloading failed: {e}")))??;
     Ok(format!("Success: LoRA adapter '{name}' removed successfully."))
-}
-
-async fn parse<T: DeserializeOwned>(request: Request, state: &State) -> Result<T, ApiError> {
-    let bytes = body::read(request, &state.limits).await?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| ApiError::malformed(format!("the body is not what it should be: {e}")))
 }
 
 impl From<AdapterError> for ApiError {

@@ -14,15 +14,20 @@ use crate::engine::SwapCounts;
 
 pub(super) async fn health(Shared(state): Shared<Arc<State>>) -> Response {
     let config = state.loaded().ok().map(|(_, info)| json!(info));
-    let status = match state.phase() {
+    let (status, why) = match state.phase() {
         Phase::Ready => return Json(json!({"status": "ok", "config": config})).into_response(),
-        Phase::Loading => "loading",
-        Phase::Draining => "draining",
-        Phase::Failed => "failed",
+        Phase::Loading => ("loading", "the model is being loaded".to_owned()),
+        Phase::Draining => ("draining", "the server is shutting down".to_owned()),
+        Phase::Failed => {
+            let failure = state.loaded().ok().and_then(|(engine, _)| engine.failure());
+            ("failed", format!("the engine has stopped: {}", failure.unwrap_or_default()))
+        }
     };
-    let error = state.loaded().ok().and_then(|(engine, _)| engine.failure());
-    let body = Json(json!({"status": status, "config": config, "error": error}));
-    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], body).into_response()
+    // A failure like any other, and what the reference's clients read beside it.
+    let mut body = ApiError::unavailable(why).body();
+    body["status"] = json!(status);
+    body["config"] = json!(config);
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], Json(body)).into_response()
 }
 
 pub(super) async fn swap_stats(Shared(state): Shared<Arc<State>>) -> Result<Json<Value>, ApiError> {

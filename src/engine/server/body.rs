@@ -82,7 +82,7 @@ async fn read_within(mut body: Body, limits: &Limits) -> Result<Bytes, ApiError>
                 return Err(ApiError::too_slow(format!("nothing came for {pause} s")));
             }
             Ok(None) => break,
-            Ok(Some(Err(e))) => return Err(ApiError::malformed(format!("the body broke off: {e}"))),
+            Ok(Some(Err(e))) => return Err(ApiError::bad("body", format!("the body broke off: {e}"))),
             Ok(Some(Ok(frame))) => frame,
         };
         let Ok(data) = frame.into_data() else { continue };

@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use lora_sched::EventError;
 use serde_json::json;
 
+use super::intake::Names;
 use crate::engine::SubmitError;
 
 /// A failed request: answered as `{"error":{"message","type","param","code"}}`.
@@ -26,7 +27,7 @@ impl ApiError {
         Self { param: Some(param), ..Self::new(StatusCode::BAD_REQUEST, "BadRequestError", message) }
     }
 
-    /// 400: a body that is not what it should be.
+    /// 400: what no single value is to blame for.
     pub(super) fn malformed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "BadRequestError", message)
     }
@@ -106,21 +107,21 @@ impl ApiError {
 }
 
 impl ApiError {
-    /// A request that the engine does not take; `adapter` is what the client calls the adapter's name.
-    pub(super) fn refused(error: SubmitError, adapter: &'static str) -> Self {
+    /// A request that the engine does not take.
+    pub(super) fn refused(error: SubmitError, Names { prompt, adapter }: Names) -> Self {
         let message = error.to_string();
         match error {
             _ if error.is_overload() => Self::unavailable(message),
             SubmitError::Refused(EventError::UnknownAdapter(_)) => Self::not_found(Some(adapter), message),
             SubmitError::Refused(EventError::AdapterFailed(_)) => Self::internal(message),
             SubmitError::Refused(EventError::TooLong { tokens, max_model_len }) => Self::bad(
-                "prompt",
+                prompt,
                 format!(
-                    "prompt and max_tokens together are {tokens} tokens and the model takes {max_model_len}: \
-                     shorten the prompt or lower max_tokens"
+                    "{prompt} and max_tokens together are {tokens} tokens and the model takes {max_model_len}: \
+                     shorten the {prompt} or lower max_tokens"
                 ),
             ),
-            SubmitError::Refused(_) | SubmitError::NoSuchToken { .. } => Self::bad("prompt", message),
+            SubmitError::Refused(_) | SubmitError::NoSuchToken { .. } => Self::bad(prompt, message),
             SubmitError::NoLogits => Self::bad("logprobs", message),
             SubmitError::Draining | SubmitError::Stopped(_) => Self::internal(message),
         }

@@ -53,12 +53,12 @@ pub(super) const UNSUPPORTED: &[(&str, Neutral)] = &[
 /// The body as a JSON object.
 pub(super) fn object(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     let text = std::str::from_utf8(bytes).map_err(|e| {
-        ApiError::malformed(format!("the body is not UTF-8: byte {} is wrong", e.valid_up_to()))
+        ApiError::bad("body", format!("the body is not UTF-8: byte {} is wrong", e.valid_up_to()))
     })?;
     match serde_json::from_str(text) {
         Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(ApiError::malformed("the body is not a JSON object")),
-        Err(e) => Err(ApiError::malformed(format!("the body is not JSON: {e}"))),
+        Ok(_) => Err(ApiError::bad("body", "the body is not a JSON object")),
+        Err(e) => Err(ApiError::bad("body", format!("the body is not JSON: {e}"))),
     }
 }
 
@@ -88,6 +88,11 @@ impl<'a> Fields<'a> {
             Some(Value::String(text)) => Ok(Some(text)),
             Some(other) => Err(ApiError::bad(name, format!("{name} must be a string, not {}", kind(other)))),
         }
+    }
+
+    /// A string that must be there.
+    pub(super) fn required(self, name: &'static str) -> Result<&'a str, ApiError> {
+        self.text(name)?.ok_or_else(|| ApiError::bad(name, format!("{name} is missing")))
     }
 
     /// Sequences of each prompt.

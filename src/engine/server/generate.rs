@@ -13,7 +13,7 @@ use lora_sched::AdapterId;
 
 use super::error::ApiError;
 use super::frames::{Frames, Summary};
-use super::intake::{Ask, Intake, Prompt, none_empty, tokenize};
+use super::intake::{Ask, Intake, Names, Prompt, none_empty, tokenize};
 use super::params::GenerateBody;
 use super::sequences::{Piece, Sequences};
 use super::state::State;
@@ -30,7 +30,8 @@ pub(super) async fn generate(
     let prompts =
         tokenize(vec![Prompt::Text { text: prompt.clone(), special: true }], engine, "prompt").await?;
     none_empty(&prompts, "prompt")?;
-    let sequences = intake.submit(Ask { prompts, n, adapter, params, adapter_param: "model_id" }).await?;
+    let names = Names { prompt: "prompt", adapter: "model_id" };
+    let sequences = intake.submit(Ask { prompts, n, adapter, params, names }).await?;
     let output = Output {
         frames: Frames::new(&prompt, sequences.len()),
         model_id,

@@ -42,8 +42,14 @@ pub(super) struct Ask {
     pub(super) n: usize,
     pub(super) adapter: Option<AdapterId>,
     pub(super) params: GenerateParams,
-    /// What the client calls the adapter's name, for messages.
-    pub(super) adapter_param: &'static str,
+    pub(super) names: Names,
+}
+
+/// What the client calls the things that a request can fail by, for messages.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Names {
+    pub(super) prompt: &'static str,
+    pub(super) adapter: &'static str,
 }
 
 /// A prompt as it came.
@@ -84,16 +90,19 @@ impl Intake {
         let clock = engine.clock();
         let received = clock.at(received);
         let asked = ask.prompts.len().saturating_mul(ask.n);
-        if asked > MAX_SEQUENCES {
+        // More than the whole queue holds would be refused for ever.
+        let most = MAX_SEQUENCES.min(engine.scheduler_config().max_queue);
+        if asked > most {
             let message = format!(
-                "{} prompts with n = {} ask for {asked} sequences and a request may have {MAX_SEQUENCES}: \
+                "{} prompts with n = {} ask for {asked} sequences and a request may have {most}: \
                  send several requests",
                 ask.prompts.len(),
                 ask.n
             );
-            return Err(ApiError::bad("prompt", message));
+            let param = if ask.prompts.len() == 1 { "n" } else { ask.names.prompt };
+            return Err(ApiError::bad(param, message));
         }
-        let refused = |error| ApiError::refused(error, ask.adapter_param);
+        let refused = |error| ApiError::refused(error, ask.names);
         let mut requests = Vec::with_capacity(asked);
         for prompt in &ask.prompts {
             for i in 0..ask.n {
@@ -101,18 +110,15 @@ impl Intake {
                 // Sequences of one prompt differ in their random streams alone.
                 params.seed = params.seed.map(|s| s.wrapping_add(i as u64));
                 let prompt = prompt.clone();
-                let request =
-                    GenerateRequest { prompt, adapter: ask.adapter, params, received: Some(received) };
-                if i == 0 {
-                    engine.check(&request).map_err(refused)?;
-                }
-                requests.push(request);
+                requests.push(GenerateRequest {
+                    prompt,
+                    adapter: ask.adapter,
+                    params,
+                    received: Some(received),
+                });
             }
         }
-        let mut handles = Vec::with_capacity(asked);
-        for request in requests {
-            handles.push(engine.submit(request).map_err(refused)?);
-        }
+        let handles = engine.submit_all(requests).map_err(refused)?;
         let prompt_tokens = ask.prompts.iter().map(Vec::len).collect();
         let mut sequences =
             Sequences::new(&state, guard, handles, prompt_tokens, ask.n, ask.adapter, (received, clock));

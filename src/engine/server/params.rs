@@ -28,7 +28,7 @@ impl GenerateBody {
         f.refuse(UNSUPPORTED)?;
         f.refuse(&[("logprobs", Neutral::Null)])?;
         let max_tokens = f.integer("max_tokens", 16, 1, i64::from(u32::MAX))? as u32;
-        let prompt = f.text("prompt")?.ok_or_else(|| ApiError::bad("prompt", "prompt is missing"))?;
+        let prompt = f.required("prompt")?;
         // Null is the base model, absent is adapter 0.
         let model_id = match map.get("model_id") {
             None => Some(0),

@@ -9,14 +9,22 @@ use crate::engine::fetcher::Fetched;
 
 /// What the loop is told by other threads.
 pub(in crate::engine) enum Message {
-    /// A request, with the number given to it when it was put in.
-    Submit(RequestId, Box<Submission>),
+    /// Requests that the queue takes together or not at all, numbered upwards from the first's.
+    Submit(RequestId, Vec<Submission>),
     /// A request is not wanted any more: its client has gone or its stop string was found.
     Cancel(RequestId),
     /// A change to the adapters.
     Change(Change),
     /// An adapter has been read from disk, or not.
     Fetched(Fetched),
+}
+
+/// Requests put in together, each with its number.
+pub(super) fn numbered(
+    first: RequestId,
+    together: Vec<Submission>,
+) -> impl Iterator<Item = (RequestId, Submission)> {
+    (first.0..).map(RequestId).zip(together)
 }
 
 #[derive(Default)]
@@ -43,21 +51,18 @@ impl Mailbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a request in and numbers it; gives it back if the loop has ended.
-    pub(in crate::engine) fn submit(
-        &self,
-        submission: Box<Submission>,
-    ) -> Result<RequestId, Box<Submission>> {
+    /// Puts requests in together and numbers them; the first one's number. Gives them back if the loop has ended.
+    pub(in crate::engine) fn submit(&self, together: Vec<Submission>) -> Result<RequestId, Vec<Submission>> {
         let mut state = self.lock();
         if state.closed {
-            return Err(submission);
+            return Err(together);
         }
-        let id = RequestId(state.next_id);
-        state.next_id += 1;
-        state.messages.push(Message::Submit(id, submission));
+        let first = RequestId(state.next_id);
+        state.next_id += together.len() as u64;
+        state.messages.push(Message::Submit(first, together));
         drop(state);
         self.some.notify_one();
-        Ok(id)
+        Ok(first)
     }
 
     /// Tells that a request is not wanted any more.

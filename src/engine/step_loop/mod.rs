@@ -21,7 +21,7 @@ pub(super) use active::{Active, Submission};
 pub(super) use adapters::Change;
 use adapters::OpenFetch;
 pub(super) use mailbox::Mailbox;
-use mailbox::Message;
+use mailbox::{Message, numbered};
 use record::Recorder;
 
 use super::adapters::{Directory, HostPool};
@@ -31,7 +31,7 @@ use super::executor::{Completion, Executor, ExecutorError, StepFeed, TokenId};
 use super::fetcher::Fetcher;
 use super::gauges::Gauges;
 use super::life::Reply;
-use super::output::{OutItem, OutQueue};
+use super::output::{OutItem, OutQueue, OutState};
 use crate::report::decision_log::DecisionLog;
 
 /// Why a step loop has ended before it was told to.
@@ -151,8 +151,8 @@ impl StepLoop {
     pub(super) fn run(mut self) -> Result<(), LoopError> {
         let outcome = self.turns();
         for message in self.mailbox.close() {
-            if let Message::Submit(id, submission) = message {
-                self.items.push(OutItem::Open(id, submission.out));
+            if let Message::Submit(first, together) = message {
+                self.items.extend(numbered(first, together).map(|(id, s)| OutItem::Open(id, s.out)));
             }
         }
         self.recorder.flush();
@@ -195,28 +195,8 @@ impl StepLoop {
     fn message(&mut self, message: Message) -> Result<(), LoopError> {
         let t = self.tick();
         match message {
-            Message::Submit(id, submission) => {
-                let Submission { active, out } = *submission;
-                let arrival = active.arrival(id, t);
-                let hit = arrival.adapter.is_some_and(|a| self.scheduler.slot_of(a).is_some());
-                let taken = self.scheduler.handle(t, Event::Arrive(arrival), &mut self.outbox);
-                self.recorder.arrive(t, &arrival, taken.as_ref().err());
-                match taken {
-                    Ok(()) => {
-                        self.gauges.accepted.fetch_add(1, Relaxed);
-                        self.gauges.prompt_tokens.fetch_add(arrival.prompt_tokens.into(), Relaxed);
-                        if let Some(adapter) = arrival.adapter {
-                            self.directory.arrived(adapter, t, hit);
-                        }
-                        self.active.insert(id, active);
-                        self.items.push(OutItem::Open(id, out));
-                    }
-                    Err(error) => {
-                        self.gauges.refused.fetch_add(1, Relaxed);
-                        self.items.push(OutItem::Refuse(out, error));
-                    }
-                }
-            }
+            // Each of them is an event with a time of its own.
+            Message::Submit(first, together) => return self.submitted(first, together),
             Message::Cancel(id) => {
                 // A cancel may cross the request's own end.
                 let Some(active) = self.active.get_mut(&id) else { return Ok(()) };
@@ -228,6 +208,50 @@ impl StepLoop {
             Message::Fetched(fetched) => self.fetched(t, fetched)?,
         }
         self.settle(t)
+    }
+
+    /// Takes requests into the queue: all of them, or none where it has no room for all.
+    fn submitted(&mut self, first: RequestId, together: Vec<Submission>) -> Result<(), LoopError> {
+        let max_queue = self.scheduler.config().max_queue;
+        // One alone is the scheduler's to refuse, which the log then tells of.
+        if together.len() > 1 && self.scheduler.waiting().saturating_add(together.len()) > max_queue {
+            for Submission { out, .. } in together {
+                self.refuse(out, EventError::QueueFull { max_queue });
+            }
+            return Ok(());
+        }
+        for (id, submission) in numbered(first, together) {
+            let t = self.tick();
+            self.arrive(t, id, submission);
+            self.settle(t)?;
+        }
+        Ok(())
+    }
+
+    fn arrive(&mut self, t: Nanos, id: RequestId, submission: Submission) {
+        let Submission { active, out } = submission;
+        let arrival = active.arrival(id, t);
+        let hit = arrival.adapter.is_some_and(|a| self.scheduler.slot_of(a).is_some());
+        let taken = self.scheduler.handle(t, Event::Arrive(arrival), &mut self.outbox);
+        self.recorder.arrive(t, &arrival, taken.as_ref().err());
+        if let Err(error) = taken {
+            return self.refuse(out, error);
+        }
+        self.gauges.accepted.fetch_add(1, Relaxed);
+        self.gauges.prompt_tokens.fetch_add(arrival.prompt_tokens.into(), Relaxed);
+        if let Some(adapter) = arrival.adapter {
+            self.directory.arrived(adapter, t, hit);
+        }
+        self.active.insert(id, active);
+        self.items.push(OutItem::Open(id, out));
+    }
+
+    fn refuse(&mut self, out: Box<OutState>, error: EventError) {
+        // What cannot be served at any time is no sign of overload.
+        if matches!(error, EventError::QueueFull { .. }) {
+            self.gauges.refused.fetch_add(1, Relaxed);
+        }
+        self.items.push(OutItem::Refuse(out, error));
     }
 
     fn step_done(&mut self, step: u64, started: Nanos, ended: Nanos) -> Result<(), LoopError> {

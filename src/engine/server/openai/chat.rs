@@ -11,7 +11,7 @@ use super::messages;
 use super::request::Common;
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::{Fields, Neutral, object};
-use crate::engine::server::intake::{Ask, Intake, none_empty};
+use crate::engine::server::intake::{Ask, Intake, Names, none_empty};
 use crate::engine::server::state::State;
 
 const NOT_HERE: &[(&str, Neutral)] = &[
@@ -45,6 +45,7 @@ pub(in crate::engine::server) async fn chat_completions(
     let model = common.model.unwrap_or_else(|| info.model.clone());
     let answer = Answer::new(Kind::Chat, &intake.id, model, common.shape);
     let (n, params) = (common.n, common.params);
-    let sequences = intake.submit(Ask { prompts, n, adapter, params, adapter_param: "model" }).await?;
+    let names = Names { prompt: "messages", adapter: "model" };
+    let sequences = intake.submit(Ask { prompts, n, adapter, params, names }).await?;
     answer.respond(sequences).await
 }

@@ -12,7 +12,7 @@ use super::request::Common;
 use crate::engine::model::SamplingDefaults;
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::{Fields, Neutral, ids, kind, object};
-use crate::engine::server::intake::{Ask, Intake, Prompt, none_empty, tokenize};
+use crate::engine::server::intake::{Ask, Intake, Names, Prompt, none_empty, tokenize};
 use crate::engine::server::state::State;
 
 const NOT_HERE: &[(&str, Neutral)] =
@@ -31,7 +31,8 @@ pub(in crate::engine::server) async fn completions(
     let model = common.model.unwrap_or_else(|| info.model.clone());
     let answer = Answer::new(Kind::Completion, &intake.id, model, common.shape);
     let (n, params) = (common.n, common.params);
-    let sequences = intake.submit(Ask { prompts, n, adapter, params, adapter_param: "model" }).await?;
+    let names = Names { prompt: "prompt", adapter: "model" };
+    let sequences = intake.submit(Ask { prompts, n, adapter, params, names }).await?;
     answer.respond(sequences).await
 }
 
