@@ -68,6 +68,13 @@ impl Did {
         self.cancels.prefilling += other.cancels.prefilling;
         self.cancels.decoding += other.cancels.decoding;
     }
+
+    /// Whether there were cancels in each phase, and everything else that requests can meet.
+    fn met_everything(&self) -> bool {
+        let Cancels { waiting, swapping, prefilling, decoding } = self.cancels;
+        let met = [waiting, swapping, prefilling, decoding, self.preempted, self.swaps, self.finished];
+        met.iter().all(|n| *n > 0)
+    }
 }
 
 impl Soak {
@@ -197,7 +204,12 @@ fn cancels(lines: &[LogLine]) -> Cancels {
 #[test]
 fn emulated_requests_all_end_once_and_leave_nothing_behind() {
     let mut did = Did::default();
-    for (seed, (swap_mode, prefetch)) in MODES.into_iter().enumerate() {
+    // When clients leave is a matter of real time: on a busy machine it takes more than one round to meet every phase.
+    const ROUNDS: usize = 6;
+    for (seed, (swap_mode, prefetch)) in MODES.into_iter().cycle().take(ROUNDS * MODES.len()).enumerate() {
+        if seed % MODES.len() == 0 && did.met_everything() {
+            break;
+        }
         let adapters = Config::with_adapters(ADAPTERS, SLOTS, 8, 1000).adapters;
         let config = Config {
             adapters,
@@ -232,12 +244,7 @@ fn emulated_requests_all_end_once_and_leave_nothing_behind() {
         }
         did.add(&soak.end());
     }
-    let Cancels { waiting, swapping, prefilling, decoding } = did.cancels;
-    assert!(
-        [waiting, swapping, prefilling, decoding].iter().all(|n| *n > 0),
-        "no cancel in a phase: {did:?}"
-    );
-    assert!(did.preempted > 0 && did.swaps > 0 && did.finished > 0, "{did:?}");
+    assert!(did.met_everything(), "{did:?}");
 }
 
 /// A model with few slots and with blocks for a quarter of what its sequences may need.
@@ -397,9 +404,6 @@ mod gpu {
             did.add(&this);
         }
         println!("{model}, {minutes} minutes: {did:?}");
-        let Cancels { waiting, swapping, prefilling, decoding } = did.cancels;
-        let cancelled = [waiting, swapping, prefilling, decoding];
-        assert!(cancelled.iter().all(|n| *n > 0), "no cancel in a phase: {did:?}");
-        assert!(did.preempted > 0 && did.swaps > 0 && did.finished > 0, "{did:?}");
+        assert!(did.met_everything(), "{did:?}");
     }
 }
