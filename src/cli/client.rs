@@ -14,9 +14,7 @@ use super::ui;
 use super::workload::WorkloadSettings;
 use crate::experiment::lenient;
 use crate::loadgen::{Endpoint, Health, LoadOptions, LoadOutcome, PreparedRequest, run_load};
-use crate::report::digest;
 use crate::report::files::check_writable;
-use crate::report::manifest::Dataset;
 use crate::report::record::Status;
 use crate::workload::tokenizer::{Tokenizer, TokenizerSource};
 
@@ -266,11 +264,4 @@ pub fn verdict(outcome: &LoadOutcome) -> Result<(), Failure> {
 /// Whether results go to a CSV rather than to JSONL.
 pub fn is_csv(path: &Path) -> bool {
     path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"))
-}
-
-/// What the workload is read from, for the manifest.
-pub fn dataset(workload: &WorkloadSettings) -> Result<Option<Dataset>, Failure> {
-    let Some(path) = workload.dataset.as_ref().or(workload.trace.as_ref()) else { return Ok(None) };
-    let sha256 = digest::sha256_file(path).map_err(|e| Failure::Failed(e.into()))?;
-    Ok(Some(Dataset { name: path.display().to_string(), sha256 }))
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
 use super::settings::Context;
-use super::{calibrate, sweep, ui, validate};
+use super::{calibrate, sweep, ui, validate, workload};
 use crate::calibrate::CalibrateOptions;
 use crate::experiment::{Cell, Engines, Experiment, Simulator, Sweep};
 use crate::report::files::FileError;
@@ -72,6 +72,7 @@ pub fn run(args: &DemoArgs, ctx: &Context) -> Result<(), Failure> {
     let mut manifest =
         Manifest::begin("demo", &experiment, &experiment.replicate.seeds).map_err(Failure::failed)?;
     manifest.of_profile(simulator.profile());
+    manifest.dataset = Some(workload::dataset(None)?);
     let manifest_path = folder.join("results.manifest.json");
     manifest.write(&manifest_path).map_err(Failure::failed)?;
     let run = Sweep {

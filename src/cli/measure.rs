@@ -224,7 +224,7 @@ impl Measure {
         let config = json!({"workload": self.workload, "client": self.client, "measure": self.settings});
         let mut manifest = Manifest::begin("measure", &config, &[self.workload.seed])
             .map_err(|e| Failure::Failed(e.into()))?;
-        manifest.dataset = client::dataset(&self.workload)?;
+        manifest.dataset = Some(self.workload.prompts()?);
         Ok(manifest)
     }
 

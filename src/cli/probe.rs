@@ -176,7 +176,7 @@ impl Probe {
         let config = json!({"workload": self.workload, "client": self.client, "probe": self.settings});
         let mut manifest = Manifest::begin("probe", &config, &[self.workload.seed])
             .map_err(|e| Failure::Failed(e.into()))?;
-        manifest.dataset = client::dataset(&self.workload)?;
+        manifest.dataset = Some(self.workload.prompts()?);
         Ok(manifest)
     }
 

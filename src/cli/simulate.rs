@@ -133,6 +133,7 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     let mut manifest =
         Manifest::begin("simulate", &(&settings, &workload, &flags), &[]).map_err(Failure::failed)?;
     manifest.of_profile(&profile);
+    manifest.dataset = Some(workload.prompts()?);
     let simulator = Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))?;
     let simulation = Simulation { simulator, workload, source, flags, settings };
 

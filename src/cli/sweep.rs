@@ -1,5 +1,6 @@
 //! `lora-hbm sweep`: every cell of an experiment file, measured or simulated.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -7,12 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
-use super::ui;
-use crate::experiment::{Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress, lenient};
+use super::{ui, workload};
+use crate::experiment::{
+    Experiment, Shard, Simulator, Sweep, SweepError, SweepProgress, WorkloadSettings, lenient,
+};
 use crate::report::cells::Cells;
 use crate::report::files::check_writable;
 use crate::report::machine::Gpu;
-use crate::report::manifest::{Manifest, unclaimed_beside};
+use crate::report::manifest::{Dataset, Manifest, unclaimed_beside};
 use crate::report::results::{ResultRow, Source};
 
 #[derive(Args, Debug, Serialize)]
@@ -85,6 +88,7 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
     if let Some(simulator) = &simulator {
         manifest.of_profile(simulator.profile());
     }
+    manifest.dataset = prompts(&experiment)?;
     let mut sweep = Sweep {
         experiment: &experiment,
         simulator: simulator.as_ref(),
@@ -233,6 +237,16 @@ pub(super) fn show(bar: &indicatif::ProgressBar, p: &SweepProgress<'_>) {
     bar.set_length(p.total as u64 * PARTS);
     let share = p.requests.0 as u64 * PARTS / (p.requests.1.max(1) as u64);
     bar.set_position(p.done as u64 * PARTS + share);
+}
+
+/// What the cells' requests come from, if it is one thing.
+fn prompts(experiment: &Experiment) -> Result<Option<Dataset>, Failure> {
+    let file = |w: &WorkloadSettings| w.dataset.as_ref().or(w.trace.as_ref()).map(PathBuf::from);
+    let files: BTreeSet<_> = experiment.cells().iter().map(|cell| file(&cell.workload)).collect();
+    match files.first() {
+        Some(one) if files.len() == 1 => Ok(Some(workload::dataset(one.as_deref())?)),
+        _ => Ok(None),
+    }
 }
 
 /// One line a cell.

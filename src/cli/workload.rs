@@ -1,20 +1,33 @@
 //! The WORKLOAD flags that `probe`, `measure`, `simulate` and `trace generate` share: what is sent.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
 use crate::experiment::lenient;
+use crate::report::digest;
+use crate::report::manifest::Dataset;
 use crate::workload::arrivals::Arrivals;
 use crate::workload::import;
+use crate::workload::lengths;
 use crate::workload::pool::PromptPool;
 use crate::workload::popularity::Popularity;
 use crate::workload::regime::Regime;
 use crate::workload::replay::{Replay, replay_trace};
 use crate::workload::spec::{Amount, WorkloadError, WorkloadSpec, generate_trace};
 use crate::workload::trace::Trace;
+
+/// A file of prompts or requests with its hash; none is the lengths that are built in.
+pub(super) fn dataset(file: Option<&Path>) -> Result<Dataset, Failure> {
+    let Some(path) = file else {
+        let sha256 = digest::sha256(lengths::file().as_bytes());
+        return Ok(Dataset { name: lengths::SOURCE.to_owned(), sha256 });
+    };
+    let sha256 = digest::sha256_file(path).map_err(|e| Failure::Failed(e.into()))?;
+    Ok(Dataset { name: path.display().to_string(), sha256 })
+}
 
 /// Output tokens of a request where nothing says otherwise.
 const MAX_TOKENS: u32 = 16;
@@ -158,6 +171,11 @@ impl WorkloadSettings {
             self.prompt_regime
         );
         Ok((Source::Pool(pool), said))
+    }
+
+    /// What requests come from, for the manifest.
+    pub fn prompts(&self) -> Result<Dataset, Failure> {
+        dataset(self.dataset.as_deref().or(self.trace.as_deref()))
     }
 
     /// As `source`, for what needs no tokenizer: a trace or the embedded lengths.

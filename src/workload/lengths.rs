@@ -11,6 +11,11 @@ const TABLE: &str = include_str!("../../configs/traces/sharegpt-llama2-lengths.c
 pub const SOURCE: &str =
     "ShareGPT lengths in Llama-2 tokens, embedded (sharegpt_8k_llama2 of sarathi-serve, Apache-2.0)";
 
+/// The file that is embedded, for its hash.
+pub fn file() -> &'static str {
+    TABLE
+}
+
 /// One conversation's lengths in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lengths {

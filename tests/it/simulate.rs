@@ -63,7 +63,9 @@ fn a_row_a_budget_is_written_and_small_budgets_are_slower() {
     assert_eq!(rows.iter().map(|r| r.gpu_loras).collect::<Vec<_>>(), [2, 16, 128]);
     assert!(rows[0].ttft_median > rows[2].ttft_median && rows[2].swap_count == Some(0));
     assert_eq!(rows[0].manifest.as_deref(), Some("r.manifest.json"));
-    assert!(dir.path().join("r.manifest.json").exists());
+    let manifest = lora_hbm::report::manifest::Manifest::read(dir.path().join("r.manifest.json")).unwrap();
+    let dataset = manifest.dataset.unwrap();
+    assert!(dataset.name.starts_with("ShareGPT lengths") && dataset.sha256.len() == 64, "{dataset:?}");
 }
 
 #[test]
@@ -206,6 +208,7 @@ fn a_sweep_with_nothing_left_writes_no_manifest_and_one_that_goes_on_its_own() {
     experiment("[1]");
     program(&sweep).assert().success();
     let first = read("e.simulated.manifest.json");
+    assert!(first.contains("ShareGPT lengths"), "{first}");
     program(&sweep).assert().success().stdout(contains("nothing is left to do: 4 simulated rows"));
     experiment("[1, 2]");
     program(&sweep).assert().success();

@@ -6,13 +6,16 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lora_sched::{
     AdapterId, AdapterSpec, Arrival, Config, Ended, Event, EventError, Evict, FetchPlan, HostState, Nanos,
-    Notice, Outbox, Parts, Policy, RequestId, Scheduler, SlotId, SlotState, StepPlan, SwapKind, SwapMode,
-    SwapPlan,
+    Notice, Outbox, Outline, Parts, Policy, RequestId, Scheduler, SeqStep, SlotId, SlotState, StepPlan,
+    SwapKind, SwapMode, SwapPlan,
 };
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 
 pub use changes::{Change, changing_load};
+
+/// Every adapter that comes later.
+const ADDED: AdapterSpec = AdapterSpec { rank: 8, bytes: 500, pinned: false };
 
 /// A configuration and everything that happens to it.
 #[derive(Clone, Debug)]
@@ -341,7 +344,7 @@ impl<'a> Driver<'a> {
 
     fn change(&mut self, change: Change, before: &[lora_sched::SlotView]) -> Result<(), TestCaseError> {
         let event = match change {
-            Change::Add => Event::AddAdapter(AdapterSpec::new(8, 500)),
+            Change::Add => Event::AddAdapter(ADDED),
             Change::Remove(adapter) => Event::RemoveAdapter(AdapterId(adapter)),
             Change::Pin(adapter, pinned) => Event::PinAdapter(AdapterId(adapter), pinned),
         };
@@ -373,8 +376,13 @@ impl<'a> Driver<'a> {
         let before: Vec<_> = self.scheduler.slots().collect();
         let aged = if self.age_bound { self.scheduler.aged() } else { None };
         let mut plan = std::mem::take(&mut self.plan);
+        // Now and then: a copy of everything costs more than a plan.
+        let mut twin = self.run.decisions.len().is_multiple_of(16).then(|| self.scheduler.clone());
         let formed = self.scheduler.plan(self.now, &mut plan, &mut self.out);
         self.plan = plan;
+        if let Some(twin) = &mut twin {
+            self.check_outline(twin, formed)?;
+        }
         for swap in &self.out.swaps {
             prop_assert_eq!(before[swap.slot.0 as usize].pins, 0, "{:?} evicts a pinned adapter", swap);
         }
@@ -393,6 +401,44 @@ impl<'a> Driver<'a> {
         self.run.decisions.push((self.plan.clone(), self.out.swaps.clone()));
         self.step_waits = true;
         self.submit_waiting_step();
+        Ok(())
+    }
+
+    /// An outline sums up what it does not name and names the rest alike; and the scheduler, of which `twin` is a copy
+    /// from before the plan, is left as by the plan with names.
+    fn check_outline(&self, twin: &mut Scheduler, formed: bool) -> Result<(), TestCaseError> {
+        let (mut outline, mut out) = (StepPlan::outlined(), Outbox::default());
+        prop_assert_eq!(twin.plan(self.now, &mut outline, &mut out), formed);
+        prop_assert_eq!(format!("{twin:?} {out:?}"), format!("{:?} {:?}", self.scheduler, self.out));
+        if !formed {
+            return Ok(());
+        }
+        let (decodes, prompts): (Vec<_>, Vec<_>) = self.plan.seqs.iter().partition(|s| s.decode);
+        // Of those that come later, too.
+        let rank = |a: AdapterId| {
+            u64::from(self.load.config.adapters.get(a.0 as usize).map_or(ADDED.rank, |spec| spec.rank))
+        };
+        let with_adapter = || decodes.iter().filter_map(|s| s.adapter.map(|a| a.0));
+        let distinct: BTreeSet<_> = self.plan.seqs.iter().filter_map(|s| s.adapter.map(|a| a.0)).collect();
+        let expected = Outline {
+            decodes: decodes.len() as u64,
+            decode_context: decodes.iter().map(|s| u64::from(s.start) + 1).sum(),
+            lora_decodes: with_adapter().count() as u64,
+            lora_decode_ranks: with_adapter().map(rank).sum(),
+            adapters: distinct.len() as u64,
+            adapter_ranks: distinct.iter().map(|a| rank(*a)).sum(),
+        };
+        prop_assert_eq!(outline.outline, Some(expected));
+        let unplaced = |s: &SeqStep| SeqStep { new_blocks: 0..0, ..s.clone() };
+        prop_assert_eq!(
+            outline.seqs.iter().map(unplaced).collect::<Vec<_>>(),
+            prompts.into_iter().map(unplaced).collect::<Vec<_>>()
+        );
+        prop_assert_eq!(
+            (&outline.loading, outline.wait_for_swaps),
+            (&self.plan.loading, self.plan.wait_for_swaps)
+        );
+        prop_assert_eq!(outline.tokens(), self.plan.tokens());
         Ok(())
     }
 
