@@ -11,7 +11,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::failure::Failure;
 use super::ui;
-use super::workload::WorkloadSettings;
 use crate::experiment::lenient;
 use crate::loadgen::{Endpoint, Health, LoadOptions, LoadOutcome, PreparedRequest, run_load};
 use crate::report::files::check_writable;

@@ -61,11 +61,16 @@ pub fn html(
     Ok(page)
 }
 
+/// A source, and values of the settings that vary.
+type Configuration = (Source, Vec<String>);
+/// Medians of a configuration's runs, by budget.
+type OfBudgets = BTreeMap<u32, Vec<f64>>;
+
 /// From which budget on more slots bring nothing that shows, for each source and setting.
 fn answers(rows: &[ResultRow]) -> Vec<String> {
     let named: Vec<Row<'_>> = rows.iter().map(Row::new).collect();
     let settings = varying(&named);
-    let mut groups: Vec<((Source, Vec<String>), BTreeMap<u32, Vec<f64>>)> = Vec::new();
+    let mut groups: Vec<(Configuration, OfBudgets)> = Vec::new();
     for row in &named {
         let Some(median) = row.row.ttft_median else { continue };
         let key =
@@ -76,7 +81,7 @@ fn answers(rows: &[ResultRow]) -> Vec<String> {
         });
         groups[at].1.entry(row.row.gpu_loras).or_default().push(median);
     }
-    let answer = |((source, values), budgets): &((Source, Vec<String>), BTreeMap<u32, Vec<f64>>)| {
+    let answer = |((source, values), budgets): &(Configuration, OfBudgets)| {
         let medians: Vec<(u32, f64)> =
             budgets.iter().filter_map(|(b, runs)| Some((*b, stats::mean(runs)?))).collect();
         let least = medians.iter().map(|m| m.1).fold(f64::INFINITY, f64::min);
