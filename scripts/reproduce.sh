@@ -78,7 +78,8 @@ trap 'if [ -n "$server" ]; then kill "$server"; fi' EXIT
 # with_server MODEL SLOTS [FLAGS]: sets url.
 with_server() {
     say "a server of $1 with $2 slots"
-    hbm serve --model "$1" --total-loras 128 --gpu-loras "$2" --max-r 16 --device "$device" --port 0 "${@:3}" \
+    # Not through a function: the signal is to reach the program.
+    "$program" serve --model "$1" --total-loras 128 --gpu-loras "$2" --max-r 16 --device "$device" --port 0 "${@:3}" \
         2>"$out/serve.log" &
     server=$!
     url=
@@ -144,9 +145,13 @@ repeats() {
 judge() {
     say "judge"
     # 3: not all is within bounds, which is a result like any other.
-    hbm validate --measured h100-pilot.csv --requests h100-pilot-requests --experiment h100-pilot.toml \
-        --profile profile.json -o validation.json || [ $? = 3 ]
+    for format in json table; do
+        hbm validate --measured h100-pilot.csv --requests h100-pilot-requests --experiment h100-pilot.toml \
+            --profile profile.json --format $format >validation.$format || [ $? = 3 ]
+    done
+    cat validation.table
     hbm plot h100-pilot.csv
+    hbm report h100-pilot.csv
 }
 
 plan() {
