@@ -81,6 +81,8 @@ fn answers(rows: &[ResultRow]) -> Vec<String> {
         });
         groups[at].1.entry(row.row.gpu_loras).or_default().push(median);
     }
+    // What was measured comes first.
+    groups.sort_by_key(|((source, _), _)| *source);
     let answer = |((source, values), budgets): &(Configuration, OfBudgets)| {
         let medians: Vec<(u32, f64)> =
             budgets.iter().filter_map(|(b, runs)| Some((*b, stats::mean(runs)?))).collect();
