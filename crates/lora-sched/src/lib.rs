@@ -28,7 +28,7 @@
 //! assert!(scheduler.is_idle());
 //! ```
 //!
-//! Where to look: `scheduler.rs` takes events, `admit.rs` forms steps, `policy.rs` says who is
+//! Where to look: `scheduler.rs` takes events, `admit.rs` forms steps, `done.rs` ends them, `policy.rs` says who is
 //! admitted, `slots.rs` and `evict.rs` say who is evicted, `adapters.rs` lets adapters come and go,
 //! `host.rs` says which are read from disk, `meter.rs` says what a request waited for, `decodes.rs` brings
 //! decoding requests further, `skip.rs` takes runs of equal steps at once.
@@ -38,6 +38,7 @@ mod admit;
 mod audit;
 mod config;
 mod decodes;
+mod done;
 mod event;
 pub mod evict;
 mod heap;
