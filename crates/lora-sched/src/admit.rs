@@ -10,7 +10,7 @@ use crate::policy::{AdmissionPolicy, NeedsSlot, Pick, QueueView};
 use crate::queue::BASE;
 use crate::requests::{NONE, Phase, PinnedSlot};
 use crate::scheduler::{Chunk, Scheduler};
-use crate::types::{AdapterId, Nanos, PlaceId, RequestId, SlotId};
+use crate::types::{AdapterId, Nanos, RequestId, SlotId};
 
 impl Scheduler {
     /// Forms the next step into `plan`, if there is anything to compute. True: the driver submits it
@@ -112,10 +112,10 @@ impl Scheduler {
 
     /// A block for the `i`-th decode's next token; there is one.
     pub(crate) fn give_block(&mut self, i: usize) -> Option<u32> {
-        let request = &mut self.requests[self.decodes.at(i).index];
-        request.add_blocks(1, self.config.block_size);
+        let decode = self.decodes.at(i);
+        self.requests[decode.index].add_blocks(1, self.config.block_size);
         self.decodes.grow(i, self.config.block_size);
-        self.kv.grow(request.phase.place()?)
+        self.kv.grow(decode.place)
     }
 
     /// The `i`-th decode's share of the step.
@@ -124,7 +124,7 @@ impl Scheduler {
         let request = &self.requests[decode.index];
         SeqStep {
             id: request.id,
-            place: request.phase.place().unwrap_or(PlaceId(0)),
+            place: decode.place,
             adapter: decode.slot.get().map(|slot| (AdapterId(request.group - 1), slot)),
             start: request.computed + self.decodes.steps_of(&decode),
             len: 1,

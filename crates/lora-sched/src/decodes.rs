@@ -2,16 +2,18 @@
 //!
 //! Every step brings all of them a token further, so where one stands follows from how many steps there were since it
 //! began. Nobody is looked at in a step but to see who ends and who needs a block, and only in steps in which somebody
-//! does: a step costs O(1), and O(decoding requests) where one of them changes, over entries of 32 bytes side by side.
+//! does: a step costs O(1), and O(decoding requests) where one of them changes, over entries of 40 bytes side by side.
 
 use crate::plan::Outline;
 use crate::requests::{Phase, PinnedSlot, Request};
+use crate::types::PlaceId;
 
 /// A request that decodes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Decode {
     /// Its index among the requests.
     pub(crate) index: u32,
+    pub(crate) place: PlaceId,
     pub(crate) slot: PinnedSlot,
     /// Steps that there had been when it began.
     since: u64,
@@ -64,15 +66,13 @@ impl Decodes {
         self.decodes.iter()
     }
 
-    /// A running request has its prompt in the cache, its first token, and more to come.
-    pub(crate) fn begin(&mut self, index: u32, request: &mut Request, rank: u32) {
-        if let Some(place) = request.phase.place() {
-            request.phase = Phase::Decoding { place, cancelled: false };
-        }
+    /// A request that runs at a place has its prompt in the cache, its first token, and more to come.
+    pub(crate) fn begin(&mut self, index: u32, place: PlaceId, request: &mut Request, rank: u32) {
+        request.phase = Phase::Decoding { place, cancelled: false };
         let since = self.steps;
         let end = since + u64::from(request.max_tokens - request.generated);
         let full = since + u64::from(request.capacity - request.computed);
-        self.decodes.push(Decode { index, slot: request.slot, since, end, full });
+        self.decodes.push(Decode { index, place, slot: request.slot, since, end, full });
         self.first_end = self.first_end.min(end);
         self.first_full = self.first_full.min(full);
         self.context += u64::from(request.computed) + 1;

@@ -84,9 +84,9 @@ impl Scheduler {
                 request.parts.prefill += took - swap;
                 request.since = now;
             }
-            let Phase::Prefilling { in_step, cancelled, .. } = &mut request.phase else { continue };
+            let Phase::Prefilling { place, in_step, cancelled } = &mut request.phase else { continue };
             *in_step = false;
-            let cancelled = *cancelled;
+            let (place, cancelled) = (*place, *cancelled);
             if chunk.samples {
                 request.generated += 1;
                 if request.generated == 1 && !cancelled {
@@ -104,7 +104,7 @@ impl Scheduler {
             };
             match why {
                 Some(why) => self.end(chunk.index, why, out),
-                None if chunk.samples => self.begin_decoding(chunk.index),
+                None if chunk.samples => self.begin_decoding(chunk.index, place),
                 None => {}
             }
         }
@@ -112,13 +112,13 @@ impl Scheduler {
         self.step.chunks = chunks;
     }
 
-    fn begin_decoding(&mut self, index: u32) {
+    fn begin_decoding(&mut self, index: u32, place: PlaceId) {
         let request = &mut self.requests[index];
         let rank = self.queue.group(request.group).spec.rank;
         if let Some(slot) = request.slot.get() {
             self.slots.begin_decoding(slot, rank);
         }
-        self.decodes.begin(index, request, rank);
+        self.decodes.begin(index, place, request, rank);
     }
 
     /// Ends a running request and gives back what it holds.
