@@ -349,18 +349,7 @@ pub(super) fn print(validation: &Validation) {
     }
     println!("{table}");
     print_beside(validation);
-    if let Some(effect) = validation.effect {
-        println!("measured median TTFT at the smallest budget: {effect:.2} times that at the largest");
-    }
-    if let Some(skill) = validation.skill {
-        println!("skill against the best constant over budgets: {skill:.3}");
-    }
-    if let Some(tau) = validation.tau {
-        println!("Kendall's tau over the pairs of budgets that repeats tell apart: {tau:.2}");
-    }
-    if let Some((measured, simulated)) = validation.knee {
-        println!("within 10 % of the least median from budget {measured} on; simulated, from {simulated} on");
-    }
+    validation.said().iter().for_each(|said| println!("{said}"));
 }
 
 /// Naive predictors, and what requests files and a profile add.

@@ -95,7 +95,7 @@ impl Decodes {
             self.first_end = self.decodes.iter().map(|d| d.end).min().unwrap_or(u64::MAX);
         }
         if decode.full == self.first_full {
-            self.first_full = self.decodes.iter().map(|d| d.full).min().unwrap_or(u64::MAX);
+            self.find_full();
         }
     }
 

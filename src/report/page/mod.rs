@@ -101,15 +101,7 @@ fn answers(rows: &[ResultRow]) -> Vec<String> {
 }
 
 fn validation(v: &Validation) -> Value {
-    let mut said = Vec::new();
-    said.extend(v.skill.map(|s| format!("skill against the best constant over budgets: {s:.3}")));
-    said.extend(
-        v.effect.map(|e| format!("measured median at the smallest budget: {e:.2} times that at the largest")),
-    );
-    said.extend(v.knee.map(|(measured, simulated)| {
-        format!("within 10 % of the least median from budget {measured} on; simulated, from {simulated} on")
-    }));
-    context! { what => &v.what, budgets => v.budgets.iter().map(budget).collect::<Vec<_>>(), said }
+    context! { what => &v.what, budgets => v.budgets.iter().map(budget).collect::<Vec<_>>(), said => v.said() }
 }
 
 fn budget(b: &BudgetComparison) -> Vec<String> {

@@ -189,6 +189,24 @@ impl Validation {
         groups.values().map(|rows| Self::of(rows)).filter(|v| !v.budgets.is_empty()).collect()
     }
 
+    /// What the budgets come to together, a line each.
+    pub fn said(&self) -> Vec<String> {
+        let effect = self.effect.map(|effect| {
+            format!("measured median TTFT at the smallest budget: {effect:.2} times that at the largest")
+        });
+        let skill =
+            self.skill.map(|skill| format!("skill against the best constant over budgets: {skill:.3}"));
+        let tau = self
+            .tau
+            .map(|tau| format!("Kendall's tau over the pairs of budgets that repeats tell apart: {tau:.2}"));
+        let knee = self.knee.map(|(measured, simulated)| {
+            format!(
+                "within 10 % of the least median from budget {measured} on; simulated, from {simulated} on"
+            )
+        });
+        [effect, skill, tau, knee].into_iter().flatten().collect()
+    }
+
     /// What does not hold of medians within `median` per cent and 90th percentiles within `p90` at every budget (or
     /// twice the spread), and of a skill of at least `skill` where the budget matters: where the measured median at
     /// the smallest is half as much again as at the largest. Over medians that are nearly alike any constant is right.
