@@ -178,9 +178,9 @@ impl StepLoop {
             if self.flight.is_none() {
                 self.plan()?;
             }
+            self.publish();
             self.outputs.push(&mut self.items);
             self.recorder.flush();
-            self.publish();
             self.reply();
         }
         Ok(())
@@ -284,6 +284,10 @@ impl StepLoop {
         self.gauges.steps.fetch_add(1, Relaxed);
         self.gauges.generation_tokens.fetch_add(generated, Relaxed);
         self.settle(t)?;
+        // Who has its answer sees an engine that has given it.
+        if self.items.iter().any(|item| matches!(item, OutItem::Ended { .. })) {
+            self.publish();
+        }
         self.outputs.push(&mut self.items);
         Ok(())
     }
