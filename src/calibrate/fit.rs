@@ -6,6 +6,18 @@ use nalgebra::{DMatrix, DVector};
 /// Squares Problems*, 1974, chapter 23). `a` is `[rows, columns]`. Costs cannot be negative, and a
 /// piecewise-linear function with non-negative slopes is monotone.
 pub fn nnls(a: &DMatrix<f64>, b: &DVector<f64>) -> DVector<f64> {
+    // The triangle of a QR factorisation has the same minimum, however many the rows were.
+    if a.nrows() > a.ncols() + 1 {
+        let mut triangle = a.clone().insert_column(a.ncols(), 0.0);
+        triangle.set_column(a.ncols(), b);
+        let r = triangle.qr().r();
+        return settled(&r.columns(0, a.ncols()).into_owned(), &r.column(a.ncols()).into_owned());
+    }
+    settled(a, b)
+}
+
+/// The active-set method itself.
+fn settled(a: &DMatrix<f64>, b: &DVector<f64>) -> DVector<f64> {
     let columns = a.ncols();
     // Columns of one scale, so that one tolerance serves all.
     let scale: Vec<f64> = a.column_iter().map(|c| c.norm().max(f64::MIN_POSITIVE)).collect();

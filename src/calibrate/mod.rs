@@ -131,13 +131,17 @@ pub fn calibrate(
         let name = if i == 0 { "calibrate".to_owned() } else { format!("calibrate {i}") };
         let mut bench = StepBench::new(&mut executor, limits, stream(options.seed, &name));
         let time = options.step_time / rooms.len() as u32;
-        let show = |share: f64| progress("steps", (i as f64 + share) / rooms.len() as f64);
+        let mut show = |share: f64| progress("steps", (i as f64 + share) / rooms.len() as f64);
+        let (chosen, longest) = (1.0 - TRAFFIC, options.longest);
         steps.extend(if on_gpu {
-            let (longest, duty) = (options.longest, options.duty);
-            bench.survey(Survey { time, longest, duty, grid: i == 0 }, show)?
+            let survey = Survey { time: time.mul_f64(chosen), longest, duty: options.duty, grid: i == 0 };
+            bench.survey(survey, |share| show(share * chosen))?
         } else {
-            bench.sample(time, options.longest, show)?
+            bench.sample(time.mul_f64(chosen), longest, |share| show(share * chosen))?
         });
+        steps.extend(
+            bench.traffic(&config, time.mul_f64(TRAFFIC), longest, |share| show(chosen + share * TRAFFIC))?,
+        );
         if i + 1 == rooms.len() {
             progress("swaps", 0.0);
             let source = rooms::swap_source(&loaded, slots);
@@ -241,14 +245,20 @@ fn fit_steps(samples: &[StepSample], terms: &[Term]) -> StepCosts {
 /// measured time weigh its fast moods more, and the costs come out below the mean by twice the square of the noise (a
 /// tenth at 20 to 25 %). What requests wait for is a sum of steps, so it is the mean that counts. The first round has
 /// nothing else to be relative to; a few rounds settle it.
+///
+/// A step that took several times what is expected was interrupted, by something that is no cost of its own, and counts
+/// no more: most samples are single steps, and few may be all that a term has.
 fn fit_costs(terms: &[Term], counts: &DMatrix<f64>, measured: &DVector<f64>) -> StepCosts {
     let mut expected = measured.map(|ns| ns.max(1.0));
     let mut costs = DVector::zeros(terms.len());
     for _ in 0..ROUNDS {
-        let relative = DMatrix::from_fn(counts.nrows(), counts.ncols(), |row, column| {
-            counts[(row, column)] / expected[row]
+        let rows: Vec<usize> =
+            (0..counts.nrows()).filter(|&row| measured[row] <= INTERRUPTED * expected[row]).collect();
+        let relative = DMatrix::from_fn(rows.len(), counts.ncols(), |row, column| {
+            counts[(rows[row], column)] / expected[rows[row]]
         });
-        costs = fit::nnls(&relative, &measured.component_div(&expected));
+        let taken = DVector::from_fn(rows.len(), |row, _| measured[rows[row]] / expected[rows[row]]);
+        costs = fit::nnls(&relative, &taken);
         // A step that the terms make too little of must not outweigh all others.
         expected = (counts * &costs).zip_map(measured, |expected, ns| expected.max(ns / 4.0).max(1.0));
     }
@@ -258,8 +268,13 @@ fn fit_costs(terms: &[Term], counts: &DMatrix<f64>, measured: &DVector<f64>) -> 
     }
 }
 
+/// The share of the time for steps that goes to steps as traffic makes them, not as they were chosen.
+const TRAFFIC: f64 = 0.45;
+
 /// Rounds of [`fit_costs`].
 const ROUNDS: usize = 4;
+/// Times what is expected.
+const INTERRUPTED: f64 = 3.0;
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
     stats::median(&stats::sorted(&values.collect::<Vec<_>>())).unwrap_or(0.0)

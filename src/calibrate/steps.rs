@@ -1,7 +1,10 @@
 //! Times steps of chosen compositions on an executor.
 
+#[cfg(test)]
+mod checked;
 mod mixtures;
 mod survey;
+mod traffic;
 
 use lora_sched::{AdapterId, Config, PlaceId, RequestId, SeqStep, SlotId, StepPlan};
 use rand_chacha::ChaCha8Rng;

@@ -22,7 +22,7 @@ pub(super) fn cpu_terms() -> Vec<Term> {
 const EVERY_SHAPE: u64 = 1024;
 
 /// Rates of recent prefill, in hundreds of tokens a second, that a cost may begin at: for models of all sizes.
-const RECENT: [u64; 9] = [50, 100, 200, 400, 800, 1600, 3200, 6400, 12_800];
+const RECENT: [u64; 11] = [10, 25, 50, 100, 200, 400, 800, 1600, 3200, 6400, 12_800];
 
 /// Steps of decodes alone are bound by what they read, and all of them are graphs; steps with prefills are graphs of
 /// other shapes, or launched kernel by kernel where a small step's time hides behind: the two kinds share no term.

@@ -348,59 +348,11 @@ fn rest(step: Option<StepSample>, duty: f64) {
 mod tests {
     use std::collections::BTreeSet;
 
-    use lora_sched::{AdapterId, Nanos, StepPlan, SwapPlan};
-
     use super::super::StepLimits;
+    use super::super::checked::Checked;
     use super::*;
-    use crate::engine::batch::{Batch, BatchLimits};
-    use crate::engine::executor::{Completion, Executor, StepFeed, StepResult, Waker};
+    use crate::engine::batch::BatchLimits;
     use crate::workload::streams::stream;
-
-    /// Takes every plan that a device would take, and no time.
-    struct Checked {
-        batch: Batch,
-        result: StepResult,
-        step: Option<u64>,
-        clock: Nanos,
-    }
-
-    impl Executor for Checked {
-        fn submit_step(&mut self, plan: &StepPlan, feed: &StepFeed) -> Result<(), ExecutorError> {
-            self.batch
-                .build(plan, feed)
-                .map_err(|e| ExecutorError { device: "checked", message: e.to_string() })?;
-            self.clock += 1_000 * self.batch.rows() as u64;
-            self.step = Some(plan.step);
-            Ok(())
-        }
-
-        fn submit_swap(&mut self, _: &SwapPlan) -> Result<(), ExecutorError> {
-            unreachable!("a survey swaps nothing")
-        }
-
-        fn poll(&mut self) -> Result<Option<Completion>, ExecutorError> {
-            Ok(self.step.take().map(|step| Completion::Step { step, started: 0, ended: self.clock }))
-        }
-
-        fn wait(&mut self) -> Result<Completion, ExecutorError> {
-            self.poll()?
-                .ok_or_else(|| ExecutorError { device: "checked", message: "nothing is in flight".into() })
-        }
-
-        fn step_result(&self) -> &StepResult {
-            &self.result
-        }
-
-        fn set_waker(&mut self, _: Waker) {}
-
-        fn clock(&self) -> Nanos {
-            self.clock
-        }
-
-        fn preload(&mut self, _: &[AdapterId]) -> Result<(), ExecutorError> {
-            Ok(())
-        }
-    }
 
     fn surveyed(seqs: usize, kv_blocks: usize, ranks: &[u32]) -> Vec<StepSample> {
         let limits = BatchLimits {
@@ -410,8 +362,7 @@ mod tests {
             block_size: 16,
             kv_blocks,
         };
-        let mut executor =
-            Checked { batch: Batch::new(limits), result: StepResult::default(), step: None, clock: 0 };
+        let mut executor = Checked::new(limits);
         let limits = StepLimits {
             max_num_seqs: seqs,
             max_num_batched_tokens: 4096,
