@@ -1,5 +1,7 @@
 //! Prompts and decodes.
 
+use std::time::Duration;
+
 use lora_sched::Config;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +21,8 @@ pub struct StepGrid {
     pub adapters: Vec<u32>,
     /// Runs of each.
     pub runs: usize,
+    /// Before each run of a prompt as it comes to an idle device, seconds; 0 times none of these.
+    pub rest_s: f64,
 }
 
 impl StepGrid {
@@ -37,8 +41,12 @@ pub struct PrefillRow {
     pub prompts: u32,
     /// Distinct adapters.
     pub adapters: u32,
-    /// From submission to result.
+    /// From submission to result, one run right after another.
     pub times: Times,
+    /// The same of one prompt that comes to a device with nothing to do for [`StepGrid::rest_s`]: one that is always
+    /// busy runs at a lower clock.
+    #[serde(default)]
+    pub rested: Option<Times>,
     /// What the arithmetic alone would take at the best rate of a large product.
     pub floor_ms: Option<f64>,
     /// What it would take at the rate that large products keep up.
@@ -81,21 +89,26 @@ pub(super) fn prefill(
                 continue;
             }
             progress(&format!("prefill: {tokens} tokens, {adapters} adapters"));
-            let mut ns = Vec::with_capacity(grid.runs);
-            for run in 0..grid.runs + 2 {
-                let Some(sample) = bench.prefills(tokens / prompts, &slots(prompts, adapters))? else {
-                    break;
-                };
-                if run >= 2 {
-                    ns.push(sample.ns);
+            let slots = slots(prompts, adapters);
+            let mut timed = |ahead: usize, rest: Duration| {
+                let mut ns = Vec::with_capacity(grid.runs);
+                for run in 0..ahead + grid.runs {
+                    std::thread::sleep(rest);
+                    let Some(sample) = bench.prefills(tokens / prompts, &slots)? else { break };
+                    if run >= ahead {
+                        ns.push(sample.ns);
+                    }
                 }
-            }
-            let Some(times) = Times::of(&ns) else { continue };
+                Ok::<_, BenchError>(Times::of(&ns))
+            };
+            let Some(times) = timed(2, Duration::ZERO)? else { continue };
             // Attention of shorter prompts is less work: the floor is that of one prompt alone.
             let alone = prompts == 1;
+            let rest = Duration::from_secs_f64(grid.rest_s);
+            let rested = if alone && !rest.is_zero() { timed(1, rest)? } else { None };
             let floor_ms = alone.then(|| floors.prefill_ms(tokens)).flatten();
             let sustained_floor_ms = alone.then(|| floors.prefill_sustained_ms(tokens)).flatten();
-            rows.push(PrefillRow { tokens, prompts, adapters, times, floor_ms, sustained_floor_ms });
+            rows.push(PrefillRow { tokens, prompts, adapters, times, rested, floor_ms, sustained_floor_ms });
         }
     }
     Ok(rows)

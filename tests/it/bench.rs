@@ -17,7 +17,7 @@ const TINY: [&str; 8] = ["--model", "tiny", "--device", "cpu", "--max-r", "4", "
 fn engine_times_every_shape_that_fits_and_says_how() {
     let dir = tempfile::tempdir().unwrap();
     let shape = ["--gpu-loras", "3", "--prompts", "16,32", "--batches", "1,2", "--contexts", "40"];
-    let adapters = ["--adapters", "0,1,2", "--runs", "2", "--all-modes"];
+    let adapters = ["--adapters", "0,1,2", "--runs", "2", "--rest", "1", "--all-modes"];
     bench(&dir, &[&["engine"][..], &TINY, &shape, &adapters].concat()).success();
     let report = &json(&dir, "bench.json")["engine"][0];
     let of = |key: &str, part: &str| -> Vec<u64> {
@@ -25,6 +25,9 @@ fn engine_times_every_shape_that_fits_and_says_how() {
     };
     assert_eq!(of("tokens", "prefill"), [16, 16, 16, 32, 32, 32]);
     assert_eq!(of("prompts", "prefill"), [1, 1, 2, 1, 1, 2]);
+    let rested: Vec<_> =
+        report["prefill"].as_array().unwrap().iter().map(|r| r["rested"]["runs"].as_u64()).collect();
+    assert_eq!(rested, [Some(2), Some(2), None, Some(2), Some(2), None], "prompts that come alone");
     // One sequence has one adapter at most.
     assert_eq!(of("adapters", "decode"), [0, 1, 0, 1, 2]);
     let beside: Vec<_> = report["swaps"].as_array().unwrap().iter().map(|r| &r["beside"]).collect();
@@ -65,6 +68,7 @@ fn impossible_benches_are_usage_errors() {
     let dir = tempfile::tempdir().unwrap();
     bench(&dir, &[&["engine"][..], &TINY, &["--gpu-loras", "9"]].concat()).code(2);
     bench(&dir, &["engine", "--model", "nonesuch"]).code(1);
+    bench(&dir, &[&["engine"][..], &TINY, &["--rest=-1"]].concat()).code(2);
     bench(&dir, &[&["trace"][..], &TINY, &["absent.jsonl"]].concat()).failure();
     assert!(!dir.path().join("bench.json").exists());
 }

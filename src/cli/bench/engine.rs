@@ -81,6 +81,11 @@ struct GridArgs {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     runs: Option<usize>,
+    /// Time single prompts as they come to an idle device as well: after so many milliseconds of nothing; 0: do not
+    /// [default: 100]
+    #[arg(long, value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rest: Option<f64>,
 }
 
 #[derive(Args, Debug)]
@@ -125,6 +130,7 @@ struct BenchSettings {
     all_modes: bool,
     peft: Option<PathBuf>,
     runs: usize,
+    rest: f64,
     #[serde(deserialize_with = "lenient::list")]
     budgets: Vec<u32>,
 }
@@ -144,10 +150,14 @@ impl Default for BenchSettings {
             all_modes: false,
             peft: None,
             runs: 20,
+            rest: 100.0,
             budgets: vec![2, 8, 32, 128],
         }
     }
 }
+
+/// A minute.
+const MOST_REST_MS: f64 = 60_000.0;
 
 fn failed(e: BenchError) -> Failure {
     match e {
@@ -173,6 +183,9 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
     let grid: BenchSettings = ctx.resolve("bench", &args.grid)?;
     let s = BenchSettings { model: common.model, total_loras: common.total_loras, out: common.out, ..grid };
     let flags: EngineFlags = ctx.resolve("bench", &args.engine)?;
+    if !(0.0..=MOST_REST_MS).contains(&s.rest) {
+        return Err(Failure::usage(format!("--rest is {}: it must be from 0 to {MOST_REST_MS} ms", s.rest)));
+    }
     check_writable(&s.out).map_err(Failure::failed)?;
     let peft = s.peft.as_deref().map(read_json).transpose()?;
     let mut manifest = Manifest::begin("bench engine", &(&s, &flags), &[]).map_err(Failure::failed)?;
@@ -185,6 +198,7 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
         contexts: s.contexts.clone(),
         adapters: s.adapters.iter().copied().filter(|a| *a <= s.gpu_loras).collect(),
         runs: s.runs,
+        rest_s: s.rest * 1e-3,
     };
     let bar = ui::spinner("bench");
     let (mut reports, mut document) = (Vec::new(), serde_json::Value::Null);
@@ -311,11 +325,17 @@ fn print_engine(report: &EngineReport) {
         "× floor",
         "sustained",
         "× sustained",
+        "from idle",
+        "× floor",
     ]);
     for r in &report.prefill {
         let of = [r.tokens, r.prompts, r.adapters].map(|n| n.to_string());
         let [_, _, sustained, ratio] = cells(&r.times, r.sustained_floor_ms);
-        table.add_row(of.into_iter().chain(cells(&r.times, r.floor_ms)).chain([sustained, ratio]));
+        let [idle, _, _, of_idle] =
+            r.rested.as_ref().map_or_else(|| std::array::from_fn(|_| "–".into()), |t| cells(t, r.floor_ms));
+        table.add_row(
+            of.into_iter().chain(cells(&r.times, r.floor_ms)).chain([sustained, ratio, idle, of_idle]),
+        );
     }
     println!("{table}");
     let decode = report.decode.iter().map(|r| ([r.batch, r.context, r.adapters], &r.times, r.floor_ms));
