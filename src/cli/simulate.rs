@@ -137,12 +137,13 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     let simulator = Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))?;
     let simulation = Simulation { simulator, workload, source, flags, settings };
 
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(simulation.settings.jobs)
-        .build()
-        .map_err(Failure::failed)?;
     let work: Vec<(u64, u32)> =
         (0..simulation.settings.seeds).flat_map(|seed| budgets.iter().map(move |&b| (seed, b))).collect();
+    let pool = rayon::ThreadPoolBuilder::new()
+        // No more threads than there are runs.
+        .num_threads(simulation.settings.jobs.min(work.len()))
+        .build()
+        .map_err(Failure::failed)?;
     let started = Instant::now();
     let rows = pool.install(|| {
         work.par_iter().map(|&(seed, budget)| simulation.row(seed, budget)).collect::<Result<Vec<_>, _>>()

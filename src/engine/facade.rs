@@ -196,10 +196,10 @@ impl Engine {
         let shared = engine.shared.clone();
         let end = LoopEnd(shared);
         engine.spawn("step-loop", move || {
-            if let Err(e) = step_loop.run() {
+            step_loop.run(|e| {
                 tracing::error!("the engine stops: {e}");
                 end.failed(e.to_string());
-            }
+            });
         })?;
         Ok(engine)
     }
@@ -289,6 +289,7 @@ impl Engine {
             ignore_eos: params.ignore_eos,
             stop_token_ids: params.stop_token_ids,
             cancelled: false,
+            stop_found: false,
         };
         Ok((Submission { active, out: Box::new(out) }, (received, receiver)))
     }

@@ -1,7 +1,7 @@
 //! What the step loop tells the rest of the program about its state: plain numbers, read at any time.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lora_sched::{AdapterId, Nanos, SlotState, SwapPlan};
 
@@ -117,9 +117,8 @@ macro_rules! counters {
         pub(super) struct Gauges {
             $(pub(super) $name: AtomicU64,)+
             parts_ns: [AtomicU64; 6],
-            calls: AtomicU64,
-            count: AtomicU64,
-            init: Mutex<SwapCounts>,
+            /// Behind a lock: whoever asks for a reset is another thread, and the two belong together.
+            swap_stats: Mutex<SwapStats>,
         }
 
         impl Gauges {
@@ -169,14 +168,15 @@ counters!(
 impl Gauges {
     /// Adapters `0..gpu_loras` are in their slots.
     pub(super) fn preloaded(&self, gpu_loras: usize) {
-        *self.init.lock().unwrap_or_else(PoisonError::into_inner) =
+        self.locked().init =
             SwapCounts { swap_calls: u64::from(gpu_loras > 0), swap_count: gpu_loras as u64 };
     }
 
     /// One decision's swaps have been given to the executor.
     pub(super) fn swaps_begun(&self, swaps: u64) {
-        self.calls.fetch_add(1, Relaxed);
-        self.count.fetch_add(swaps, Relaxed);
+        let runtime = &mut self.locked().runtime;
+        runtime.swap_calls += 1;
+        runtime.swap_count += swaps;
     }
 
     /// A swap has ended.
@@ -197,15 +197,15 @@ impl Gauges {
 
     /// The reference's swap statistics.
     pub(super) fn swap_stats(&self) -> SwapStats {
-        let init = *self.init.lock().unwrap_or_else(PoisonError::into_inner);
-        let runtime =
-            SwapCounts { swap_calls: self.calls.load(Relaxed), swap_count: self.count.load(Relaxed) };
-        SwapStats { init, runtime }
+        *self.locked()
     }
 
     /// Runtime counters to zero.
     pub(super) fn reset_swap_stats(&self) {
-        self.calls.store(0, Relaxed);
-        self.count.store(0, Relaxed);
+        self.locked().runtime = SwapCounts::default();
+    }
+
+    fn locked(&self) -> MutexGuard<'_, SwapStats> {
+        self.swap_stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

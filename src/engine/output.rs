@@ -225,7 +225,11 @@ impl OutputSide<'_> {
                 state.sender.send(StreamItem::Accepted);
                 self.open.insert(id, state);
             }
-            OutItem::Refuse(state, error) => state.sender.send(StreamItem::Refused(error)),
+            OutItem::Refuse(mut state, error) => {
+                // Whoever sees the refusal must not find the request still counted.
+                state.open = None;
+                state.sender.send(StreamItem::Refused(error));
+            }
             OutItem::Token { id, token, silent, logprobs } => {
                 let Some(state) = self.open.get_mut(&id) else { return };
                 if state.stop_found {
@@ -241,7 +245,7 @@ impl OutputSide<'_> {
                 state.pending.logprobs = logprobs;
                 if state.token(token, silent) {
                     state.stop_found = true;
-                    self.mailbox.cancel(id);
+                    self.mailbox.stop_found(id);
                 }
             }
             OutItem::First { id, parts, at } => {

@@ -1,12 +1,15 @@
 //! The step loop over an emulated device: what is generated, in what order, and what is given back.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
+use lora_hbm::engine::emulated::EmulatedExecutor;
+use lora_hbm::engine::executor::{Completion, Executor, ExecutorError, StepFeed, StepResult, Waker};
 use lora_hbm::engine::{Finish, GenerateParams, GenerateRequest, SubmitError, SwapCounts};
 use lora_hbm::report::decision_log::{DecisionLog, LogHeader, LogLine};
-use lora_sched::{Config, EventError, RequestId, SwapMode};
+use lora_sched::{AdapterId, Config, EventError, Nanos, RequestId, StepPlan, SwapMode, SwapPlan};
 
-use crate::support::{MS, config, engine, idle, letter, request, until};
+use crate::support::{MS, config, engine, idle, letter, on, request, until};
 
 /// The text that the emulated model says to a request.
 fn said(id: RequestId, prompt: usize, tokens: usize) -> String {
@@ -86,6 +89,74 @@ fn stop_tokens_and_stop_strings_end_the_output_before_them() {
     let out = engine.submit(with(params)).unwrap().wait().unwrap();
     assert_eq!((out.text, out.finish), (whole, Finish::Length));
     until(&engine, "idle", idle);
+    let stats = engine.stats();
+    let ends = (stats.finished_stop, stats.finished_length, stats.cancelled);
+    assert_eq!(ends, (3, 1, 0), "a stop string is counted as what the client is told");
+}
+
+/// A device that does steps until it fails, and takes its time to be given back.
+struct Failing {
+    inner: EmulatedExecutor,
+    steps: usize,
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+impl Executor for Failing {
+    fn submit_step(&mut self, plan: &StepPlan, feed: &StepFeed) -> Result<(), ExecutorError> {
+        if self.steps == 0 {
+            return Err(ExecutorError { device: "this one", message: "it fell off the bus".into() });
+        }
+        self.steps -= 1;
+        self.inner.submit_step(plan, feed)
+    }
+
+    fn submit_swap(&mut self, swap: &SwapPlan) -> Result<(), ExecutorError> {
+        self.inner.submit_swap(swap)
+    }
+
+    fn poll(&mut self) -> Result<Option<Completion>, ExecutorError> {
+        self.inner.poll()
+    }
+
+    fn wait(&mut self) -> Result<Completion, ExecutorError> {
+        self.inner.wait()
+    }
+
+    fn step_result(&self) -> &StepResult {
+        self.inner.step_result()
+    }
+
+    fn set_waker(&mut self, waker: Waker) {
+        self.inner.set_waker(waker);
+    }
+
+    fn clock(&self) -> Nanos {
+        self.inner.clock()
+    }
+
+    fn preload(&mut self, adapters: &[AdapterId]) -> Result<(), ExecutorError> {
+        self.inner.preload(adapters)
+    }
+}
+
+#[test]
+fn a_device_that_fails_is_told_of_before_it_is_given_back() {
+    let costs = (|_: &StepPlan| MS, |_: &SwapPlan| MS);
+    let inner = EmulatedExecutor::new(costs, letter, 4).unwrap();
+    let engine = on(Box::new(Failing { inner, steps: 3 }), config(), None);
+    let handles = [0, 1].map(|adapter| engine.submit(request(10, Some(adapter), 50)).unwrap());
+    for handle in handles {
+        assert_eq!(handle.wait().unwrap().finish, Finish::Abort);
+        let failure = engine.failure().expect("whoever is aborted finds the reason");
+        assert!(failure.contains("it fell off the bus"), "{failure}");
+    }
+    let refused = engine.submit(request(10, None, 1)).unwrap_err().to_string();
+    assert!(refused.contains("it fell off the bus"), "{refused}");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lora_hbm::engine::emulated::EmulatedExecutor;
+use lora_hbm::engine::executor::Executor;
 use lora_hbm::engine::model::SamplingDefaults;
 use lora_hbm::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions, chat_template};
 use lora_hbm::engine::{Engine, EngineConfig, EngineStats, GenerateParams, GenerateRequest};
@@ -50,6 +51,11 @@ pub fn engine(config: Config, step_ms: u64, swap_ms: u64, log: Option<DecisionLo
         move |_: &SwapPlan| b.swap.load(Ordering::Relaxed),
     );
     let executor = EmulatedExecutor::new(costs, letter, 4).unwrap();
+    (on(Box::new(executor), config, log), times)
+}
+
+/// An engine on a device.
+pub fn on(executor: Box<dyn Executor>, config: Config, log: Option<DecisionLog>) -> Engine {
     let config = EngineConfig {
         scheduler: config,
         adapters: None,
@@ -59,7 +65,7 @@ pub fn engine(config: Config, step_ms: u64, swap_ms: u64, log: Option<DecisionLo
         warm_up: false,
         log,
     };
-    (Engine::start(config, Box::new(executor), Tokenizer::byte_level()).unwrap(), times)
+    Engine::start(config, executor, Tokenizer::byte_level()).unwrap()
 }
 
 /// A request of `prompt` bytes.

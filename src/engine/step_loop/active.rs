@@ -28,6 +28,8 @@ pub(in crate::engine) struct Active {
     pub(in crate::engine) ignore_eos: bool,
     pub(in crate::engine) stop_token_ids: Vec<TokenId>,
     pub(in crate::engine) cancelled: bool,
+    /// Whether that was for a stop string, which was the answer's end.
+    pub(in crate::engine) stop_found: bool,
 }
 
 impl Active {

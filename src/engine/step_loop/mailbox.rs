@@ -11,8 +11,10 @@ use crate::engine::fetcher::Fetched;
 pub(in crate::engine) enum Message {
     /// Requests that the queue takes together or not at all, numbered upwards from the first's.
     Submit(RequestId, Vec<Submission>),
-    /// A request is not wanted any more: its client has gone or its stop string was found.
+    /// A request is not wanted any more: its client has gone.
     Cancel(RequestId),
+    /// A request's stop string was found: it ends as a cancelled one does, but was answered.
+    StopFound(RequestId),
     /// A change to the adapters.
     Change(Change),
     /// An adapter has been read from disk, or not.
@@ -68,6 +70,11 @@ impl Mailbox {
     /// Tells that a request is not wanted any more.
     pub(in crate::engine) fn cancel(&self, id: RequestId) {
         self.tell(Message::Cancel(id));
+    }
+
+    /// Tells that a request has come to its stop string.
+    pub(in crate::engine) fn stop_found(&self, id: RequestId) {
+        self.tell(Message::StopFound(id));
     }
 
     /// Puts a change to the adapters in; dropped if the loop has ended.

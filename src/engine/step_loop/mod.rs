@@ -147,9 +147,12 @@ impl StepLoop {
         }
     }
 
-    /// Runs until the mailbox says stop or something fails; requests still there are aborted.
-    pub(super) fn run(mut self) -> Result<(), LoopError> {
-        let outcome = self.turns();
+    /// Runs until the mailbox says stop or something fails, which `failed` is told of; requests still there are aborted.
+    pub(super) fn run(mut self, failed: impl FnOnce(LoopError)) {
+        // Who is aborted, or comes from now on, is to find the reason, however long it takes to give the device back.
+        if let Err(e) = self.turns() {
+            failed(e);
+        }
         for message in self.mailbox.close() {
             if let Message::Submit(first, together) = message {
                 self.items.extend(numbered(first, together).map(|(id, s)| OutItem::Open(id, s.out)));
@@ -158,7 +161,6 @@ impl StepLoop {
         self.recorder.flush();
         self.items.push(OutItem::AbortAll);
         self.outputs.push(&mut self.items);
-        outcome
     }
 
     fn turns(&mut self) -> Result<(), LoopError> {
@@ -197,9 +199,10 @@ impl StepLoop {
         match message {
             // Each of them is an event with a time of its own.
             Message::Submit(first, together) => return self.submitted(first, together),
-            Message::Cancel(id) => {
+            Message::Cancel(id) | Message::StopFound(id) => {
                 // A cancel may cross the request's own end.
                 let Some(active) = self.active.get_mut(&id) else { return Ok(()) };
+                active.stop_found |= !active.cancelled && matches!(message, Message::StopFound(_));
                 active.cancelled = true;
                 self.recorder.cancel(t, id);
                 self.scheduler.handle(t, Event::Cancel(id), &mut self.outbox)?;
@@ -374,16 +377,20 @@ impl StepLoop {
                 }
                 Notice::Ended { id, why, .. } => {
                     self.recorder.ended(t, id, why);
+                    let ended = self.active.remove(&id);
                     let count = match why {
+                        Ended::Cancelled if ended.as_ref().is_some_and(|a| a.stop_found) => {
+                            &self.gauges.finished_stop
+                        }
                         Ended::Stop => &self.gauges.finished_stop,
                         Ended::Length => &self.gauges.finished_length,
                         Ended::Cancelled => &self.gauges.cancelled,
                         Ended::Failed => &self.gauges.failed,
                     };
                     count.fetch_add(1, Relaxed);
-                    let adapter = self.active.remove(&id).and_then(|a| a.adapter);
                     self.items.push(match why {
                         Ended::Failed => {
+                            let adapter = ended.and_then(|a| a.adapter);
                             let why = adapter.and_then(|a| self.directory.failure(a));
                             OutItem::Failed {
                                 id,
