@@ -71,9 +71,12 @@ impl<'a> Canvas<'a> {
         self.area.present().map_err(failed)
     }
 
-    /// A line through points.
+    /// A line through points; none where they all fall on one.
     pub fn line(&self, points: &[(f64, f64)], color: RGBAColor, width: f64) -> Drawn {
         let path: Vec<_> = points.iter().map(|p| place(*p)).collect();
+        if path.windows(2).all(|pair| pair[0] == pair[1]) {
+            return Ok(());
+        }
         self.area.draw(&PathElement::new(path, color.stroke_width(fine(width) as u32))).map_err(failed)
     }
 
