@@ -81,6 +81,7 @@ pub fn run(args: &DemoArgs, ctx: &Context) -> Result<(), Failure> {
         shard: None,
         csv: folder.join("results.csv"),
         requests: Some(folder.join("requests")),
+        decisions: None,
         manifest: Some("results.manifest.json".to_owned()),
     };
     let failed = |e: crate::experiment::SweepError| Failure::Failed(e.into());

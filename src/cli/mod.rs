@@ -87,7 +87,7 @@ enum Command {
     Plan(Box<plan::PlanArgs>),
     /// Tell two configurations apart, with an interval
     Compare(compare::CompareArgs),
-    /// Check a profile, or make a what-if copy of it
+    /// Check a profile, hold it against a run, or make a what-if copy of it
     Profile(profile::ProfileArgs),
     /// Run an experiment file: measured on an engine, or simulated from a profile
     Sweep(sweep::SweepArgs),

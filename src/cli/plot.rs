@@ -110,7 +110,7 @@ pub(super) fn draw(
 fn intervals(folder: &Path, rows: &[ResultRow]) -> Result<HashMap<RunKey, WithinRun>, Failure> {
     let mut intervals = HashMap::new();
     for key in rows.iter().filter_map(ResultRow::run_key) {
-        let path = folder.join(key.requests_file());
+        let path = folder.join(key.file_name());
         if path.exists() {
             let records = read_requests(&path).map_err(Failure::failed)?;
             intervals.insert(key, WithinRun::of(&records));

@@ -1,7 +1,8 @@
-//! `lora-hbm profile`: look at a profile, fit it anew, or make a what-if copy.
+//! `lora-hbm profile`: look at a profile, hold it against a run, fit it anew, or make a what-if copy.
 
 #[cfg(feature = "server")]
 mod refit;
+mod residuals;
 
 use std::path::{Path, PathBuf};
 
@@ -27,6 +28,8 @@ enum ProfileCommand {
     Check(CheckArgs),
     /// Make a marked copy of a machine with other rates
     Scale(ScaleArgs),
+    /// Hold a profile's costs against what a run's steps, copies and host gaps took: which misses, and by how much
+    Residuals(residuals::ResidualsArgs),
     /// Fit a calibration's samples anew, with the terms that this program knows
     #[cfg(feature = "server")]
     Refit(refit::RefitArgs),
@@ -36,6 +39,7 @@ pub fn run(args: &ProfileArgs, ctx: &Context) -> Result<(), Failure> {
     match &args.command {
         ProfileCommand::Check(args) => check(args, ctx),
         ProfileCommand::Scale(args) => scale(args, ctx),
+        ProfileCommand::Residuals(args) => residuals::run(args, ctx),
         #[cfg(feature = "server")]
         ProfileCommand::Refit(args) => refit::run(args, ctx),
     }

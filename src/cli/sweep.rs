@@ -94,6 +94,7 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
         simulator: simulator.as_ref(),
         shard,
         requests: experiment.output.requests.clone(),
+        decisions: experiment.output.decisions.clone(),
         manifest: None,
         csv,
     };
@@ -115,6 +116,13 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
             println!("nothing is left to do: {there} {source} rows in {}", sweep.csv.display());
         }
         return draw(&sweep, ctx);
+    }
+    #[cfg(feature = "server")]
+    if measured {
+        sweep.check_logs(&rows).map_err(|e| match e {
+            SweepError::Logged(_) => Failure::Usage(e.into()),
+            other => failed(other),
+        })?;
     }
     let manifest_path = unclaimed_beside(named_by(&sweep.csv, source, shard), &manifest.started, &rows);
     sweep.manifest = manifest_path.file_name().map(|n| n.to_string_lossy().into_owned());

@@ -216,7 +216,7 @@ fn traces(folder: &Path, budget: &BudgetComparison, rows: &[ResultRow]) -> Resul
         let read = |source: Source| {
             let files = of_seed.iter().filter(|r| r.source == source).filter_map(|r| r.run_key());
             files
-                .map(|key| folder.join(key.requests_file()))
+                .map(|key| folder.join(key.file_name()))
                 .filter(|path| path.exists())
                 .map(|path| read_requests(path).map_err(|e| Failure::Failed(e.into())))
                 .collect::<Result<Vec<_>, _>>()

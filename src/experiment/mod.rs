@@ -16,6 +16,8 @@
 //! rank = [64]
 //! [output]
 //! csv = "results.csv"
+//! requests = "requests"        # folders with a file a run: its requests,
+//! decisions = "decisions"      # and the decision log of each measured one
 //! ```
 //!
 //! A cell's [key](Cell::key) is the hash of its resolved settings, so that resuming, sharding and
@@ -112,6 +114,9 @@ pub struct Output {
     /// Folder of requests JSONL files, one a run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests: Option<PathBuf>,
+    /// Folder of decision logs, one a measured run. A log has `.part` behind its name until its run's row is written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decisions: Option<PathBuf>,
     /// The figure that `sweep` draws of the CSV, as SVG and PNG.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plot: Option<PathBuf>,
@@ -141,7 +146,7 @@ pub struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// By what its row and its requests file are known.
+    /// By what its row and its files are known.
     pub fn key(&self, source: Source) -> RunKey {
         RunKey { source, cell: self.cell.key().to_owned(), seed: self.seed, repeat: self.repeat }
     }

@@ -31,6 +31,10 @@ pub fn resolve(file: &Table) -> Result<(Vec<Cell>, Replicate, Output), String> {
     let mut workload = settings(file, "workload", &[names.workload, &["seed"]].concat())?;
     let replicate = replicate(file, workload.remove("seed"))?;
     let output = read::<Output>(table(file, "output")?, "output")?;
+    if output.decisions.is_some() && output.decisions == output.requests {
+        // Their files have the same names.
+        return Err("[output] requests and decisions name the same folder: give each its own".to_owned());
+    }
     let excludes = excludes(file, &names)?;
 
     let mut cells: Vec<Cell> = Vec::new();

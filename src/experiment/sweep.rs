@@ -6,6 +6,8 @@ use rayon::prelude::*;
 
 use super::source::{SourceError, Sources};
 use super::{Cell, Experiment, Run, Shard, SimulateError, Simulator, is_saturated};
+#[cfg(feature = "server")]
+use crate::report::decision_log::{DecisionLog, LogError};
 use crate::report::files::FileError;
 use crate::report::record::RequestRecord;
 use crate::report::requests::{RequestsError, append_requests};
@@ -37,6 +39,17 @@ pub enum SweepError {
     #[cfg(feature = "server")]
     #[error(transparent)]
     Measure(#[from] super::MeasureError),
+    /// A decision log.
+    #[cfg(feature = "server")]
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// A run that is still to be measured has a decision log already: another results file has its row.
+    #[cfg(feature = "server")]
+    #[error(
+        "{} is the decision log of a run that has ended: move it away, or name another folder in [output] decisions",
+        .0.display()
+    )]
+    Logged(PathBuf),
     /// `rho` without a profile.
     #[error("the load rho is a share of the saturation rate, which a profile gives: name one with --profile")]
     NoProfile,
@@ -55,6 +68,8 @@ pub struct Sweep<'a> {
     pub csv: PathBuf,
     /// Folder of requests files.
     pub requests: Option<PathBuf>,
+    /// Folder of measured runs' decision logs.
+    pub decisions: Option<PathBuf>,
     /// Name of the manifest, for the rows.
     pub manifest: Option<String>,
 }
@@ -124,7 +139,7 @@ impl Sweep<'_> {
         fill(&mut row);
         if let (Some(folder), Some(key)) = (&self.requests, row.run_key()) {
             std::fs::create_dir_all(folder).map_err(|e| FileError::write(folder, e))?;
-            let path = folder.join(key.requests_file());
+            let path = folder.join(key.file_name());
             // A run that was interrupted before its row was written is done again from the start.
             if path.exists() {
                 std::fs::remove_file(&path).map_err(|e| FileError::write(&path, e))?;
@@ -168,6 +183,25 @@ impl Sweep<'_> {
         Ok(pending.first().map(|run| run.cell))
     }
 
+    /// Refuses to measure what is left where it has a decision log that must be kept, or where none can be written.
+    #[cfg(feature = "server")]
+    pub fn check_logs(&self, rows: &[ResultRow]) -> Result<(), SweepError> {
+        if let Some(folder) = &self.decisions {
+            std::fs::create_dir_all(folder).map_err(|e| FileError::write(folder, e))?;
+        }
+        self.left(Source::Measured, rows).iter().try_for_each(|run| self.log_files(run).map(drop))
+    }
+
+    /// Where a run's decision log is written, and where it is put once the run's row is there; none if nobody asks for
+    /// it. What lies under the first name is left of a run that was interrupted.
+    #[cfg(feature = "server")]
+    fn log_files(&self, run: &Run<'_>) -> Result<Option<(PathBuf, PathBuf)>, SweepError> {
+        let Some(folder) = &self.decisions else { return Ok(None) };
+        let name = run.key(Source::Measured).file_name();
+        let (part, whole) = (folder.join(format!("{name}.part")), folder.join(name));
+        if whole.exists() { Err(SweepError::Logged(whole)) } else { Ok(Some((part, whole))) }
+    }
+
     /// Measures what is left, one run after another, each on an engine started for it. Gives the new rows.
     #[cfg(feature = "server")]
     pub fn measure(
@@ -181,7 +215,16 @@ impl Sweep<'_> {
         for run in &pending {
             let (rate, trace) = self.trace(run, &mut sources)?;
             let (done, total) = (rows.len(), pending.len());
-            let measured = engines.run(&run.cell.engine, &trace, None, |ended, all| {
+            let files = self.log_files(run)?;
+            let log = match &files {
+                Some((part, _)) => {
+                    let header =
+                        engines.loaded(&run.cell.engine)?.log_header(run.cell.engine.gpu_loras as usize);
+                    Some(DecisionLog::to_file(part, &header)?)
+                }
+                None => None,
+            };
+            let measured = engines.run(&run.cell.engine, &trace, log, |ended, all| {
                 progress(SweepProgress { done, total, run: Some(*run), requests: (ended, all) });
             })?;
             let row = self.row(run, Source::Measured, &measured.records, |row| {
@@ -191,6 +234,9 @@ impl Sweep<'_> {
                 row.saturated = crate::loadgen::saturated(&measured.records);
             })?;
             append_rows(&self.csv, std::slice::from_ref(&row))?;
+            if let Some((part, whole)) = files {
+                std::fs::rename(part, &whole).map_err(|e| FileError::write(&whole, e))?;
+            }
             rows.push(row);
         }
         Ok(rows)

@@ -114,7 +114,12 @@ impl CostModel {
 
     /// A swap's duration with no step running.
     pub fn swap_ns(&self, bytes: u64) -> Nanos {
-        self.swap_fixed + nearest(bytes as f64 * self.ns_per_byte)
+        self.swap_fixed + self.bytes_ns(bytes)
+    }
+
+    /// The part of a swap's duration that its bytes take, from the first to the last, with no step running.
+    pub fn bytes_ns(&self, bytes: u64) -> Nanos {
+        nearest(bytes as f64 * self.ns_per_byte)
     }
 
     /// How much longer copying takes while a step runs, as a factor.

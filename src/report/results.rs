@@ -263,8 +263,8 @@ pub struct RunKey {
 }
 
 impl RunKey {
-    /// The name of its requests file.
-    pub fn requests_file(&self) -> String {
+    /// The name of its files: of requests, and of decisions, each in a folder of its own.
+    pub fn file_name(&self) -> String {
         format!("{}-{}-seed{}-{}.jsonl", self.cell, self.source, self.seed, self.repeat)
     }
 }

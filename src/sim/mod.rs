@@ -2,6 +2,7 @@
 //!
 //! [`run`] moves the clock from event to event; a [`Device`] says when submitted work ends. The
 //! [`ModelDevice`] takes durations from a calibrated profile, [`replay`] takes them from a decision log.
+//! [`Residuals`] holds the one against the other.
 
 mod clock;
 mod device;
@@ -9,6 +10,7 @@ mod front_end;
 mod model_device;
 mod recorded;
 mod replay;
+mod residuals;
 
 pub use clock::{AdapterChange, Input, Observer, Outcome, SimRequest, Totals, run};
 pub use device::{Device, Done, Skipped};
@@ -16,3 +18,6 @@ pub use front_end::FrontEnd;
 pub use model_device::ModelDevice;
 pub use recorded::{RecordError, Recorded, RecordedFetch, RecordedStep, RecordedSwap};
 pub use replay::{ReplayError, ReplayReport, replay};
+pub use residuals::{
+    KindResidual, RangeResidual, Residual, ResidualError, ResidualKind, ResidualReport, Residuals,
+};

@@ -229,7 +229,7 @@ fn requests(lines: &[LogLine]) -> Vec<Input> {
 /// event is the first after the plan before that leaves no step in flight and some request there: the
 /// simulator asks for a plan after such an event and after no other, so plans that the engine makes with
 /// nothing to plan for are left out.
-fn gaps(lines: &[LogLine]) -> (Vec<Nanos>, HashMap<Nanos, Nanos>) {
+pub(super) fn gaps(lines: &[LogLine]) -> (Vec<Nanos>, HashMap<Nanos, Nanos>) {
     /// What happened, at one time in this order: a request's end is told before the event that it came of.
     #[derive(PartialEq, Eq, PartialOrd, Ord)]
     enum Mark {

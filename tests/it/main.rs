@@ -43,6 +43,7 @@ mod planning;
 mod plot;
 #[cfg(feature = "server")]
 mod replay;
+mod residuals;
 #[cfg(feature = "engine")]
 mod rig;
 #[cfg(feature = "server")]

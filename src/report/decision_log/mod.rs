@@ -33,7 +33,7 @@ pub enum LogError {
         source: std::io::Error,
     },
     /// A line that is not one of a decision log.
-    #[error("decision log {path}, line {line}: {source}")]
+    #[error("decision log {path}, line {line}: {source}; name a file that `serve --decision-log` wrote")]
     Line {
         /// The file.
         path: PathBuf,
@@ -51,7 +51,7 @@ pub enum LogError {
         found: u32,
     },
     /// No header.
-    #[error("decision log {path} is empty")]
+    #[error("decision log {path} is empty: name a file that `serve --decision-log` wrote")]
     Empty {
         /// The file.
         path: PathBuf,
