@@ -120,7 +120,8 @@ serve() {
 
 experiment() { # one of configs/experiments, of this device and model, in $out
     sed -e "s|^model = .*|model = \"$model\"|" -e "s|^device = .*|device = \"$device\"|" \
-        -e "s|^num_requests = .*|num_requests = $(few 8 200)|" "configs/experiments/$1.toml" >"$out/$1.toml"
+        -e "s|^num_requests = .*|num_requests = $(few 8 200)|" -e 's|^\[output\]|&\ndecisions = "decisions"|' \
+        "configs/experiments/$1.toml" >"$out/$1.toml"
 }
 
 pilot() {
@@ -150,6 +151,9 @@ judge() {
             --profile profile.json --format $format >validation.$format || [ $? = 3 ]
     done
     cat validation.table
+    say "which cost misses"
+    hbm profile residuals profile.json decisions/*.jsonl --format json >residuals.json
+    hbm profile residuals profile.json decisions/*.jsonl | tee residuals.table
     hbm plot h100-pilot.csv
     hbm report h100-pilot.csv
 }
