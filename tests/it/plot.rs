@@ -294,6 +294,15 @@ fn report_is_one_page_with_figure_tables_and_manifests() {
     for part in ["Slots &amp; time", "<svg", "from 128 slots on", "<code>sweep</code>", "policy skip"] {
         assert!(page.contains(part), "{part}: {page}");
     }
+    // Lines by what is no column: no page, as `plot` draws no figure.
+    for command in ["report", "plot"] {
+        lora_hbm(dir.path())
+            .args([command, "a.csv", "--lines", "nope", "-o", "lines"])
+            .assert()
+            .code(2)
+            .stderr(contains("no column 'nope'"));
+    }
+    assert!(!dir.path().join("lines").exists());
     lora_hbm(dir.path()).args(["report", "none.csv"]).assert().code(1).stderr(contains("none.csv"));
     std::fs::write(dir.path().join("other.csv"), "a,b\n1,2\n").unwrap();
     lora_hbm(dir.path()).args(["report", "other.csv", "-o", "other.html"]).assert().code(1);
