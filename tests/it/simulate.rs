@@ -5,6 +5,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use lora_hbm::profile::Profile;
 use lora_hbm::report::results::read_rows;
+use predicates::prelude::PredicateBooleanExt as _;
 use predicates::str::contains;
 use serde_json::json;
 
@@ -144,6 +145,29 @@ fn what_looks_like_a_number_is_a_list_or_a_text_wherever_it_comes_from() {
     let mut trace = program(&["trace", "generate", "-n", "3", "-o", "t.jsonl"]);
     trace.env("LORA_HBM_RANKS", "8").assert().success();
     program(&simulate).env("LORA_HBM_FORMAT", "xml").assert().code(2).stderr(contains("table, json"));
+}
+
+#[test]
+fn a_setting_that_cannot_be_is_named_as_it_was_given() {
+    let (dir, program) = set_up();
+    std::fs::write(dir.path().join("good.toml"), "[simulate]\nwarm-up = 0\n").unwrap();
+    std::fs::write(dir.path().join("bad.toml"), "[simulate]\nwarm-up = \"many\"\n").unwrap();
+    let simulate = ["simulate", "--profile", "profile.json", "--config", "good.toml"];
+    let of_environment = program(&simulate).env("LORA_HBM_SEEDS", "abc").assert().code(2);
+    let said = String::from_utf8(of_environment.get_output().stderr.clone()).unwrap();
+    assert!(said.contains("LORA_HBM_SEEDS: invalid type: found string \"abc\", expected u64"), "{said}");
+    assert!(!said.contains("figment") && !said.contains(".rs") && !said.contains(".toml"), "{said}");
+    // A value that its own type refuses.
+    let mut never = program(&simulate);
+    never.env("LORA_HBM_ARRIVALS", "never").assert().code(2).stderr(contains("LORA_HBM_ARRIVALS: "));
+    program(&[&simulate[..4], &["bad.toml"]].concat())
+        .assert()
+        .code(2)
+        .stderr(contains("\"many\"").and(contains("warm_up")).and(contains("bad.toml")));
+    program(&[&simulate[..], &["--seeds", "abc"]].concat())
+        .assert()
+        .code(2)
+        .stderr(contains("'--seeds <N>'"));
 }
 
 #[test]
