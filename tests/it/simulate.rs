@@ -109,6 +109,13 @@ fn impossible_wishes_are_usage_errors_and_bad_profiles_failures() {
         let args = [&["simulate", "--profile", "profile.json"][..], &more].concat();
         program(&args).assert().code(status).stderr(contains(says));
     }
+    // Nothing is computed anywhere.
+    for flag in ["--device", "--threads"] {
+        for command in ["simulate", "plan"] {
+            let unexpected = program(&[command, "--profile", "profile.json", flag, "1"]).assert();
+            unexpected.code(2).stderr(contains(format!("unexpected argument '{flag}'")));
+        }
+    }
     program(&["simulate"]).assert().code(2).stderr(contains("calibrate"));
     let text = std::fs::read_to_string(dir.path().join("profile.json")).unwrap();
     std::fs::write(dir.path().join("edited.json"), text.replace("20000.0", "10000.0")).unwrap();
