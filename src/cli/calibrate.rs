@@ -9,7 +9,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use self::endpoint::{EndpointArgs, EndpointSettings};
-use super::engine_args::{EngineArgs, EngineFlags};
+use super::engine_args::{EngineFlags, RunningEngineArgs};
 use super::failure::Failure;
 use super::profile::save;
 use super::settings::{Context, OutputFormat};
@@ -29,7 +29,7 @@ pub struct CalibrateArgs {
     model: Option<String>,
     #[command(flatten)]
     #[serde(skip)]
-    engine: EngineArgs,
+    engine: RunningEngineArgs,
     #[command(flatten)]
     #[serde(skip)]
     endpoint: EndpointArgs,

@@ -1,4 +1,4 @@
-//! The engine flags that `calibrate` and `simulate` share with `serve`.
+//! The engine flags that `calibrate`, `bench`, `simulate` and `plan` share with `serve`.
 
 use clap::Args;
 use lora_sched::{Evict, SwapMode};
@@ -63,6 +63,15 @@ pub struct EngineArgs {
     #[arg(long, value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     kv_memory: Option<String>,
+}
+
+/// Those of an engine that runs, and where it does.
+#[cfg(feature = "server")]
+#[derive(Args, Debug, Default, Serialize)]
+pub struct RunningEngineArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    engine: EngineArgs,
     /// Where it runs: auto, cpu, cuda [default: auto]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,7 +82,7 @@ pub struct EngineArgs {
     threads: Option<u32>,
 }
 
-/// [`EngineArgs`], resolved.
+/// [`EngineArgs`], resolved; where the engine runs, if it does.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EngineFlags {

@@ -132,6 +132,7 @@ fn prefill(tokens: u64) -> StepShape {
         tokens,
         prefills: 1,
         prefill_pairs: tokens * (tokens + 1) / 2,
+        prefill_span: tokens,
         samples: 1,
         ..StepShape::default()
     }
@@ -160,6 +161,7 @@ fn show(name: &str, profile: &Profile, ctx: &Context) -> Result<(), Failure> {
         ("64 decodes at 512", decode(64, 512)),
     ];
     let seconds = |ns: u64| ns as f64 * 1e-9;
+    let is_measured = profile.kind != Kind::Scaled;
     if ctx.format == OutputFormat::Json {
         let times: serde_json::Map<String, serde_json::Value> = steps
             .iter()
@@ -167,8 +169,8 @@ fn show(name: &str, profile: &Profile, ctx: &Context) -> Result<(), Failure> {
             .collect();
         let report = serde_json::json!({
             "profile": name, "kind": profile.kind, "model": profile.model, "machine": profile.machine,
-            "ranks": profile.adapter.ranks, "step_s": times, "holdout": profile.holdout,
-            "residuals": profile.residuals, "sha256": profile.sha256,
+            "ranks": profile.adapter.ranks, "step_s": times, "holdout": is_measured.then_some(&profile.holdout),
+            "residuals": is_measured.then_some(&profile.residuals), "sha256": profile.sha256,
         });
         println!("{report}");
         return Ok(());
@@ -189,7 +191,10 @@ fn show(name: &str, profile: &Profile, ctx: &Context) -> Result<(), Failure> {
     }
     println!("{table}");
     let h = &profile.holdout;
-    if h.samples == 0 {
+    if !is_measured {
+        // The residuals in it are the original's.
+        println!("no sample was taken of such a machine: how well the costs fit is not known");
+    } else if h.samples == 0 {
         println!("no samples were held out: how well the costs fit is not known");
     } else {
         println!(
@@ -201,4 +206,33 @@ fn show(name: &str, profile: &Profile, ctx: &Context) -> Result<(), Failure> {
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use lora_sched::{PlaceId, RequestId, SeqStep, StepPlan};
+
+    use super::*;
+    use crate::profile::History;
+
+    /// Shapes that are made by hand are those that the simulator makes of the same steps.
+    #[test]
+    fn steps_are_the_simulators() {
+        let shape = |count: u32, start: u32, len: u32, decode: bool| {
+            let seq = |place: u32| SeqStep {
+                id: RequestId(u64::from(place)),
+                place: PlaceId(place),
+                adapter: None,
+                start,
+                len,
+                decode,
+                samples: true,
+                new_blocks: 0..0,
+            };
+            let plan = StepPlan { seqs: (0..count).map(seq).collect(), ..StepPlan::default() };
+            StepShape::of(&plan, 0, |_| 0, &mut History::default())
+        };
+        assert_eq!(prefill(4096), shape(1, 0, 4096, false));
+        assert_eq!(decode(16, 512), shape(16, 511, 1, true));
+    }
 }

@@ -53,6 +53,13 @@ pub fn run(args: &ReplayArgs, ctx: &Context) -> Result<(), Failure> {
 
     let (header, lines) = decision_log::read(&path).map_err(|e| Failure::Failed(e.into()))?;
     let recorded = Recorded::new(&header, &lines).map_err(|e| Failure::Failed(e.into()))?;
+    if recorded.is_empty() {
+        return Err(Failure::failed(format!(
+            "{} has no step that ended: there is nothing to replay. A server writes its decisions as they end: send it \
+             requests, stop it when they are answered, and replay then",
+            path.display()
+        )));
+    }
     let mut config = recorded.config.clone();
     config.evict = evict.unwrap_or(config.evict);
     config.policy = policy.unwrap_or(config.policy);
@@ -74,6 +81,12 @@ pub fn run(args: &ReplayArgs, ctx: &Context) -> Result<(), Failure> {
             row("first tokens", report.first_tokens, report.first_tokens_alike);
             println!("{table}");
             println!("largest TTFT difference: {}", ui::seconds(report.worst_ttft_difference_s));
+            if report.under_way > 0 {
+                println!(
+                    "the log ends before {} of its requests do: what they had yet to do is left out",
+                    report.under_way
+                );
+            }
             if let Some(difference) = &report.first_difference {
                 println!("first difference: {difference}");
             }

@@ -9,7 +9,7 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use crate::report::files::{check_writable, write_atomic};
 use crate::report::page::html;
-use crate::report::plot::Options;
+use crate::report::plot::{Options, PlotError, svg};
 use crate::report::results::read_rows;
 
 #[derive(Args, Debug, Serialize)]
@@ -52,6 +52,13 @@ pub fn run(args: &ReportArgs, ctx: &Context) -> Result<(), Failure> {
     }
     let title = settings.title.as_deref().unwrap_or("TTFT over gpu_loras");
     let figure = Options { lines: settings.lines, ..Options::default() };
+    // The page says why it has no figure, but lines that were asked for must be there, as in `plot`.
+    if figure.lines.is_some()
+        && let Err(e) = svg(&rows, &figure)
+        && !matches!(e, PlotError::NoRows | PlotError::Draw(_))
+    {
+        return Err(Failure::Usage(e.into()));
+    }
     let page = html(&rows, &settings.csv, title, &figure).map_err(|e| Failure::Failed(e.into()))?;
     write_atomic(&out, page.as_bytes()).map_err(Failure::failed)?;
     match ctx.format {

@@ -9,8 +9,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow};
 use clap::{Args, CommandFactory, ValueEnum};
-use figment::Figment;
 use figment::providers::{Format as _, Serialized, Toml};
+use figment::value::{Dict, Map, Value};
+use figment::{Figment, Metadata, Profile, Provider};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::failure::Failure;
@@ -126,19 +127,28 @@ impl Context {
             let below = sub.get_subcommands().flat_map(clap::Command::get_arguments);
             for arg in sub.get_arguments().chain(below) {
                 let id = arg.get_id().as_str();
-                if let Ok(value) = std::env::var(format!("{ENV_PREFIX}{}", id.to_uppercase())) {
-                    figment = figment.merge(Serialized::default(id, parse_scalar(&value)));
+                let name = format!("{ENV_PREFIX}{}", id.to_uppercase());
+                if let Ok(value) = std::env::var(&name) {
+                    figment = figment.merge(Variable { name, id, value: parse_scalar(&value) });
                 }
             }
         }
         figment.merge(Serialized::defaults(flags)).extract().map_err(|e| {
-            let from = if self.file_name.is_empty() {
-                String::new()
-            } else {
-                format!(" (settings file {})", self.file_name)
-            };
-            Failure::Usage(anyhow!("{e}{from}"))
+            let each = e.into_iter().map(|e| self.said(&e));
+            Failure::usage(each.collect::<Vec<_>>().join("; "))
         })
+    }
+
+    /// A setting that cannot be, with where it was given.
+    fn said(&self, error: &figment::Error) -> String {
+        let from = error.metadata.as_ref().map_or("", |m| &m.name);
+        if from.starts_with(ENV_PREFIX) {
+            return format!("{from}: {}", error.kind);
+        }
+        match &self.file_name {
+            none if none.is_empty() => error.to_string(),
+            file => format!("{error} (settings file {file})"),
+        }
     }
 
     fn check_keys(
@@ -168,6 +178,23 @@ const ENV_PREFIX: &str = "LORA_HBM_";
 /// Variables that are settings of the program as a whole, whatever the subcommand.
 const GLOBAL: &[&str] = &["log", "data", "format", "config"];
 
+/// A setting of the environment, under the variable's name.
+struct Variable<'a> {
+    name: String,
+    id: &'a str,
+    value: Value,
+}
+
+impl Provider for Variable<'_> {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(self.name.clone())
+    }
+
+    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
+        Serialized::default(self.id, &self.value).data()
+    }
+}
+
 /// The subcommands and those below them (`trace generate`).
 fn subcommands_below(command: &clap::Command) -> Vec<&clap::Command> {
     command.get_subcommands().flat_map(|c| std::iter::once(c).chain(c.get_subcommands())).collect()
@@ -181,7 +208,7 @@ fn dashes_to_underscores(toml: &str) -> Result<String, Failure> {
 
 /// An environment value as the type that it looks like; figment's own parser would also take
 /// brackets and braces apart, which file names may hold.
-fn parse_scalar(text: &str) -> figment::value::Value {
+fn parse_scalar(text: &str) -> Value {
     if let Ok(v) = text.parse::<bool>() {
         return v.into();
     }

@@ -45,7 +45,8 @@ pub struct WorkloadArgs {
     #[serde(skip_serializing_if = "Option::is_none")]
     trace: Option<PathBuf>,
     /// Tokenizer that counts prompts: a tokenizer.json, its folder, or a name that fetch-data provides
-    /// for [default: the server's if it can be had here, else byte-level]
+    /// for [default: the server's if it can be had here, else byte-level]. Without effect where nothing is counted:
+    /// in `simulate` without --dataset, and in `plan`
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
     tokenizer: Option<String>,

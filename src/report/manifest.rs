@@ -1,8 +1,9 @@
 //! The manifest of a run: what a result was made with, as JSON beside it.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -176,6 +177,39 @@ pub fn of_results<'a>(csv: &[PathBuf], names: impl Iterator<Item = &'a str>) -> 
     paths.iter().filter_map(|p| Manifest::read(p).ok()).collect()
 }
 
+/// The manifest of each of a file's rows: what the row names; where none of them names any, the one beside the file, if
+/// there is one. From the root, so that it can be told from others and [named anew](name_from).
+pub fn of_rows(csv: &Path, rows: &[ResultRow]) -> Vec<Option<PathBuf>> {
+    let no_names = rows.iter().all(|row| row.manifest.is_none());
+    let beside = Some(path_beside(csv)).filter(|path| no_names && path.exists());
+    let of = |row: &ResultRow| row.manifest.as_ref().map(|name| csv.with_file_name(name)).or(beside.clone());
+    rows.iter().map(|row| of(row).map(|path| from_root(&path))).collect()
+}
+
+/// How rows of `csv` name a manifest that lies there: from the file's folder, with `/` on every system. As it is where
+/// no way leads from the one to the other.
+pub fn name_from(csv: &Path, manifest: &Path) -> String {
+    let (csv, manifest) = (from_root(csv), from_root(manifest));
+    let folder: Vec<Component<'_>> = csv.parent().into_iter().flat_map(Path::components).collect();
+    let parts: Vec<Component<'_>> = manifest.components().collect();
+    let shared = folder.iter().zip(&parts).take_while(|(a, b)| a == b).count();
+    if shared == 0 {
+        return manifest.to_string_lossy().into_owned();
+    }
+    let up = folder[shared..].iter().map(|_| "..".into());
+    let down = parts[shared..].iter().map(|part| part.as_os_str().to_string_lossy());
+    up.chain(down).collect::<Vec<Cow<'_, str>>>().join("/")
+}
+
+/// A path from the root without links in its folders, whether or not there is a file.
+fn from_root(path: &Path) -> PathBuf {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match (folder.canonicalize(), path.file_name()) {
+        (Ok(folder), Some(name)) => folder.join(name),
+        _ => std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
+    }
+}
+
 /// Makes absolute paths below `here` relative to it: where a checkout lies says nothing of a run, and
 /// the same run from another checkout has the same settings.
 fn make_relative(config: &mut Value, here: &Path) {
@@ -246,6 +280,23 @@ mod tests {
         manifest.end(true);
         manifest.write(&path).unwrap();
         assert_eq!(Manifest::read(&path).unwrap(), manifest);
+    }
+
+    #[test]
+    fn rows_name_a_manifest_from_the_folder_of_their_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| dir.path().join(path);
+        for folder in ["m1/deep", "all"] {
+            std::fs::create_dir_all(at(folder)).unwrap();
+        }
+        for (csv, manifest, name) in [
+            ("all/a.csv", "all/s.manifest.json", "s.manifest.json"),
+            ("a.csv", "m1/s.manifest.json", "m1/s.manifest.json"),
+            ("all/a.csv", "m1/deep/s.manifest.json", "../m1/deep/s.manifest.json"),
+            ("all/a.csv", "m1/deep/../s.manifest.json", "../m1/s.manifest.json"),
+        ] {
+            assert_eq!(name_from(&at(csv), &at(manifest)), name);
+        }
     }
 
     #[test]

@@ -151,7 +151,7 @@ pub struct ResultRow {
     pub saturated: Option<bool>,
     /// Key of the experiment's cell.
     pub cell: Option<String>,
-    /// The run manifest's path, relative to the CSV.
+    /// The run manifest's path from the CSV's folder, with `/` on every system.
     pub manifest: Option<String>,
 }
 

@@ -1,6 +1,6 @@
 //! A decision log taken apart into what a replay feeds in and what it compares with.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use lora_sched::{AdapterId, AdapterSpec, Config, Nanos, UnknownChoice};
 
@@ -68,6 +68,12 @@ pub struct Recorded {
     pub fetches: Vec<RecordedFetch>,
     /// TTFT of each arrival that got a first token.
     pub ttft: HashMap<u64, Nanos>,
+    /// Requests that had not ended when the log did: what they had yet to do is not in it.
+    pub under_way: usize,
+    /// The log's last time.
+    pub end: Nanos,
+    /// When the engine last asked for a plan and had none.
+    pub last_idle: Option<Nanos>,
 }
 
 /// A log that cannot be replayed.
@@ -82,7 +88,8 @@ pub enum RecordError {
 }
 
 impl Recorded {
-    /// Takes a log apart. Work that was under way when the log ended is left out.
+    /// Takes a log apart. Work that was under way when the log ended is left out: decisions are written when what they
+    /// asked for has ended.
     pub fn new(header: &LogHeader, lines: &[LogLine]) -> Result<Self, RecordError> {
         let config = Config::try_from(&header.config)?;
         let arrivals = arrivals(lines);
@@ -143,7 +150,37 @@ impl Recorded {
         swaps.sort_by_key(|s| s.0);
         let swaps = swaps.into_iter().map(|s| s.1).collect();
         let fetches = fetches(lines);
-        Ok(Self { config, inputs, gaps, steps, swaps, fetches, ttft })
+        let ended = lines.iter().filter(|line| matches!(line, LogLine::Ended { .. })).count();
+        let under_way = arrivals.len().saturating_sub(ended);
+        let end = lines.iter().map(time).max().unwrap_or(0);
+        let idle = |line: &LogLine| matches!(line, LogLine::Idle { .. }).then(|| time(line));
+        let last_idle = lines.iter().filter_map(idle).max();
+        Ok(Self { config, inputs, gaps, steps, swaps, fetches, ttft, under_way, end, last_idle })
+    }
+
+    /// Whether there is no decision to compare with.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty() && self.swaps.is_empty() && self.fetches.is_empty()
+    }
+}
+
+/// When a line was written: of a decision, when what it asked for had ended.
+fn time(line: &LogLine) -> Nanos {
+    match *line {
+        LogLine::Arrive { t, .. }
+        | LogLine::Cancel { t, .. }
+        | LogLine::StepDone { t, .. }
+        | LogLine::SwapDone { t, .. }
+        | LogLine::AddAdapter { t, .. }
+        | LogLine::RemoveAdapter { t, .. }
+        | LogLine::PinAdapter { t, .. }
+        | LogLine::FetchDone { t, .. }
+        | LogLine::Idle { t }
+        | LogLine::AdapterGone { t, .. }
+        | LogLine::First { t, .. }
+        | LogLine::Ended { t, .. }
+        | LogLine::Preempted { t, .. } => t,
+        LogLine::Step { done, .. } | LogLine::Swap { done, .. } | LogLine::Fetch { done, .. } => done,
     }
 }
 
@@ -160,7 +197,7 @@ fn adapter_change(line: &LogLine) -> Option<Input> {
 
 /// Reads from disk in order of decision.
 fn fetches(lines: &[LogLine]) -> Vec<RecordedFetch> {
-    let mut failed = std::collections::HashSet::new();
+    let mut failed = HashSet::new();
     let mut fetches = Vec::new();
     for line in lines {
         match *line {
@@ -255,6 +292,7 @@ pub(super) fn gaps(lines: &[LogLine]) -> (Vec<Nanos>, HashMap<Nanos, Nanos>) {
     };
     let mut marks: Vec<_> = lines.iter().filter_map(mark).collect();
     marks.sort();
+    let times: HashSet<Nanos> = marks.iter().map(|m| m.0).collect();
     let (mut gaps, mut gap_of) = (Vec::new(), HashMap::new());
     let (mut there, mut in_flight, mut possible) = (0usize, false, None);
     for (t, mark) in marks {
@@ -275,6 +313,16 @@ pub(super) fn gaps(lines: &[LogLine]) -> (Vec<Nanos>, HashMap<Nanos, Nanos>) {
         if mark != Mark::Ended && !in_flight && there > 0 {
             possible = possible.or(Some(t));
         }
+    }
+    // The plan of a step that was under way when the log ended is not in it. What it decided beside may be: what was
+    // decided at no event's time was decided by a plan.
+    if let Some(since) = possible {
+        let decided = lines.iter().filter_map(|line| match *line {
+            LogLine::Swap { decided, .. } | LogLine::Fetch { decided, .. } => Some(decided),
+            _ => None,
+        });
+        let planned = decided.filter(|t| *t > since && !times.contains(t)).min();
+        gaps.extend(planned.map(|t| t - since));
     }
     (gaps, gap_of)
 }

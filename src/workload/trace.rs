@@ -145,9 +145,9 @@ impl Trace {
         self.requests.iter().all(|r| r.output_tokens == first).then_some(first)
     }
 
-    /// One more than the highest adapter; 0 if no request names one.
+    /// One more than the highest adapter, as far as it can be counted; 0 if no request names one.
     pub fn adapters(&self) -> u32 {
-        self.requests.iter().filter_map(|r| r.adapter).max().map_or(0, |a| a + 1)
+        self.requests.iter().filter_map(|r| r.adapter).max().map_or(0, |a| a.saturating_add(1))
     }
 }
 

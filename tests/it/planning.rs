@@ -114,6 +114,18 @@ fn a_scaled_profile_is_marked_and_a_bad_one_refused_with_the_reason() {
         .success()
         .stderr(contains("nothing of it was measured"));
     program(&["profile", "check", "p.json"]).assert().success().stdout(contains("prefill of 512"));
+    // A copy's own costs were held against nothing: what the original's were is not its own.
+    for (name, held_out, is_null) in
+        [("h100-llama2-7b", "76 steps held out", false), ("s.json", "no sample", true)]
+    {
+        if is_null {
+            let scale = ["profile", "scale", "h100-llama2-7b", "--copy", "2", "-o", name];
+            program(&scale).assert().success();
+        }
+        program(&["profile", "check", name]).assert().success().stdout(contains(held_out));
+        let checked = json(&mut program(&["--format", "json", "profile", "check", name]));
+        assert_eq!((checked["holdout"].is_null(), checked["residuals"].is_null()), (is_null, is_null));
+    }
 
     let refuse = |name: &str, change: fn(&mut Profile), says: &str| {
         let mut profile = machine(&[("step", 1e6), ("tokens:0-", 2e4)], 2_000_000, 0);

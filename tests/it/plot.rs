@@ -5,6 +5,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use lora_hbm::report::manifest::Manifest;
 use lora_hbm::report::results::{ResultRow, RunContext, Source, append_rows, read_rows};
+use predicates::prelude::PredicateBooleanExt as _;
 use predicates::str::contains;
 
 const BUDGETS: [u32; 7] = [2, 4, 8, 16, 32, 64, 128];
@@ -222,6 +223,60 @@ fn a_run_measured_twice_with_other_numbers_keeps_the_first() {
     assert_eq!(read_rows(dir.path().join("all.csv")).unwrap()[0].ttft_median, Some(1.0));
 }
 
+/// A folder with results of one budget and the manifest that their rows name.
+fn results_with_manifest(folder: &Path, command: &str, gpu_loras: u32) {
+    let mut manifest = Manifest::begin(command, &serde_json::json!({}), &[42]).unwrap();
+    manifest.end(true);
+    manifest.write(folder.join("s.manifest.json")).unwrap();
+    let row = ResultRow {
+        manifest: Some("s.manifest.json".to_owned()),
+        // As of `measure` or `simulate`, whose runs have no cell.
+        cell: None,
+        ..row(Source::Measured, gpu_loras, "skip", 0, 1.0)
+    };
+    append_rows(folder.join("s.csv"), &[row]).unwrap();
+}
+
+#[test]
+fn merged_rows_keep_the_manifests_that_they_were_made_with() {
+    let dir = tempfile::tempdir().unwrap();
+    results_with_manifest(&dir.path().join("m1"), "sweep one", 2);
+    results_with_manifest(&dir.path().join("m2"), "sweep two", 4);
+    // Of a file whose rows name none, it is the one beside it.
+    append_rows(dir.path().join("m3/a.csv"), &[row(Source::Measured, 8, "skip", 0, 1.0)]).unwrap();
+    std::fs::copy(dir.path().join("m1/s.manifest.json"), dir.path().join("m3/a.manifest.json")).unwrap();
+    let merge = |from: &[&str], out: &str| {
+        lora_hbm(dir.path()).arg("merge").args(from).args(["-o", out]).assert().success();
+        let rows = read_rows(dir.path().join(out)).unwrap();
+        rows.into_iter().map(|row| row.manifest.unwrap()).collect::<Vec<_>>()
+    };
+    let there = ["../m1/s.manifest.json", "../m2/s.manifest.json", "../m3/a.manifest.json"];
+    assert_eq!(merge(&["m1/s.csv", "m2/s.csv", "m3/a.csv"], "all/all.csv"), there);
+    // Once more, from there to elsewhere: still the same files.
+    let here = there.map(|name| name.trim_start_matches("../").to_owned());
+    assert_eq!(merge(&["all/all.csv"], "again.csv"), here);
+    for csv in ["all/all.csv", "again.csv"] {
+        lora_hbm(dir.path()).args(["report", csv, "-o", "page.html"]).assert().success();
+        let page = std::fs::read_to_string(dir.path().join("page.html")).unwrap();
+        assert!(page.contains("<code>sweep one</code>") && page.contains("<code>sweep two</code>"), "{csv}");
+    }
+    // However the file is written: it is one of those to merge.
+    assert_eq!(merge(&["./m1/s.csv", "m2/s.csv"], "m1/s.csv"), ["s.manifest.json", there[1]]);
+    // The same numbers by another run are another run; a copy of a folder has the same runs.
+    results_with_manifest(&dir.path().join("m4"), "sweep four", 4);
+    assert_eq!(merge(&["m2/s.csv", "m4/s.csv"], "two.csv"), ["m2/s.manifest.json", "m4/s.manifest.json"]);
+    std::fs::create_dir(dir.path().join("copy")).unwrap();
+    for name in ["s.csv", "s.manifest.json"] {
+        std::fs::copy(dir.path().join("m2").join(name), dir.path().join("copy").join(name)).unwrap();
+    }
+    lora_hbm(dir.path())
+        .args(["merge", "m2/s.csv", "copy/s.csv", "-o", "both.csv"])
+        .assert()
+        .success()
+        .stdout(contains("1 rows of 2 files in both.csv; 1 duplicates dropped"))
+        .stderr(contains("other numbers").not());
+}
+
 #[test]
 fn report_is_one_page_with_figure_tables_and_manifests() {
     let dir = tempfile::tempdir().unwrap();
@@ -239,6 +294,15 @@ fn report_is_one_page_with_figure_tables_and_manifests() {
     for part in ["Slots &amp; time", "<svg", "from 128 slots on", "<code>sweep</code>", "policy skip"] {
         assert!(page.contains(part), "{part}: {page}");
     }
+    // Lines by what is no column: no page, as `plot` draws no figure.
+    for command in ["report", "plot"] {
+        lora_hbm(dir.path())
+            .args([command, "a.csv", "--lines", "nope", "-o", "lines"])
+            .assert()
+            .code(2)
+            .stderr(contains("no column 'nope'"));
+    }
+    assert!(!dir.path().join("lines").exists());
     lora_hbm(dir.path()).args(["report", "none.csv"]).assert().code(1).stderr(contains("none.csv"));
     std::fs::write(dir.path().join("other.csv"), "a,b\n1,2\n").unwrap();
     lora_hbm(dir.path()).args(["report", "other.csv", "-o", "other.html"]).assert().code(1);

@@ -7,11 +7,21 @@ use std::time::Duration;
 use lora_hbm::report::decision_log::{DecisionLog, LogHeader, LogLine};
 use lora_hbm::sim::{Recorded, replay};
 use lora_sched::{Config, Evict, Policy, SwapMode};
+use predicates::str::contains;
 
 use crate::support::{MS, config, engine, idle, request, until};
 
 /// Serves a burst of mixed requests, some of them cancelled, and gives the recording.
 fn record(config: &Config) -> Recorded {
+    recorded(config, &serve(config))
+}
+
+fn recorded(config: &Config, lines: &[LogLine]) -> Recorded {
+    Recorded::new(&LogHeader::new("emulated", 1, config), lines).unwrap()
+}
+
+/// The log of such a burst.
+fn serve(config: &Config) -> Vec<LogLine> {
     let (log, lines) = DecisionLog::in_memory();
     let (engine, _) = engine(config.clone(), 2, 3, Some(log));
     let mut kept = Vec::new();
@@ -33,7 +43,7 @@ fn record(config: &Config) -> Recorded {
     until(&engine, "idle", idle);
     engine.shutdown();
     let lines = lines.lock().unwrap();
-    Recorded::new(&LogHeader::new("emulated", 1, config), &lines).unwrap()
+    lines.clone()
 }
 
 fn twelve_adapters(swap_mode: SwapMode, policy: Policy) -> Config {
@@ -98,9 +108,43 @@ fn requests_that_are_refused_together_replay() {
     let lines = lines.lock().unwrap();
     let told = |line: &&LogLine| matches!(line, LogLine::Arrive { refused: None, .. });
     assert_eq!(lines.iter().filter(told).count() as u64, accepted);
-    let recorded = Recorded::new(&LogHeader::new("emulated", 1, &config), &lines).unwrap();
-    let report = replay(&recorded, config).unwrap();
+    let report = replay(&recorded(&config, &lines), config).unwrap();
     assert!(report.holds(), "{report:#?}");
+}
+
+/// A killed server leaves a log that ends anywhere: what it does not tell of is no difference.
+#[test]
+fn every_beginning_of_a_log_replays_as_far_as_it_goes() {
+    let (blocking, overlap, layered) = (SwapMode::Blocking, SwapMode::Overlap, SwapMode::Layered);
+    for (swap_mode, prefetch) in [(blocking, 0), (overlap, 0), (overlap, 3), (layered, 0), (layered, 3)] {
+        let config = Config { prefetch, ..twelve_adapters(swap_mode, Policy::Skip) };
+        let lines = serve(&config);
+        for end in 0..lines.len() {
+            let report = replay(&recorded(&config, &lines[..end]), config.clone()).unwrap();
+            assert!(report.holds(), "{swap_mode}, prefetch {prefetch}, {end} lines: {report:#?}");
+        }
+    }
+}
+
+/// The same negative control for a log that was cut short: a step that the engine ran is missing, or it is
+/// replayed by another rule.
+#[test]
+fn half_a_log_is_still_told_from_another() {
+    let config = twelve_adapters(SwapMode::Overlap, Policy::Skip);
+    let lines = serve(&config);
+    let ends = lines.len() * 2 / 3..lines.len();
+    let half = ends.map(|end| recorded(&config, &lines[..end])).find(|half| half.under_way > 0).unwrap();
+    assert!(half.steps.len() > 20);
+    let mut other = half.clone();
+    other.steps[15].seqs.pop();
+    assert!(!replay(&other, config.clone()).unwrap().holds());
+    // The engine was idle after the last step that it tells of: then no other was under way.
+    let mut other = half.clone();
+    other.steps.pop();
+    other.last_idle = Some(half.end);
+    let report = replay(&other, config.clone()).unwrap();
+    assert!(report.first_difference.is_some_and(|d| d.contains("the engine ran")));
+    assert!(!replay(&half, Config { swap_mode: SwapMode::Blocking, ..config }).unwrap().holds());
 }
 
 /// The negative control: a replay that would pass whatever it is given shows nothing.
@@ -138,7 +182,19 @@ fn the_command_replays_a_log_and_tells_another_rule_from_it() {
         command.arg("replay").arg(&path).args(more).assert()
     };
     replay(&[]).code(0);
-    replay(&["--evict", "fifo"]).code(3);
+    // With the same requests in both, it is the slots that differ.
+    replay(&["--evict", "fifo"]).code(3).stdout(contains("the engine slot"));
     replay(&["--policy", "credit"]).code(0);
     replay(&["--evict", "best"]).code(2);
+    // A log that was cut short, and one that tells of nothing yet.
+    let text = std::fs::read_to_string(&path).unwrap();
+    let cut = |lines: usize| {
+        let text: Vec<_> = text.lines().take(lines).collect();
+        std::fs::write(&path, text.join("\n")).unwrap();
+        replay(&[])
+    };
+    let first_token =
+        text.lines().collect::<Vec<_>>().iter().rposition(|line| line.contains("\"first\"")).unwrap();
+    cut(first_token + 1).code(0).stdout(contains("the log ends before 1 of its requests"));
+    cut(1).code(1).stderr(contains("there is nothing to replay"));
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use lora_hbm::profile::Profile;
 use lora_hbm::report::results::read_rows;
+use predicates::prelude::PredicateBooleanExt as _;
 use predicates::str::contains;
 use serde_json::json;
 
@@ -108,6 +109,13 @@ fn impossible_wishes_are_usage_errors_and_bad_profiles_failures() {
         let args = [&["simulate", "--profile", "profile.json"][..], &more].concat();
         program(&args).assert().code(status).stderr(contains(says));
     }
+    // Nothing is computed anywhere.
+    for flag in ["--device", "--threads"] {
+        for command in ["simulate", "plan"] {
+            let unexpected = program(&[command, "--profile", "profile.json", flag, "1"]).assert();
+            unexpected.code(2).stderr(contains(format!("unexpected argument '{flag}'")));
+        }
+    }
     program(&["simulate"]).assert().code(2).stderr(contains("calibrate"));
     let text = std::fs::read_to_string(dir.path().join("profile.json")).unwrap();
     std::fs::write(dir.path().join("edited.json"), text.replace("20000.0", "10000.0")).unwrap();
@@ -144,6 +152,29 @@ fn what_looks_like_a_number_is_a_list_or_a_text_wherever_it_comes_from() {
     let mut trace = program(&["trace", "generate", "-n", "3", "-o", "t.jsonl"]);
     trace.env("LORA_HBM_RANKS", "8").assert().success();
     program(&simulate).env("LORA_HBM_FORMAT", "xml").assert().code(2).stderr(contains("table, json"));
+}
+
+#[test]
+fn a_setting_that_cannot_be_is_named_as_it_was_given() {
+    let (dir, program) = set_up();
+    std::fs::write(dir.path().join("good.toml"), "[simulate]\nwarm-up = 0\n").unwrap();
+    std::fs::write(dir.path().join("bad.toml"), "[simulate]\nwarm-up = \"many\"\n").unwrap();
+    let simulate = ["simulate", "--profile", "profile.json", "--config", "good.toml"];
+    let of_environment = program(&simulate).env("LORA_HBM_SEEDS", "abc").assert().code(2);
+    let said = String::from_utf8(of_environment.get_output().stderr.clone()).unwrap();
+    assert!(said.contains("LORA_HBM_SEEDS: invalid type: found string \"abc\", expected u64"), "{said}");
+    assert!(!said.contains("figment") && !said.contains(".rs") && !said.contains(".toml"), "{said}");
+    // A value that its own type refuses.
+    let mut never = program(&simulate);
+    never.env("LORA_HBM_ARRIVALS", "never").assert().code(2).stderr(contains("LORA_HBM_ARRIVALS: "));
+    program(&[&simulate[..4], &["bad.toml"]].concat())
+        .assert()
+        .code(2)
+        .stderr(contains("\"many\"").and(contains("warm_up")).and(contains("bad.toml")));
+    program(&[&simulate[..], &["--seeds", "abc"]].concat())
+        .assert()
+        .code(2)
+        .stderr(contains("'--seeds <N>'"));
 }
 
 #[test]

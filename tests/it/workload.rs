@@ -104,6 +104,21 @@ fn the_embedded_and_the_peers_traces_are_whole() {
 }
 
 #[test]
+fn adapters_may_have_any_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines = [
+        r#"{"schema":1,"source":"s","seed":0,"popularity":"trace"}"#,
+        r#"{"id":0,"arrival_s":0.0,"prompt_tokens":5,"output_tokens":2,"adapter":4294967295}"#,
+        r#"{"id":1,"arrival_s":0.5,"prompt_tokens":5,"output_tokens":2,"adapter":2000000000}"#,
+        r#"{"id":2,"arrival_s":1.0,"prompt_tokens":5,"output_tokens":2,"adapter":2000000000}"#,
+    ];
+    std::fs::write(folder.path().join("t.jsonl"), lines.join("\n")).unwrap();
+    let seen = show(folder.path(), "t.jsonl");
+    assert_eq!(seen["adapters"], 2);
+    assert!((seen["busiest_adapter_share"].as_f64().unwrap() - 2.0 / 3.0).abs() < 1e-9);
+}
+
+#[test]
 fn wrong_traces_and_wishes_are_told() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(

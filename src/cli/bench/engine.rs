@@ -7,7 +7,7 @@ use lora_sched::SwapMode;
 use serde::{Deserialize, Serialize};
 
 use crate::bench::{BenchError, EngineReport, StepGrid, Times, TraceRow, run_engine, run_swaps, run_trace};
-use crate::cli::engine_args::{EngineArgs, EngineFlags};
+use crate::cli::engine_args::{EngineFlags, RunningEngineArgs};
 use crate::cli::failure::Failure;
 use crate::cli::settings::{Context, OutputFormat};
 use crate::cli::ui;
@@ -40,7 +40,7 @@ pub(super) struct EngineBenchArgs {
     #[command(flatten)]
     grid: GridArgs,
     #[command(flatten)]
-    engine: EngineArgs,
+    engine: RunningEngineArgs,
 }
 
 #[derive(Args, Debug, Serialize)]
@@ -95,7 +95,7 @@ pub(super) struct TraceBenchArgs {
     #[command(flatten)]
     budgets: BudgetArgs,
     #[command(flatten)]
-    engine: EngineArgs,
+    engine: RunningEngineArgs,
     /// Traces, as `trace generate` writes them
     #[arg(required = true, value_name = "FILE")]
     traces: Vec<PathBuf>,

@@ -1,5 +1,6 @@
 //! `lora-hbm trace show`.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -102,10 +103,11 @@ pub fn print_trace(name: &str, trace: &Trace, ctx: &Context) {
     let outputs: Vec<f64> = trace.requests.iter().map(|r| f64::from(r.output_tokens)).collect();
     let gaps: Vec<f64> = trace.requests.windows(2).map(|w| w[1].arrival_s - w[0].arrival_s).collect();
     let variation = std_dev(&gaps).zip(crate::report::stats::mean(&gaps)).map(|(sd, mean)| sd / mean);
-    let mut counts = vec![0u64; trace.adapters() as usize];
-    trace.requests.iter().filter_map(|r| r.adapter).for_each(|a| counts[a as usize] += 1);
-    let distinct = counts.iter().filter(|n| **n > 0).count();
-    let busiest = counts.iter().copied().max().unwrap_or_default() as f64 / trace.requests.len() as f64;
+    // By number, not in a list of all numbers up to the largest: an adapter may have any.
+    let mut counts: HashMap<u32, u64> = HashMap::new();
+    trace.requests.iter().filter_map(|r| r.adapter).for_each(|a| *counts.entry(a).or_default() += 1);
+    let distinct = counts.len();
+    let busiest = counts.values().copied().max().unwrap_or_default() as f64 / trace.requests.len() as f64;
     let texts = trace.requests.iter().filter(|r| r.prompt.is_some()).count();
     let (prompts, outputs) = (Summary::of(&prompts), Summary::of(&outputs));
     if ctx.format == OutputFormat::Json {
