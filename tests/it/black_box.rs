@@ -11,10 +11,10 @@ use crate::load_support::mock::{Behaviour, Mock};
 use crate::load_support::{program, stderr, stdout};
 use crate::serve_command::{self, Serve, get, start};
 
-/// An emulated server whose steps take at least 5 ms, so that sequences of a batch meet, and whose swaps take 200: more
+/// An emulated server whose steps take at least 3 ms, so that sequences of a batch meet, and whose swaps take 200: more
 /// than the client's own delays.
 fn emulated(folder: &Path) -> Serve {
-    let costs = [("step", 5e6), ("tokens:0-", 1e4), ("decodes", 1e5)];
+    let costs = [("step", 3e6), ("tokens:0-", 1e4), ("decodes", 1e5)];
     let truth = serve_command::emulated(folder, &costs, 200_000_000);
     let emulate =
         ["--total-loras", "6", "--gpu-loras", "2", "--max-num-seqs", "4", "--swap-mode", "blocking"];

@@ -398,9 +398,9 @@ async fn stream(client: Client, url: String, i: usize) -> Result<String, u16> {
 
 #[test]
 fn sigterm_under_load_lets_streams_end_whole_and_refuses_the_rest() {
-    // Steps of 4 ms for 400 tokens of eight adapters in two slots: the last stream ends seconds after the signal.
+    // Steps of 1 ms for 400 tokens of eight adapters in two slots: the last stream ends seconds after the signal.
     let dir = tempfile::tempdir().unwrap();
-    let machine = emulated(dir.path(), &[("step", 4e6)], 1_000_000);
+    let machine = emulated(dir.path(), &[("step", 1e6)], 1_000_000);
     let flags = ["--total-loras", "8", "--gpu-loras", "2", "--shutdown-timeout", "100"];
     let (mut serve, _) = start(&[&flags[..], &["--emulate", machine.to_str().unwrap()]].concat());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
