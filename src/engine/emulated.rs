@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_layered_step_ends_a_layer_after_its_copy_and_says_how_long_it_waited() {
-        let costs = (|_: &StepPlan| 2 * MS, |_: &SwapPlan| 3 * MS);
+        let costs = (|_: &StepPlan| 2 * MS, |_: &SwapPlan| 100 * MS);
         let mut device = EmulatedExecutor::new(costs, |id, at| id.0 as u32 * 10 + at, 4).unwrap();
         device.submit_swap(&swap(0)).unwrap();
         device.submit_swap(&swap(1)).unwrap();

@@ -9,15 +9,13 @@ use serde_json::Value;
 
 use crate::load_support::mock::{Behaviour, Mock};
 use crate::load_support::{program, stderr, stdout};
-use crate::serve_command::{Serve, get, start};
+use crate::serve_command::{self, Serve, get, start};
 
-/// An emulated server whose steps take at least 2 ms and whose swaps take 20.
+/// An emulated server whose steps take at least 3 ms, so that sequences of a batch meet, and whose swaps take 200: more
+/// than the client's own delays.
 fn emulated(folder: &Path) -> Serve {
-    let truth = folder.join("truth.json");
-    let costs = [("step", 2e6), ("tokens:0-", 1e4), ("decodes", 1e5)];
-    let mut profile = crate::oracles::machine(&costs, 20_000_000, 0);
-    profile.model = "tiny".to_owned();
-    std::fs::write(&truth, serde_json::to_string(&profile.signed()).unwrap()).unwrap();
+    let costs = [("step", 3e6), ("tokens:0-", 1e4), ("decodes", 1e5)];
+    let truth = serve_command::emulated(folder, &costs, 200_000_000);
     let emulate =
         ["--total-loras", "6", "--gpu-loras", "2", "--max-num-seqs", "4", "--swap-mode", "blocking"];
     start(&[&emulate[..], &["--emulate", truth.to_str().unwrap()]].concat()).0

@@ -39,7 +39,7 @@ fn steps_last_what_the_profile_says_and_decisions_replay() {
         let handles: Vec<_> = (0..24u32)
             .map(|i| {
                 std::thread::sleep(Duration::from_millis(u64::from(i % 4)));
-                engine.submit(request(30 + i as usize * 17 % 150, Some(i * 5 % 8), 1 + i % 6)).unwrap()
+                engine.submit(request(30 + i as usize * 17 % 150, Some(i * 5 % 8), 1 + i % 12)).unwrap()
             })
             .collect();
         for handle in handles {
@@ -48,6 +48,7 @@ fn steps_last_what_the_profile_says_and_decisions_replay() {
         until(&engine, "idle", idle);
         engine.shutdown();
         let recorded = Recorded::new(&header, &lines.lock().unwrap()).unwrap();
+        // 156 tokens, four a step at most.
         assert!(recorded.steps.len() > 24 && recorded.swaps.len() > 5);
         for line in lines.lock().unwrap().iter() {
             let LogLine::Step { step, started, ended, seqs, .. } = line else { continue };

@@ -231,15 +231,17 @@ fn a_server_that_is_not_there_or_not_the_one_meant_is_told() {
 #[test]
 fn a_server_gone_in_the_middle_of_a_run_loses_no_record() {
     let (mock, folder) = (Mock::start(Behaviour { dies_after: Some(15), ..Behaviour::default() }), folder());
-    let failed = measure(folder.path(), &mock.url(), &["-o", "r.csv", "--requests-out", "q.jsonl"]).code(1);
-    assert!(stderr(&failed).contains("of 40 requests ended well"), "{}", stderr(&failed));
-    assert_eq!(lines(&folder.path().join("q.jsonl")).len(), 40);
+    // Many more requests than it takes to see that it has gone, however late it goes.
+    let more = ["-n", "400", "-r", "200", "-o", "r.csv", "--requests-out", "q.jsonl"];
+    let failed = measure(folder.path(), &mock.url(), &more).code(1);
+    assert!(stderr(&failed).contains("of 400 requests ended well"), "{}", stderr(&failed));
+    assert_eq!(lines(&folder.path().join("q.jsonl")).len(), 400);
     let rows = lines(&folder.path().join("r.csv"));
     let columns: Vec<&str> = rows[0].split(',').collect();
     let cells: Vec<&str> = rows[1].split(',').collect();
     let cell = |name| cells[columns.iter().position(|c| *c == name).unwrap()];
-    assert_eq!(cell("total_requests"), "40");
-    assert!(cell("errors").parse::<u32>().unwrap() >= 25);
+    assert_eq!(cell("total_requests"), "400");
+    assert!(cell("errors").parse::<u32>().unwrap() >= 385);
     let manifest: Value =
         serde_json::from_slice(&std::fs::read(folder.path().join(cell("manifest"))).unwrap()).unwrap();
     assert_eq!(manifest["complete"], false);

@@ -83,7 +83,7 @@ fn the_server_gets_what_the_trace_says() {
 
 #[test]
 fn requests_are_sent_whether_or_not_earlier_ones_have_ended() {
-    let mock = Mock::start(Behaviour { delay: Duration::from_millis(600), ..Behaviour::default() });
+    let mock = Mock::start(Behaviour { delay: Duration::from_secs(3), ..Behaviour::default() });
     let outcome = run(&mock, &requests(30, 100.0), &LoadOptions::default());
     assert!(outcome.records.iter().all(|r| r.status == Status::Ok));
     // A closed loop, or a pool with a limit, would have fewer.
@@ -98,8 +98,11 @@ fn refusals_cut_streams_and_time_outs_are_told_apart() {
         (Behaviour { cuts: true, ..Behaviour::default() }, Status::Error, "ended before the output did"),
         (Behaviour { hangs: true, ..Behaviour::default() }, Status::Timeout, "no end after 0.3 s"),
     ] {
+        let mut options = LoadOptions::default();
+        if behaviour.hangs {
+            options.timeout = Duration::from_millis(300);
+        }
         let mock = Mock::start(behaviour);
-        let options = LoadOptions { timeout: Duration::from_millis(300), ..LoadOptions::default() };
         let outcome = run(&mock, &requests(3, 100.0), &options);
         for record in &outcome.records {
             assert_eq!((record.status, record.last_s, record.latency_s), (status, None, None));
@@ -112,9 +115,9 @@ fn refusals_cut_streams_and_time_outs_are_told_apart() {
 #[test]
 fn a_server_that_goes_away_ends_the_run_with_every_request_accounted_for() {
     let mock = Mock::start(Behaviour { dies_after: Some(10), ..Behaviour::default() });
-    // At this rate the whole trace would take a minute: the run must notice before.
-    let mut requests = requests(400, 400.0);
-    requests[100..].iter_mut().for_each(|r| r.scheduled_s += 60.0);
+    // The whole trace would take a minute: the run must notice before. It has three seconds of requests to do so.
+    let mut requests = requests(400, 100.0);
+    requests[300..].iter_mut().for_each(|r| r.scheduled_s += 60.0);
     let outcome = run(&mock, &requests, &LoadOptions::default());
     assert!(outcome.cut_short.as_ref().unwrap().contains("went away"), "{:?}", outcome.cut_short);
     let ok = outcome.records.iter().filter(|r| r.status == Status::Ok).count();

@@ -212,7 +212,7 @@ async fn an_engine_that_stops_is_told_in_the_stream() {
     for (path, stream) in [(COMPLETIONS, true), (CHAT, false)] {
         // The second request finds an engine that has stopped already.
         let messages = json!([{"role": "user", "content": "hi"}]);
-        let body = json!({"prompt": "a", "messages": messages, "max_tokens": 50, "stream": stream});
+        let body = json!({"prompt": "a", "messages": messages, "max_tokens": 400, "stream": stream});
         let mut response = post(&site.url, path, &body).await;
         if !stream {
             assert_eq!(response.status(), 503);

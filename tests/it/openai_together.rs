@@ -1,13 +1,15 @@
 //! OpenAI's endpoints under many requests at once: outputs are what each gets alone, and the metrics are what
 //! the clients got.
 
+use std::sync::atomic::Ordering;
+
 use lora_hbm::engine::server::LocalServer;
 use lora_hbm::engine::setup::{EngineSettings, Loaded};
 use lora_sched::Config;
 use serde_json::{Value, json};
 
 use crate::openai::{CHAT, COMPLETIONS, answer, events, post};
-use crate::support::{config, idle, options, site, until};
+use crate::support::{MS, config, held, idle, options, site, until};
 
 /// The value of a sample whose line begins with `name`.
 fn sample(text: &str, name: &str) -> f64 {
@@ -105,7 +107,7 @@ async fn metrics_agree_with_what_clients_got() {
 /// A request that there is no room for leaves no trace of itself, however much of it there was room for.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_takes_all_of_a_request_or_nothing() {
-    let site = site(Config { max_num_seqs: 1, max_queue: 4, ..config() }, options(), 20, 1).await;
+    let site = site(Config { max_num_seqs: 1, max_queue: 4, ..config() }, options(), 50, 1).await;
     let send = |body: Value| {
         let url = site.url.clone();
         tokio::spawn(async move { answer(&url, COMPLETIONS, &body).await })
@@ -116,8 +118,8 @@ async fn a_full_queue_takes_all_of_a_request_or_nothing() {
             until(&engine, "as full as that", |s| (s.running, s.waiting) == (running, waiting));
         })
     };
-    // Two seconds, in which all that follows is refused.
-    let mut answers = vec![send(json!({"prompt": "a", "max_tokens": 100}))];
+    // Twenty seconds, in which all that follows is refused.
+    let mut answers = vec![send(json!({"prompt": "a", "max_tokens": 400}))];
     wait_for(1, 0).await.unwrap();
     answers.push(send(json!({"prompt": ["b", "cd"], "max_tokens": 1})));
     wait_for(1, 2).await.unwrap();
@@ -148,6 +150,7 @@ async fn a_full_queue_takes_all_of_a_request_or_nothing() {
     assert_eq!(never.status(), 400);
     assert_eq!(never.json::<Value>().await.unwrap()["error"]["param"], "n");
 
+    site.times.step.store(MS, Ordering::Relaxed);
     let (mut prompt, mut completion) = (0, 0);
     for (answer, n) in answers.into_iter().zip([1, 1, 2]) {
         let usage = answer.await.unwrap()["usage"].clone();
@@ -155,9 +158,8 @@ async fn a_full_queue_takes_all_of_a_request_or_nothing() {
         completion += usage["completion_tokens"].as_u64().unwrap();
     }
     let engine = site.engine.clone();
-    tokio::task::spawn_blocking(move || until(&engine, "idle", idle)).await.unwrap();
-    let stats = site.engine.stats();
-    assert_eq!((stats.places_used, stats.pins, stats.tracked, site.engine.open_requests()), (0, 0, 0, 0));
+    tokio::task::spawn_blocking(move || until(&engine, "empty", |s| held(s) == [0; 7])).await.unwrap();
+    assert_eq!(site.engine.open_requests(), 0);
     let text = reqwest::get(format!("{}/metrics", site.url)).await.unwrap().text().await.unwrap();
     for (name, value) in [
         ("vllm:prompt_tokens_total", prompt),

@@ -1,7 +1,7 @@
 //! `lora-hbm serve` itself, on the `tiny` model: flags, start, mixed requests, SIGTERM.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,8 @@ use lora_hbm::engine::setup::{EngineSettings, Loaded};
 use lora_hbm::engine::{GenerateParams, GenerateRequest};
 use lora_sched::{AdapterId, SwapMode};
 use serde_json::{Value, json};
+
+use crate::support::PATIENCE;
 
 /// A `serve` process, killed when the test is done with it.
 pub struct Serve {
@@ -61,14 +63,23 @@ fn start_with(args: &[&str], variables: &[(&str, &str)]) -> (Serve, Vec<String>)
     (Serve { child, url }, said)
 }
 
-/// Waits for its end; fails after twenty seconds.
+/// Writes a profile for `--emulate` of `tiny` on a machine with these costs of steps and swaps, in nanoseconds.
+pub fn emulated(folder: &Path, costs: &[(&str, f64)], swap: u64) -> PathBuf {
+    let file = folder.join("machine.json");
+    let mut profile = crate::oracles::machine(costs, swap, 0);
+    profile.model = "tiny".to_owned();
+    std::fs::write(&file, serde_json::to_string(&profile.signed()).unwrap()).unwrap();
+    file
+}
+
+/// Waits for its end; fails when patience ends.
 pub fn status(serve: &mut Serve) -> i32 {
     let begun = Instant::now();
     loop {
         if let Some(status) = serve.child.try_wait().unwrap() {
             return status.code().unwrap_or(-1);
         }
-        assert!(begun.elapsed() < Duration::from_secs(20), "it does not end");
+        assert!(begun.elapsed() < PATIENCE, "it does not end");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -223,16 +234,15 @@ fn it_says_what_it_serves_and_drains_on_sigterm() {
     assert_eq!(stats["runtime"], json!({"swap_calls": 1, "swap_count": 1}));
 
     let url = serve.url.clone();
+    let taken = metric(&serve.url, "vllm:prompt_tokens_total");
     let streaming = std::thread::spawn(move || {
-        let body = json!({"prompt": "Hello", "max_tokens": 300, "stream": true, "temperature": 0.0});
+        let body = json!({"prompt": "Hello", "max_tokens": 2000, "stream": true, "temperature": 0.0});
         generate(&url, &body).unwrap()
     });
-    while metric(&serve.url, "vllm:num_requests_running") == 0.0 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    until_metric(&serve.url, "vllm:prompt_tokens_total", |n| n > taken);
     signal(&serve, "-TERM");
     let stream = streaming.join().unwrap();
-    assert_eq!(stream.matches('\0').count(), 300);
+    assert_eq!(stream.matches('\0').count(), 2000);
     assert!(stream.contains("\"finished\": true"));
     assert_eq!(status(&mut serve), 0);
 
@@ -246,6 +256,19 @@ pub fn metric(url: &str, name: &str) -> f64 {
     let text = get(&format!("{url}/metrics"));
     let line = text.lines().find(|l| l.starts_with(name)).unwrap();
     line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// Waits for a figure; fails with it when patience ends.
+pub fn until_metric(url: &str, name: &str, ok: impl Fn(f64) -> bool) {
+    let begun = Instant::now();
+    loop {
+        let value = metric(url, name);
+        if ok(value) {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{name} is {value}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]
@@ -269,9 +292,7 @@ fn a_second_signal_ends_it_at_once() {
         // Cut off, as it should be.
         let _ = generate(&url, &body);
     });
-    while metric(&serve.url, "vllm:num_requests_running") == 0.0 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    until_metric(&serve.url, "vllm:num_requests_running", |n| n > 0.0);
     signal(&serve, "-TERM");
     std::thread::sleep(Duration::from_millis(50));
     assert!(serve.child.try_wait().unwrap().is_none(), "it drains");
@@ -343,10 +364,7 @@ fn a_folder_without_adapters_is_named() {
 #[test]
 fn an_emulated_engine_serves_a_profile_s_machine() {
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("p.json");
-    let mut profile = crate::oracles::machine(&[("step", 1e6), ("tokens:0-", 1e4)], 2_000_000, 0);
-    profile.model = "tiny".to_owned();
-    std::fs::write(&file, serde_json::to_string(&profile.signed()).unwrap()).unwrap();
+    let file = emulated(dir.path(), &[("step", 1e6), ("tokens:0-", 1e4)], 2_000_000);
     let path = file.to_str().unwrap();
     let (mut serve, said) = start(&["--total-loras", "8", "--gpu-loras", "2", "--emulate", path]);
     assert!(said.iter().any(|line| line.contains("nothing is computed")), "{said:?}");

@@ -1,8 +1,10 @@
 //! The HTTP server in front of an emulated engine: the reference's endpoints, what is refused and how,
 //! and what a client that goes leaves behind.
 
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
+use lora_hbm::engine::EngineStats;
 use lora_hbm::engine::server::{Ended, Server, ServerOptions};
 use lora_sched::Config;
 use reqwest::{Client, Response, StatusCode};
@@ -10,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Site, config, idle, options, request, site, until};
+use crate::support::{MS, PATIENCE, Site, config, idle, options, request, site, until};
 
 async fn quick() -> Site {
     site(config(), options(), 1, 1).await
@@ -37,14 +39,19 @@ async fn failure(response: Response) -> (u16, Value, String) {
 }
 
 /// Waits for engine states without holding up the runtime.
-async fn until_idle(site: &Site) {
+async fn reached(site: &Site, what: &'static str, ok: impl Fn(&EngineStats) -> bool + Send + 'static) {
     let engine = site.engine.clone();
-    tokio::task::spawn_blocking(move || until(&engine, "idle", idle)).await.unwrap();
+    tokio::task::spawn_blocking(move || until(&engine, what, ok)).await.unwrap();
+}
+
+async fn until_idle(site: &Site) {
+    reached(site, "idle", idle).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_has_the_references_keys() {
-    let site = quick().await;
+    // The step is stalled by what it takes less time than the swap, however late it is submitted.
+    let site = site(config(), options(), 1, 200).await;
     let response = post(&site, r#"{"prompt":"hello","model_id":3,"max_tokens":4}"#).await;
     assert_eq!(response.headers()["content-type"], "application/json");
     assert!(response.headers().contains_key("x-request-id"));
@@ -72,8 +79,9 @@ async fn a_stream_is_one_object_and_one_nul_a_token_with_one_ttft() {
     assert_eq!(messages.len(), 5);
     let first = std::str::from_utf8(messages[0]).unwrap();
     assert!(first.starts_with(r#"{"text": ["say \"hi\""#), "{first}");
-    assert!(first.contains(r#""], "finished": false, "ttft": 0.0"#), "{first}");
+    assert!(first.contains(r#""], "finished": false, "ttft": "#), "{first}");
     let values: Vec<Value> = messages.iter().map(|m| serde_json::from_slice(m).unwrap()).collect();
+    assert!(values[0]["ttft"].as_f64().unwrap() > 0.001, "{first}");
     for (i, value) in values.iter().enumerate() {
         assert_eq!(value["text"][0].as_str().unwrap().len(), 8 + i + 1);
         assert_eq!(value["finished"], i == 4);
@@ -221,9 +229,15 @@ async fn a_key_is_asked_for_everywhere_but_on_health_and_metrics() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_is_503_with_retry_after() {
     let config = Config { max_num_seqs: 1, max_queue: 1, ..config() };
-    let site = site(config, options(), 300, 1).await;
-    let body = r#"{"prompt":"a","max_tokens":2}"#;
-    let answers = tokio::join!(post(&site, body), post(&site, body), post(&site, body), post(&site, body));
+    let site = site(config, options(), 200, 1).await;
+    let body = r#"{"prompt":"a","max_tokens":100}"#;
+    let come = async {
+        // The first one runs until all have come.
+        reached(&site, "come", |s| s.running + s.waiting + s.refused == 4).await;
+        site.times.step.store(MS, Ordering::Relaxed);
+    };
+    let answers =
+        tokio::join!(post(&site, body), post(&site, body), post(&site, body), post(&site, body), come);
     let answers = [answers.0, answers.1, answers.2, answers.3];
     let refused: Vec<_> = answers.iter().filter(|a| a.status() == 503).collect();
     assert!(!refused.is_empty() && refused.len() < 4);
@@ -231,22 +245,26 @@ async fn a_full_queue_is_503_with_retry_after() {
     assert_eq!(site.engine.stats().refused, refused.len() as u64);
 }
 
-/// Sends a request, waits for a phase, hangs up, and sees that nothing is left.
-async fn hang_up(site: &Site, body: &str, what: &'static str, phase: fn(&Site) -> bool) {
+/// Sends a request and waits for a phase.
+async fn sent(site: &Site, body: &str, what: &'static str, phase: fn(&Site) -> bool) -> TcpStream {
     let mut stream = TcpStream::connect(site.address).await.unwrap();
     let head = format!(
         "POST /generate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
-    for _ in 0..5000 {
-        if phase(site) {
-            drop(stream);
-            return until_idle(site).await;
-        }
+    let begun = Instant::now();
+    while !phase(site) {
+        assert!(begun.elapsed() < PATIENCE, "never {what}: {:?}", site.engine.stats());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    panic!("never {what}: {:?}", site.engine.stats());
+    stream
+}
+
+/// Sends a request, waits for a phase, hangs up, and sees that nothing is left.
+async fn hang_up(site: &Site, body: &str, what: &'static str, phase: fn(&Site) -> bool) {
+    drop(sent(site, body, what, phase).await);
+    until_idle(site).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -263,12 +281,14 @@ async fn a_client_that_goes_gives_everything_back_in_every_phase() {
 
         let one = site(Config { max_num_seqs: 1, ..config() }, options(), 150, 1).await;
         let url = format!("{}/generate", one.url);
-        let first = Client::new().post(url).json(&json!({"prompt": "a", "max_tokens": 8})).send();
+        let first = Client::new().post(url).json(&json!({"prompt": "a", "max_tokens": 400})).send();
         let first = tokio::spawn(first);
-        while one.engine.stats().running == 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        hang_up(&one, &body(1), "queued", |s| s.engine.stats().waiting == 1).await;
+        reached(&one, "running", |s| s.running == 1).await;
+        drop(sent(&one, &body(1), "queued", |s| s.engine.stats().waiting == 1).await);
+        reached(&one, "gone from the queue", |s| s.waiting == 0).await;
+        assert_eq!(one.engine.stats().running, 1, "the other one goes on");
+        one.times.step.store(MS, Ordering::Relaxed);
+        until_idle(&one).await;
         assert_eq!(first.await.unwrap().unwrap().status(), 200, "the others are not touched");
         assert_eq!(one.engine.stats().cancelled, 1);
     }
@@ -276,11 +296,14 @@ async fn a_client_that_goes_gives_everything_back_in_every_phase() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_lets_streams_end_and_refuses_new_requests() {
-    let site = site(config(), options(), 60, 1).await;
-    let mut running = post(&site, r#"{"prompt":"a","max_tokens":8,"stream":true}"#).await;
+    let options = ServerOptions { shutdown_timeout: PATIENCE, ..options() };
+    let site = site(config(), options, 100, 1).await;
+    let mut running = post(&site, r#"{"prompt":"a","max_tokens":400,"stream":true}"#).await;
     assert!(running.chunk().await.unwrap().is_some());
     site.stop.send(()).await.unwrap();
+    let begun = Instant::now();
     while get(&site, "/health").await.0 == 200 {
+        assert!(begun.elapsed() < PATIENCE, "it does not stop");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let health = reqwest::get(format!("{}/health", site.url)).await.unwrap();
@@ -289,11 +312,11 @@ async fn a_stop_lets_streams_end_and_refuses_new_requests() {
     let refused = post(&site, r#"{"prompt":"a"}"#).await;
     assert!(refused.headers().contains_key("retry-after"));
     assert_eq!(failure(refused).await.0, 503);
-    let mut last = Vec::new();
-    while let Some(chunk) = running.chunk().await.unwrap() {
-        last = chunk.to_vec();
-    }
-    assert!(String::from_utf8(last).unwrap().contains("\"finished\": true"));
+    site.times.step.store(MS, Ordering::Relaxed);
+    // A chunk need not be a message.
+    let rest = running.bytes().await.unwrap();
+    let last = rest.strip_suffix(b"\0").unwrap().rsplit(|&b| b == 0).next().unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(last).unwrap()["finished"], true);
     assert_eq!(site.running.await.unwrap(), Ended::Drained);
     assert!(TcpStream::connect(site.address).await.is_err(), "the port is free again");
 }
@@ -305,7 +328,9 @@ async fn a_stop_waits_for_an_unload_that_drains() {
     let running = site.engine.submit(request(10, Some(1), 100)).unwrap();
     let unload = Client::new().post(format!("{}/v1/unload_lora_adapter", site.url));
     let unload = tokio::spawn(unload.json(&json!({"lora_name": "lora-1"})).send());
+    let begun = Instant::now();
     while site.engine.find_adapter("lora-1").is_some() {
+        assert!(begun.elapsed() < PATIENCE, "it is not unloaded");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     site.stop.send(()).await.unwrap();
@@ -334,7 +359,7 @@ async fn a_second_stop_or_the_time_out_cuts_off() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_engine_that_stops_breaks_streams_off_and_says_so() {
     let site = site(config(), options(), 60, 1).await;
-    let mut running = post(&site, r#"{"prompt":"a","max_tokens":50,"stream":true}"#).await;
+    let mut running = post(&site, r#"{"prompt":"a","max_tokens":400,"stream":true}"#).await;
     assert!(running.chunk().await.unwrap().is_some());
     let engine = site.engine.clone();
     tokio::task::spawn_blocking(move || engine.shutdown()).await.unwrap();

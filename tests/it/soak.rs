@@ -12,7 +12,7 @@ use lora_hbm::report::decision_log::{DecisionLog, LogHeader, LogLine};
 use lora_hbm::sim::{Recorded, replay};
 use lora_sched::{Config, SwapMode};
 
-use crate::support::{config, engine, letter};
+use crate::support::{PATIENCE, config, engine, letter};
 use crate::traffic::{Fate, Length, Traffic, drive};
 
 /// How swaps are ordered and how far they run ahead: nothing does where they block.
@@ -108,7 +108,7 @@ impl Soak {
                 return stats;
             }
             assert!(
-                begun.elapsed() < Duration::from_secs(20),
+                begun.elapsed() < PATIENCE,
                 "{}: still held: waiting, running, blocks, places, pins, swaps, tracked, open = {held:?}",
                 self.name
             );

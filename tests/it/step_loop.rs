@@ -44,8 +44,11 @@ fn every_request_gets_its_own_tokens_to_its_length() {
 fn a_preempted_request_goes_on_where_it_was() {
     // Four sequences of up to 128 tokens and blocks for little more than one.
     let config = Config { max_model_len: 160, kv_blocks: 12, ..config() };
-    let (engine, _) = engine(config, 0, 0, None);
+    let (engine, times) = engine(config, 200, 0, None);
     let handles: Vec<_> = (0..4).map(|i| engine.submit(request(20, Some(i % 2), 100)).unwrap()).collect();
+    // Together, not one after the other.
+    until(&engine, "all there", |s| s.running + s.waiting == 4);
+    times.step.store(0, Ordering::Relaxed);
     for handle in handles {
         let id = handle.id();
         assert_eq!(handle.wait().unwrap().text, said(id, 20, 100));
@@ -177,14 +180,15 @@ fn impossible_requests_are_refused_before_they_queue() {
 #[test]
 fn a_full_queue_refuses_and_counts() {
     let (engine, times) = engine(Config { max_queue: 2, max_num_seqs: 1, ..config() }, 200, 0, None);
-    let running = engine.submit(request(10, None, 2)).unwrap();
+    let running = engine.submit(request(10, None, 100)).unwrap();
     until(&engine, "running", |s| s.running == 1);
     let waiting: Vec<_> = (0..2).map(|_| engine.submit(request(10, None, 2)).unwrap()).collect();
     let error = engine.submit(request(10, None, 2)).unwrap().wait().unwrap_err();
     assert!(error.is_overload(), "{error}");
     assert_eq!(engine.stats().refused, 1);
     times.step.store(0, Ordering::Relaxed);
-    for handle in std::iter::once(running).chain(waiting) {
+    assert_eq!(running.wait().unwrap().tokens.len(), 100);
+    for handle in waiting {
         assert_eq!(handle.wait().unwrap().tokens.len(), 2);
     }
 }
@@ -193,9 +197,9 @@ fn a_full_queue_refuses_and_counts() {
 fn a_dropped_handle_gives_everything_back_in_every_phase() {
     // Queued: one place, taken by another request.
     let (engine, times) = engine(Config { max_num_seqs: 1, ..config() }, 100, 0, None);
-    let running = engine.submit(request(10, Some(0), 50)).unwrap();
+    let running = engine.submit(request(10, Some(0), 400)).unwrap();
     until(&engine, "running", |s| s.running == 1);
-    let queued = engine.submit(request(10, Some(1), 50)).unwrap();
+    let queued = engine.submit(request(10, Some(1), 400)).unwrap();
     until(&engine, "queued", |s| s.waiting == 1);
     drop(queued);
     until(&engine, "gone from the queue", |s| s.waiting == 0);

@@ -17,7 +17,10 @@ use tokio::sync::mpsc;
 /// Nanoseconds in a millisecond.
 pub const MS: u64 = 1_000_000;
 
-/// How long steps and swaps take, changeable while they run.
+/// What has not come by then never comes, however busy the machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long steps and swaps take, changeable while they run. A step or a swap that has begun keeps its time.
 #[derive(Debug, Default)]
 pub struct Times {
     /// A step, nanoseconds.
@@ -78,7 +81,7 @@ pub fn request(prompt: usize, adapter: Option<u32>, max_tokens: u32) -> Generate
     }
 }
 
-/// Waits until the engine's state is as wanted; fails with the state after ten seconds.
+/// Waits until the engine's state is as wanted; fails with the state when patience ends.
 pub fn until(engine: &Engine, what: &str, ok: impl Fn(&EngineStats) -> bool) {
     let begun = Instant::now();
     loop {
@@ -86,7 +89,7 @@ pub fn until(engine: &Engine, what: &str, ok: impl Fn(&EngineStats) -> bool) {
         if ok(&stats) {
             return;
         }
-        assert!(begun.elapsed() < Duration::from_secs(10), "never {what}: {stats:?}");
+        assert!(begun.elapsed() < PATIENCE, "never {what}: {stats:?}");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -94,6 +97,11 @@ pub fn until(engine: &Engine, what: &str, ok: impl Fn(&EngineStats) -> bool) {
 /// Whether nothing is left of any request.
 pub fn idle(stats: &EngineStats) -> bool {
     (stats.waiting, stats.running, stats.kv_used) == (0, 0, 0)
+}
+
+/// Everything that a request can hold.
+pub fn held(s: &EngineStats) -> [u64; 7] {
+    [s.waiting, s.running, s.kv_used, s.places_used, s.pins, s.swaps_open, s.tracked]
 }
 
 /// A server in front of an emulated engine.

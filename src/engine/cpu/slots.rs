@@ -158,7 +158,8 @@ mod tests {
         let mut loads = [Load::new(early), Load::new(late)];
         std::thread::scope(|scope| {
             let copier = scope.spawn(|| {
-                std::thread::sleep(std::time::Duration::from_millis(20));
+                // The step is there first, on any machine.
+                std::thread::sleep(std::time::Duration::from_millis(500));
                 slots.copy_layer(late, &adapter, 0);
             });
             slots.await_layer(0, &mut loads);
