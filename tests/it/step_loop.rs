@@ -92,9 +92,19 @@ fn stop_tokens_and_stop_strings_end_the_output_before_them() {
     let out = engine.submit(with(params)).unwrap().wait().unwrap();
     assert_eq!((out.text, out.finish), (whole, Finish::Length));
     until(&engine, "idle", idle);
+}
+
+#[test]
+fn a_stop_string_is_counted_as_what_the_client_is_told() {
+    let (engine, _) = engine(config(), 20, 0, None);
+    let stop = vec![said(RequestId(0), 10, 3)[2..].to_owned()];
+    let params = GenerateParams { max_tokens: 400, stop, ..GenerateParams::default() };
+    let out = engine.submit(GenerateRequest { params, ..request(10, None, 0) }).unwrap().wait().unwrap();
+    assert_eq!(out.finish, Finish::Stop);
+    // The step that ran when it was found goes on.
+    until(&engine, "idle", idle);
     let stats = engine.stats();
-    let ends = (stats.finished_stop, stats.finished_length, stats.cancelled);
-    assert_eq!(ends, (3, 1, 0), "a stop string is counted as what the client is told");
+    assert_eq!((stats.finished_stop, stats.finished_length, stats.cancelled), (1, 0, 0));
 }
 
 /// A device that does steps until it fails, and takes its time to be given back.
