@@ -16,6 +16,9 @@ use tokio::sync::mpsc;
 /// Nanoseconds in a millisecond.
 pub const MS: u64 = 1_000_000;
 
+/// A step's time at which the device breaks.
+pub const BROKEN: u64 = u64::MAX;
+
 /// How long steps and swaps take, changeable while they run.
 #[derive(Debug, Default)]
 pub struct Times {
@@ -46,7 +49,10 @@ pub fn engine(config: Config, step_ms: u64, swap_ms: u64, log: Option<DecisionLo
     let times = Arc::new(Times { step: (step_ms * MS).into(), swap: (swap_ms * MS).into() });
     let (a, b) = (times.clone(), times.clone());
     let costs = (
-        move |_: &StepPlan| a.step.load(Ordering::Relaxed),
+        move |_: &StepPlan| match a.step.load(Ordering::Relaxed) {
+            BROKEN => panic!("the device is broken, as the test wants it"),
+            ns => ns,
+        },
         move |_: &SwapPlan| b.swap.load(Ordering::Relaxed),
     );
     let executor = EmulatedExecutor::new(costs, letter, 4).unwrap();

@@ -102,7 +102,7 @@ impl Intake {
             let param = if ask.prompts.len() == 1 { "n" } else { ask.names.prompt };
             return Err(ApiError::bad(param, message));
         }
-        let refused = |error| ApiError::refused(error, ask.names);
+        let refused = |error| ApiError::refused(error, ask.names, engine.failure());
         let mut requests = Vec::with_capacity(asked);
         for prompt in &ask.prompts {
             for i in 0..ask.n {
