@@ -71,7 +71,7 @@ pub fn engine(config: Config, step_ms: u64, swap_ms: u64, log: Option<DecisionLo
 /// A request of `prompt` bytes.
 pub fn request(prompt: usize, adapter: Option<u32>, max_tokens: u32) -> GenerateRequest {
     GenerateRequest {
-        prompt: vec![3 + u32::from(b'x'); prompt],
+        prompt: vec![3 + u32::from(b'x'); prompt].into(),
         adapter: adapter.map(AdapterId),
         params: GenerateParams { max_tokens, temperature: 0.0, ..GenerateParams::default() },
         received: None,

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use axum::extract::Request;
 use bytes::Bytes;
-use lora_sched::AdapterId;
+use lora_sched::{AdapterId, Nanos};
 use tower_http::request_id::RequestId;
 
 use super::body;
@@ -102,28 +102,37 @@ impl Intake {
             let param = if ask.prompts.len() == 1 { "n" } else { ask.names.prompt };
             return Err(ApiError::bad(param, message));
         }
-        let refused = |error| ApiError::refused(error, ask.names, engine.failure());
-        let mut requests = Vec::with_capacity(asked);
+        let names = ask.names;
+        let refused = |error| ApiError::refused(error, names, engine.failure());
+        // Before there is anything for each of the sequences.
         for prompt in &ask.prompts {
-            for i in 0..ask.n {
-                let mut params = ask.params.clone();
-                // Sequences of one prompt differ in their random streams alone.
-                params.seed = params.seed.map(|s| s.wrapping_add(i as u64));
-                let prompt = prompt.clone();
-                requests.push(GenerateRequest {
-                    prompt,
-                    adapter: ask.adapter,
-                    params,
-                    received: Some(received),
-                });
-            }
+            engine.fits(prompt.len(), ask.params.max_tokens).map_err(refused)?;
         }
-        let handles = engine.submit_all(requests).map_err(refused)?;
         let prompt_tokens = ask.prompts.iter().map(Vec::len).collect();
+        let (n, adapter) = (ask.n, ask.adapter);
+        let handles = engine.submit_all(ask.requests(received)).map_err(refused)?;
         let mut sequences =
-            Sequences::new(&state, guard, handles, prompt_tokens, ask.n, ask.adapter, (received, clock));
+            Sequences::new(&state, guard, handles, prompt_tokens, n, adapter, (received, clock));
         sequences.admitted().await.map_err(refused)?;
         Ok(sequences)
+    }
+}
+
+impl Ask {
+    /// A request to the engine for each sequence, by prompt. They differ in their random streams and share the rest.
+    fn requests(self, received: Nanos) -> Vec<GenerateRequest> {
+        let Self { prompts, n, adapter, params, .. } = self;
+        let mut requests = Vec::with_capacity(prompts.len() * n);
+        for prompt in prompts {
+            let prompt: Arc<[u32]> = prompt.into();
+            for i in 0..n as u64 {
+                let mut params = params.clone();
+                params.seed = params.seed.map(|seed| seed.wrapping_add(i));
+                let prompt = prompt.clone();
+                requests.push(GenerateRequest { prompt, adapter, params, received: Some(received) });
+            }
+        }
+        requests
     }
 }
 
@@ -167,5 +176,31 @@ pub(super) fn none_empty(prompts: &[Vec<u32>], param: &'static str) -> Result<()
         None => Ok(()),
         Some(_) if prompts.len() == 1 => Err(ApiError::bad(param, format!("{param} has no tokens"))),
         Some(i) => Err(ApiError::bad(param, format!("{param}[{i}] has no tokens"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_share_what_is_the_same_for_all_of_them() {
+        let params = GenerateParams {
+            seed: Some(7),
+            stop: ["x".into()].into(),
+            stop_token_ids: [5].into(),
+            ..GenerateParams::default()
+        };
+        let names = Names { prompt: "prompt", adapter: "model" };
+        let ask = Ask { prompts: vec![vec![1, 2], vec![3]], n: 3, adapter: None, params, names };
+        let requests = ask.requests(4);
+        let seen: Vec<_> = requests.iter().map(|r| (r.prompt.to_vec(), r.params.seed.unwrap())).collect();
+        let expected = [vec![1, 2], vec![3]].map(|p| [7, 8, 9].map(|seed| (p.clone(), seed)));
+        assert_eq!(seen, expected.concat());
+        for (i, request) in requests.iter().enumerate() {
+            assert!(Arc::ptr_eq(&request.prompt, &requests[i / 3 * 3].prompt));
+            assert!(Arc::ptr_eq(&request.params.stop, &requests[0].params.stop));
+            assert!(Arc::ptr_eq(&request.params.stop_token_ids, &requests[0].params.stop_token_ids));
+        }
     }
 }

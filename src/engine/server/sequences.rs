@@ -307,7 +307,7 @@ mod tests {
     async fn a_broken_sequence_takes_the_others_along_and_no_client_has_gone() {
         let engine = engine();
         let params = GenerateParams { max_tokens: 400, ..GenerateParams::default() };
-        let request = GenerateRequest { prompt: vec![9; 4], adapter: None, params, received: None };
+        let request = GenerateRequest { prompt: [9; 4].into(), adapter: None, params, received: None };
         let whole = engine.submit(request).unwrap();
         let (sender, receiver) = channel();
         let broken = GenerateHandle {
