@@ -174,6 +174,7 @@ async fn what_cannot_be_served_names_its_parameter() {
         (COMPLETIONS, json!({"prompt": [1, 259]}), 400, json!("prompt")),
         (COMPLETIONS, json!({"prompt": "a".repeat(600)}), 400, json!("prompt")),
         (COMPLETIONS, json!({"prompt": vec!["a"; 20], "n": 64}), 400, json!("prompt")),
+        (COMPLETIONS, json!({"prompt": vec!["a"; 1025]}), 400, json!("prompt")),
         (COMPLETIONS, json!({"prompt": "a", "model": "lora-4"}), 404, json!("model")),
         (COMPLETIONS, json!({"prompt": "a", "max_tokens": 0}), 400, json!("max_tokens")),
         (COMPLETIONS, json!({"prompt": "a", "temperature": -1}), 400, json!("temperature")),
@@ -214,6 +215,21 @@ async fn what_cannot_be_served_names_its_parameter() {
     }
     let stats = site.engine.stats();
     assert_eq!((stats.accepted, stats.cancelled), (0, 0), "nothing was begun for any of them");
+}
+
+/// Which of two reasons is given tells what was looked at first.
+#[tokio::test(flavor = "multi_thread")]
+async fn too_many_sequences_are_refused_before_their_prompts_are_looked_into() {
+    let site = quick().await;
+    let mut prompts = vec![vec![1]; 1024];
+    for (n, says) in [(1, "prompt[1023] has no tokens"), (2, "2048 sequences")] {
+        prompts[1023].clear();
+        let response = post(&site.url, COMPLETIONS, &json!({"prompt": prompts, "n": n})).await;
+        assert_eq!(response.status(), 400);
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(error["error"]["param"], "prompt");
+        assert!(error["error"]["message"].as_str().unwrap().contains(says), "{error}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

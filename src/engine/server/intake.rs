@@ -18,9 +18,11 @@ use crate::engine::{Engine, GenerateParams, GenerateRequest};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Received(pub(super) Instant);
 
-/// Prompts of at least this many bytes are tokenised on a blocking thread: under a tenth of a
+/// What weighs at least this many bytes is tokenised on a blocking thread: under a tenth of a
 /// millisecond of work is not worth the two hand-overs.
 const INLINE_BYTES: usize = 1024;
+/// What a prompt or a message weighs beside its own bytes: a call, and what a template writes around it.
+const PIECE_BYTES: usize = 64;
 /// Sequences that one request may ask for, over all its prompts.
 const MAX_SEQUENCES: usize = 1024;
 
@@ -83,25 +85,28 @@ impl Intake {
         self.state.loaded()
     }
 
+    /// Refuses more sequences than a request may have: to be asked before its prompts are tokenised.
+    pub(super) fn takes(&self, prompts: usize, n: usize, names: Names) -> Result<(), ApiError> {
+        let asked = prompts.saturating_mul(n);
+        // More than the whole queue holds would be refused for ever.
+        let most = MAX_SEQUENCES.min(self.engine()?.0.scheduler_config().max_queue);
+        if asked <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "{prompts} prompts with n = {n} ask for {asked} sequences and a request may have {most}: \
+             send several requests"
+        );
+        Err(ApiError::bad(if prompts == 1 { "n" } else { names.prompt }, message))
+    }
+
     /// Puts everything that is asked for into the engine's queue, or nothing.
     pub(super) async fn submit(self, ask: Ask) -> Result<Sequences, ApiError> {
+        self.takes(ask.prompts.len(), ask.n, ask.names)?;
         let Self { state, guard, received, .. } = self;
         let engine = state.loaded()?.0.clone();
         let clock = engine.clock();
         let received = clock.at(received);
-        let asked = ask.prompts.len().saturating_mul(ask.n);
-        // More than the whole queue holds would be refused for ever.
-        let most = MAX_SEQUENCES.min(engine.scheduler_config().max_queue);
-        if asked > most {
-            let message = format!(
-                "{} prompts with n = {} ask for {asked} sequences and a request may have {most}: \
-                 send several requests",
-                ask.prompts.len(),
-                ask.n
-            );
-            let param = if ask.prompts.len() == 1 { "n" } else { ask.names.prompt };
-            return Err(ApiError::bad(param, message));
-        }
         let names = ask.names;
         let refused = |error| ApiError::refused(error, names, engine.failure());
         // Before there is anything for each of the sequences.
@@ -142,18 +147,27 @@ pub(super) async fn tokenize(
     engine: &Arc<Engine>,
     param: &'static str,
 ) -> Result<Vec<Vec<u32>>, ApiError> {
-    let bytes = |p: &Prompt| if let Prompt::Text { text, .. } = p { text.len() } else { 0 };
-    let all = prompts.iter().map(bytes).sum();
     let engine = engine.clone();
-    tokenising(all, move || encode(prompts, &engine, param)).await?
+    tokenising(weight(&prompts), move || encode(prompts, &engine, param)).await?
 }
 
-/// Does `work` on a text of `bytes`: here, or on a blocking thread if it takes longer.
+/// Ids need no work.
+fn weight(prompts: &[Prompt]) -> usize {
+    let one = |p: &Prompt| if let Prompt::Text { text, .. } = p { piece_weight(text.len()) } else { 0 };
+    prompts.iter().map(one).sum()
+}
+
+/// What a piece of so many bytes weighs, for [`tokenising`].
+pub(super) fn piece_weight(bytes: usize) -> usize {
+    bytes + PIECE_BYTES
+}
+
+/// Does `work` of a `weight` in bytes: here, or on a blocking thread if it takes longer.
 pub(super) async fn tokenising<T: Send + 'static>(
-    bytes: usize,
+    weight: usize,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
-    if bytes < INLINE_BYTES {
+    if weight < INLINE_BYTES {
         return Ok(work());
     }
     let done = tokio::task::spawn_blocking(work).await;
@@ -182,6 +196,23 @@ pub(super) fn none_empty(prompts: &[Vec<u32>], param: &'static str) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whether work of this weight is done on the runtime's own thread.
+    async fn inline(weight: usize) -> bool {
+        let here = std::thread::current().id();
+        tokenising(weight, || std::thread::current().id()).await.unwrap() == here
+    }
+
+    #[tokio::test]
+    async fn many_short_prompts_are_as_much_work_as_a_long_one() {
+        let text = |bytes: usize| Prompt::Text { text: "a".repeat(bytes), special: true };
+        assert!(inline(weight(&[text(500)])).await);
+        assert!(inline(weight(&[text(5), text(5)])).await);
+        assert!(!inline(weight(&[text(1024)])).await);
+        assert!(!inline(weight(&vec![text(1); 64])).await);
+        assert!(!inline(weight(&vec![text(0); 1024])).await, "each is a call");
+        assert!(inline(weight(&vec![Prompt::Ids(vec![1; 4000]); 10])).await, "ids need no work");
+    }
 
     #[test]
     fn sequences_share_what_is_the_same_for_all_of_them() {
