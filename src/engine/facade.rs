@@ -263,7 +263,7 @@ impl Engine {
         let mut banned: Vec<TokenId> = Vec::new();
         if params.min_tokens > 0 {
             banned.extend(&shared.eos);
-            banned.extend(&params.stop_token_ids);
+            banned.extend(params.stop_token_ids.iter());
         }
         let sampling = Sampling {
             temperature: params.temperature,
@@ -278,8 +278,8 @@ impl Engine {
             logprobs: params.logprobs,
         };
         let active = Active {
-            prompt_len: prompt.len(),
-            tokens: prompt,
+            prompt,
+            output: Vec::new(),
             adapter,
             received,
             max_tokens: params.max_tokens,
@@ -294,14 +294,20 @@ impl Engine {
         Ok((Submission { active, out: Box::new(out) }, (received, receiver)))
     }
 
+    /// Refuses a prompt of so many tokens that leaves no room for `max_tokens`.
+    pub(super) fn fits(&self, prompt: usize, max_tokens: u32) -> Result<(), SubmitError> {
+        let max_model_len = self.shared.scheduler.max_model_len;
+        match prompt.saturating_add(max_tokens as usize) {
+            tokens if tokens > max_model_len => {
+                Err(SubmitError::Refused(EventError::TooLong { tokens, max_model_len }))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What can be told without asking the scheduler.
     fn check(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
-        let config = &self.shared.scheduler;
-        let tokens = request.prompt.len() + request.params.max_tokens as usize;
-        if tokens > config.max_model_len {
-            let max_model_len = config.max_model_len;
-            return Err(SubmitError::Refused(EventError::TooLong { tokens, max_model_len }));
-        }
+        self.fits(request.prompt.len(), request.params.max_tokens)?;
         if let Some(adapter) = request.adapter
             && !self.shared.directory.serves(adapter)
         {

@@ -131,7 +131,7 @@ impl GenerateHandle {
 impl Drop for GenerateHandle {
     fn drop(&mut self) {
         if !self.done {
-            tracing::debug!("request {}: its client has gone (499)", self.id);
+            tracing::debug!("request {}: cancelled, since nobody waits for its output", self.id);
             self.shared.mailbox.cancel(self.id);
         }
     }

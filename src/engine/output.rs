@@ -46,7 +46,7 @@ impl Drop for OpenGuard {
 pub(super) struct OutState {
     pub(super) sender: Sender<StreamItem>,
     pub(super) decode: DecodeStream,
-    pub(super) stop: Vec<String>,
+    pub(super) stop: Arc<[String]>,
     pub(super) min_tokens: u32,
     generated: u32,
     /// Text that may be the beginning of a stop string.
@@ -63,11 +63,13 @@ impl OutState {
     pub(super) fn new(
         sender: Sender<StreamItem>,
         decode: DecodeStream,
-        mut stop: Vec<String>,
+        mut stop: Arc<[String]>,
         min_tokens: u32,
         open: OpenGuard,
     ) -> Self {
-        stop.retain(|s| !s.is_empty());
+        if stop.iter().any(String::is_empty) {
+            stop = stop.iter().filter(|s| !s.is_empty()).cloned().collect();
+        }
         Self {
             sender,
             decode,

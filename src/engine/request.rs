@@ -1,5 +1,7 @@
 //! What callers ask an engine for, and what comes back.
 
+use std::sync::Arc;
+
 use lora_sched::{AdapterId, EventError, Nanos, Parts};
 
 use super::executor::{TokenId, TokenLogprobs};
@@ -8,8 +10,8 @@ use crate::report::record::PartsS;
 /// One sequence to generate.
 #[derive(Clone, Debug)]
 pub struct GenerateRequest {
-    /// The prompt's token ids.
-    pub prompt: Vec<TokenId>,
+    /// The prompt's token ids. Sequences of one prompt share them.
+    pub prompt: Arc<[TokenId]>,
     /// The adapter; none is the base model.
     pub adapter: Option<AdapterId>,
     /// How to go on from the prompt.
@@ -40,9 +42,9 @@ pub struct GenerateParams {
     /// Whether generation goes on after an end-of-sequence token.
     pub ignore_eos: bool,
     /// Texts that end the output, which is cut before them.
-    pub stop: Vec<String>,
+    pub stop: Arc<[String]>,
     /// Token ids that end the output.
-    pub stop_token_ids: Vec<TokenId>,
+    pub stop_token_ids: Arc<[TokenId]>,
     /// See [`Sampling`](super::executor::Sampling).
     pub logprobs: Option<u32>,
 }
@@ -59,8 +61,8 @@ impl Default for GenerateParams {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             ignore_eos: false,
-            stop: Vec::new(),
-            stop_token_ids: Vec::new(),
+            stop: Arc::default(),
+            stop_token_ids: Arc::default(),
             logprobs: None,
         }
     }

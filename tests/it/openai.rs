@@ -1,12 +1,14 @@
 //! OpenAI's endpoints: shapes, events, what is refused and how.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use lora_hbm::engine::server::ServerOptions;
 use reqwest::{Client, Method, Response};
 use serde_json::{Value, json};
 
-use crate::support::{Site, config, options, site};
+use crate::support::{BROKEN, Site, config, options, site};
 
 pub const COMPLETIONS: &str = "/v1/completions";
 pub const CHAT: &str = "/v1/chat/completions";
@@ -172,12 +174,21 @@ async fn what_cannot_be_served_names_its_parameter() {
         (COMPLETIONS, json!({"prompt": [1, 259]}), 400, json!("prompt")),
         (COMPLETIONS, json!({"prompt": "a".repeat(600)}), 400, json!("prompt")),
         (COMPLETIONS, json!({"prompt": vec!["a"; 20], "n": 64}), 400, json!("prompt")),
+        (COMPLETIONS, json!({"prompt": vec!["a"; 1025]}), 400, json!("prompt")),
         (COMPLETIONS, json!({"prompt": "a", "model": "lora-4"}), 404, json!("model")),
         (COMPLETIONS, json!({"prompt": "a", "max_tokens": 0}), 400, json!("max_tokens")),
         (COMPLETIONS, json!({"prompt": "a", "temperature": -1}), 400, json!("temperature")),
         (COMPLETIONS, json!({"prompt": "a", "logprobs": 1}), 400, json!("logprobs")),
         (COMPLETIONS, json!({"prompt": "a", "echo": true}), 400, json!("echo")),
         (COMPLETIONS, json!({"prompt": "a", "stream_options": 1}), 400, json!("stream_options")),
+        (COMPLETIONS, json!({"prompt": "a", "n": 16, "stop": vec!["q"; 100_000]}), 400, json!("stop")),
+        (CHAT, json!({"messages": hi, "stop": "q".repeat(100_000)}), 400, json!("stop")),
+        (
+            "/generate",
+            json!({"prompt": "a", "stop_token_ids": vec![9; 100_000]}),
+            400,
+            json!("stop_token_ids"),
+        ),
         (CHAT, json!({"prompt": "a"}), 400, json!("messages")),
         (CHAT, json!({"messages": "hi"}), 400, json!("messages")),
         (CHAT, json!({"messages": [{"role": "user", "content": "a".repeat(600)}]}), 400, json!("messages")),
@@ -206,6 +217,21 @@ async fn what_cannot_be_served_names_its_parameter() {
     assert_eq!((stats.accepted, stats.cancelled), (0, 0), "nothing was begun for any of them");
 }
 
+/// Which of two reasons is given tells what was looked at first.
+#[tokio::test(flavor = "multi_thread")]
+async fn too_many_sequences_are_refused_before_their_prompts_are_looked_into() {
+    let site = quick().await;
+    let mut prompts = vec![vec![1]; 1024];
+    for (n, says) in [(1, "prompt[1023] has no tokens"), (2, "2048 sequences")] {
+        prompts[1023].clear();
+        let response = post(&site.url, COMPLETIONS, &json!({"prompt": prompts, "n": n})).await;
+        assert_eq!(response.status(), 400);
+        let error: Value = response.json().await.unwrap();
+        assert_eq!(error["error"]["param"], "prompt");
+        assert!(error["error"]["message"].as_str().unwrap().contains(says), "{error}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_engine_that_stops_is_told_in_the_stream() {
     let site = site(config(), options(), 60, 1).await;
@@ -227,6 +253,53 @@ async fn an_engine_that_stops_is_told_in_the_stream() {
         assert_eq!(done, "data: [DONE]");
         let error: Value = serde_json::from_str(error.strip_prefix("data: ").unwrap()).unwrap();
         assert_eq!(error["error"]["type"], "ServiceUnavailableError", "{error}");
+    }
+}
+
+/// Sends a request for three sequences, ends the engine when they run, and hands over what the client has got: status,
+/// whether it may come again, and text as far as it came. What `/metrics` then counts as gone is asserted to be nobody.
+async fn ended_under(path: &str, stream: bool, end: impl FnOnce(&Site)) -> (u16, bool, String) {
+    let site = site(config(), options(), 30, 1).await;
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    let body = json!({
+        "prompt": "a", "messages": messages, "model_id": null, "n": 3, "max_tokens": 400, "stream": stream,
+    });
+    let (url, to) = (site.url.clone(), path.to_owned());
+    let answer = tokio::spawn(async move {
+        let mut response = post(&url, &to, &body).await;
+        let again = response.headers().contains_key("retry-after");
+        let (status, mut text) = (response.status().as_u16(), Vec::new());
+        while let Ok(Some(chunk)) = response.chunk().await {
+            text.extend_from_slice(&chunk);
+        }
+        (status, again, String::from_utf8(text).unwrap())
+    });
+    while site.engine.stats().generation_tokens < 6 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    end(&site);
+    let answer = answer.await.unwrap();
+    let text = reqwest::get(format!("{}/metrics", site.url)).await.unwrap().text().await.unwrap();
+    let gone = text.lines().find(|l| l.starts_with("lora_hbm:client_disconnects_total")).unwrap();
+    assert!(gone.ends_with(" 0"), "{path} {stream}: {gone}");
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_is_stopped_is_503_and_one_that_fails_is_500() {
+    let stop: fn(&Site) = |site| tokio::task::block_in_place(|| site.engine.shutdown());
+    let fail: fn(&Site) = |site| site.times.step.store(BROKEN, Ordering::Relaxed);
+    for path in [COMPLETIONS, CHAT, "/generate"] {
+        for (end, status, kind) in
+            [(stop, 503, "ServiceUnavailableError"), (fail, 500, "InternalServerError")]
+        {
+            let (got, again, text) = ended_under(path, false, end).await;
+            assert_eq!((got, again), (status, status == 503), "{path}: {text}");
+            assert!(text.contains(kind), "{path}: {text}");
+            let (got, _, text) = ended_under(path, true, end).await;
+            // A stream of /generate is only cut off.
+            assert_eq!((got, text.contains(kind)), (200, path != "/generate"), "{path}: {text}");
+        }
     }
 }
 

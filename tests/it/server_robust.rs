@@ -338,6 +338,35 @@ async fn a_gigabyte_is_refused_and_not_kept() {
     is_served(&site).await;
 }
 
+/// The most memory that a process has had, in MiB, where the system tells it.
+fn peak_mib(process: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? / 1024)
+}
+
+#[test]
+fn a_prompt_that_is_too_long_is_not_copied_for_each_sequence() {
+    let (serve, _) = start(&["--total-loras", "2", "--gpu-loras", "2", "--kv-memory", "64MiB"]);
+    let before = peak_mib(serve.child.id());
+    let text = "a".repeat(7 << 20);
+    let messages = json!([{"role": "user", "content": text}]);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for path in ["/v1/completions", "/v1/chat/completions", "/generate"] {
+        let mut body = json!({"n": 64, "max_tokens": 4});
+        match path {
+            "/v1/chat/completions" => body["messages"] = messages.clone(),
+            _ => body["prompt"] = json!(text),
+        }
+        let sent = Client::new().post(format!("{}{path}", serve.url)).json(&body).send();
+        assert_eq!(runtime.block_on(sent).unwrap().status(), 400, "{path}");
+    }
+    // Sixty-four copies of its ids are 1,800 MiB.
+    if let Some((before, after)) = before.zip(peak_mib(serve.child.id())) {
+        assert!(after - before < 500, "{before} MiB before and {after} MiB after");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_is_answered_with_an_error_or_a_close() {
     let site = site(config(), impatient(), 1, 1).await;

@@ -63,7 +63,7 @@ fn stop_tokens_and_stop_strings_end_the_output_before_them() {
     let with = |params: GenerateParams| GenerateRequest { params, ..request(10, None, 0) };
     let whole = said(RequestId(0), 10, 12);
 
-    let stop = vec![whole[4..7].to_owned(), whole[5..6].to_owned()];
+    let stop = [whole[4..7].to_owned(), whole[5..6].to_owned()].into();
     let params = GenerateParams { max_tokens: 12, stop, ..GenerateParams::default() };
     let out = engine.submit(with(params)).unwrap().wait().unwrap();
     // The second string is complete one token before the first.
@@ -72,14 +72,14 @@ fn stop_tokens_and_stop_strings_end_the_output_before_them() {
 
     let whole = said(RequestId(1), 10, 12);
     let at = |i: u32| letter(RequestId(1), 10 + i);
-    let stop_token_ids = vec![at(1), at(3)];
+    let stop_token_ids = [at(1), at(3)].into();
     let params =
         GenerateParams { max_tokens: 12, min_tokens: 3, stop_token_ids, ..GenerateParams::default() };
     let out = engine.submit(with(params)).unwrap().wait().unwrap();
     assert_eq!((out.text.as_str(), out.finish, out.tokens.len()), (&whole[..3], Finish::Stop, 4));
 
     let whole = said(RequestId(2), 10, 12);
-    let stop = vec![whole[..1].to_owned()];
+    let stop = [whole[..1].to_owned()].into();
     let params = GenerateParams { max_tokens: 12, stop, ..GenerateParams::default() };
     let out = engine.submit(with(params)).unwrap().wait().unwrap();
     assert_eq!((out.text.as_str(), out.finish), ("", Finish::Stop));
@@ -87,7 +87,7 @@ fn stop_tokens_and_stop_strings_end_the_output_before_them() {
 
     // A beginning of a stop string that never completes comes out in the end.
     let whole = said(RequestId(3), 10, 12);
-    let stop = vec![format!("{}!", &whole[11..])];
+    let stop = [format!("{}!", &whole[11..])].into();
     let params = GenerateParams { max_tokens: 12, stop, ..GenerateParams::default() };
     let out = engine.submit(with(params)).unwrap().wait().unwrap();
     assert_eq!((out.text, out.finish), (whole, Finish::Length));
@@ -97,7 +97,7 @@ fn stop_tokens_and_stop_strings_end_the_output_before_them() {
 #[test]
 fn a_stop_string_is_counted_as_what_the_client_is_told() {
     let (engine, _) = engine(config(), 20, 0, None);
-    let stop = vec![said(RequestId(0), 10, 3)[2..].to_owned()];
+    let stop = [said(RequestId(0), 10, 3)[2..].to_owned()].into();
     let params = GenerateParams { max_tokens: 400, stop, ..GenerateParams::default() };
     let out = engine.submit(GenerateRequest { params, ..request(10, None, 0) }).unwrap().wait().unwrap();
     assert_eq!(out.finish, Finish::Stop);
@@ -182,7 +182,7 @@ fn impossible_requests_are_refused_before_they_queue() {
     let error = refused(request(500, None, 13));
     assert_eq!(error, SubmitError::Refused(EventError::TooLong { tokens: 513, max_model_len: 512 }));
     assert!(matches!(refused(request(1, Some(4), 1)), SubmitError::Refused(EventError::UnknownAdapter(_))));
-    let bad = GenerateRequest { prompt: vec![259], ..request(1, None, 1) };
+    let bad = GenerateRequest { prompt: [259].into(), ..request(1, None, 1) };
     assert_eq!(refused(bad), SubmitError::NoSuchToken { id: 259, vocab: 259 });
     assert!(engine.submit(request(500, None, 12)).unwrap().wait().is_ok());
 }

@@ -20,6 +20,9 @@ pub const MS: u64 = 1_000_000;
 /// What has not come by then never comes, however busy the machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A step's time at which the device breaks.
+pub const BROKEN: u64 = u64::MAX;
+
 /// How long steps and swaps take, changeable while they run. A step or a swap that has begun keeps its time.
 #[derive(Debug, Default)]
 pub struct Times {
@@ -50,7 +53,10 @@ pub fn engine(config: Config, step_ms: u64, swap_ms: u64, log: Option<DecisionLo
     let times = Arc::new(Times { step: (step_ms * MS).into(), swap: (swap_ms * MS).into() });
     let (a, b) = (times.clone(), times.clone());
     let costs = (
-        move |_: &StepPlan| a.step.load(Ordering::Relaxed),
+        move |_: &StepPlan| match a.step.load(Ordering::Relaxed) {
+            BROKEN => panic!("the device is broken, as the test wants it"),
+            ns => ns,
+        },
         move |_: &SwapPlan| b.swap.load(Ordering::Relaxed),
     );
     let executor = EmulatedExecutor::new(costs, letter, 4).unwrap();
@@ -74,7 +80,7 @@ pub fn on(executor: Box<dyn Executor>, config: Config, log: Option<DecisionLog>)
 /// A request of `prompt` bytes.
 pub fn request(prompt: usize, adapter: Option<u32>, max_tokens: u32) -> GenerateRequest {
     GenerateRequest {
-        prompt: vec![3 + u32::from(b'x'); prompt],
+        prompt: vec![3 + u32::from(b'x'); prompt].into(),
         adapter: adapter.map(AdapterId),
         params: GenerateParams { max_tokens, temperature: 0.0, ..GenerateParams::default() },
         received: None,

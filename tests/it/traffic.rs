@@ -1,6 +1,7 @@
 //! Random traffic for an engine: bursts and pauses, callers that leave in every phase, and what became of each.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lora_hbm::engine::{Engine, Finish, GenerateHandle, GenerateParams, GenerateRequest};
@@ -84,7 +85,7 @@ impl Fate {
             }
             Some(Finish::Abort) => panic!("request {id} was aborted"),
         }
-        for stop in &params.stop {
+        for stop in params.stop.iter() {
             assert!(!text.contains(stop), "request {id}: {text:?} holds its stop string {stop:?}");
         }
     }
@@ -135,13 +136,14 @@ impl Traffic {
         let share = |rng: &mut ChaCha8Rng| rng.random::<f64>().powi(3);
         let prompt = 1 + (share(rng) * self.longest_prompt as f64) as usize;
         let max_tokens = 1 + (share(rng) * f64::from(self.longest_output)) as u32;
-        let prompt: Vec<u32> =
+        let prompt =
             (0..prompt.min(self.longest_prompt)).map(|_| rng.random_range(self.tokens.clone())).collect();
         // Low numbers are popular, so that some adapters stay and others come and go.
         let popular = (rng.random::<f64>().powi(2) * f64::from(self.adapters)) as u32;
         let adapter = rng.random_bool(0.85).then_some(AdapterId(popular.min(self.adapters - 1)));
         let sampled = rng.random_bool(0.3);
-        let stop = if rng.random_bool(0.1) { vec!["e".to_owned(), "qq".to_owned()] } else { Vec::new() };
+        let stop =
+            if rng.random_bool(0.1) { ["e".to_owned(), "qq".to_owned()].into() } else { Arc::default() };
         let params = GenerateParams {
             max_tokens: max_tokens.min(self.longest_output),
             temperature: if sampled { 0.8 } else { 0.0 },

@@ -77,9 +77,12 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message)
     }
 
-    /// 503: the engine stopped under a request.
-    pub(super) fn stopped() -> Self {
-        Self::unavailable("the engine stopped before the output was complete")
+    /// The engine stopped under a request: 500 with what failed, or 503 if it was told to stop.
+    pub(super) fn stopped(failure: Option<String>) -> Self {
+        match failure {
+            Some(why) => Self::internal(format!("the engine has stopped: {why}")),
+            None => Self::unavailable("the engine stopped before the output was complete"),
+        }
     }
 
     /// 503: not now.
@@ -107,8 +110,12 @@ impl ApiError {
 }
 
 impl ApiError {
-    /// A request that the engine does not take.
-    pub(super) fn refused(error: SubmitError, Names { prompt, adapter }: Names) -> Self {
+    /// A request that the engine does not take; `failure` is the engine's.
+    pub(super) fn refused(
+        error: SubmitError,
+        Names { prompt, adapter }: Names,
+        failure: Option<String>,
+    ) -> Self {
         let message = error.to_string();
         match error {
             _ if error.is_overload() => Self::unavailable(message),
@@ -123,7 +130,7 @@ impl ApiError {
             ),
             SubmitError::Refused(_) | SubmitError::NoSuchToken { .. } => Self::bad(prompt, message),
             SubmitError::NoLogits => Self::bad("logprobs", message),
-            SubmitError::Draining | SubmitError::Stopped(_) => Self::internal(message),
+            SubmitError::Draining | SubmitError::Stopped(_) => Self::stopped(failure),
         }
     }
 }
@@ -142,5 +149,26 @@ impl IntoResponse for ApiError {
             _ => {}
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_that_failed_is_500_and_one_that_was_stopped_is_503() {
+        let names = Names { prompt: "prompt", adapter: "model" };
+        for (failure, status) in [(Some("the device is broken".to_owned()), 500), (None, 503)] {
+            let stopped = SubmitError::Stopped("why".into());
+            for error in
+                [ApiError::stopped(failure.clone()), ApiError::refused(stopped, names, failure.clone())]
+            {
+                assert!(failure.as_ref().is_none_or(|why| error.message.ends_with(why)), "{error}");
+                let response = error.into_response();
+                assert_eq!(response.status(), status);
+                assert_eq!(response.headers().contains_key(header::RETRY_AFTER), status == 503);
+            }
+        }
     }
 }

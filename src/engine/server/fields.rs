@@ -1,5 +1,7 @@
 //! The values of a JSON body: what each name may hold, and what is said when it does not.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
@@ -8,6 +10,13 @@ use crate::engine::model::SamplingDefaults;
 
 /// Sequences that one prompt may ask for.
 const MAX_N: i64 = 64;
+/// Stop strings of a request. All of them are looked for in the text of each of its tokens, on the one thread that
+/// brings everybody's.
+const MAX_STOPS: usize = 32;
+/// Bytes of a stop string. Text waits until it is known not to be the beginning of one.
+const MAX_STOP_BYTES: usize = 1024;
+/// Stop token ids of a request, which the step loop looks for each token in.
+const MAX_STOP_TOKEN_IDS: usize = 256;
 
 /// A value that asks for nothing, so that a parameter that is not implemented may have it.
 #[derive(Clone, Copy)]
@@ -144,8 +153,8 @@ impl<'a> Fields<'a> {
                 "within -2 and 2",
             )?,
             ignore_eos: self.flag("ignore_eos", false)?,
-            stop: self.strings("stop")?,
-            stop_token_ids: self.token_ids("stop_token_ids")?,
+            stop: self.stop()?,
+            stop_token_ids: self.stop_token_ids()?,
             logprobs: None,
         })
     }
@@ -195,16 +204,38 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn strings(self, name: &'static str) -> Result<Vec<String>, ApiError> {
-        let wrong = || ApiError::bad(name, format!("{name} must be a string or a list of strings"));
-        match self.get(name) {
-            None => Ok(Vec::new()),
-            Some(Value::String(one)) => Ok(vec![one.clone()]),
-            Some(Value::Array(many)) => {
-                many.iter().map(|v| v.as_str().map(str::to_owned).ok_or_else(wrong)).collect()
-            }
-            Some(_) => Err(wrong()),
+    fn stop(self) -> Result<Arc<[String]>, ApiError> {
+        let bad = |message: String| ApiError::bad("stop", message);
+        let many = match self.get("stop") {
+            None => &[],
+            Some(one @ Value::String(_)) => std::slice::from_ref(one),
+            Some(Value::Array(many)) => many.as_slice(),
+            Some(_) => return Err(bad("stop must be a string or a list of strings".into())),
+        };
+        if many.len() > MAX_STOPS {
+            let message = format!("stop has {} strings and may have {MAX_STOPS}: leave some out", many.len());
+            return Err(bad(message));
         }
+        let one = |(i, value): (usize, &Value)| match value.as_str() {
+            None => Err(bad("stop must be a string or a list of strings".into())),
+            Some(text) if text.len() > MAX_STOP_BYTES => {
+                let bytes = text.len();
+                let message = format!("string {i} of stop has {bytes} bytes and may have {MAX_STOP_BYTES}");
+                Err(bad(format!("{message}: shorten it")))
+            }
+            Some(text) => Ok(text.to_owned()),
+        };
+        many.iter().enumerate().map(one).collect()
+    }
+
+    fn stop_token_ids(self) -> Result<Arc<[u32]>, ApiError> {
+        const NAME: &str = "stop_token_ids";
+        let many = self.get(NAME).and_then(Value::as_array).map_or(0, Vec::len);
+        if many > MAX_STOP_TOKEN_IDS {
+            let message = format!("{NAME} has {many} ids and may have {MAX_STOP_TOKEN_IDS}: leave some out");
+            return Err(ApiError::bad(NAME, message));
+        }
+        Ok(self.token_ids(NAME)?.into())
     }
 
     /// A list of token ids; an empty one where there is none.
@@ -233,5 +264,57 @@ pub(super) fn kind(value: &Value) -> &'static str {
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn sampling(body: &Value) -> Result<GenerateParams, ApiError> {
+        Fields(body.as_object().unwrap()).sampling(16, SamplingDefaults::default())
+    }
+
+    #[test]
+    fn stops_are_bounded_in_number_and_length() {
+        let longest = "a".repeat(MAX_STOP_BYTES);
+        let params = sampling(&json!({"stop": vec![&longest; MAX_STOPS]})).unwrap();
+        assert!(params.stop.len() == MAX_STOPS && params.stop[MAX_STOPS - 1] == longest);
+        let params = sampling(&json!({"stop_token_ids": vec![5; MAX_STOP_TOKEN_IDS]})).unwrap();
+        assert_eq!(params.stop_token_ids.len(), MAX_STOP_TOKEN_IDS);
+        assert_eq!(*sampling(&json!({"stop": longest})).unwrap().stop, [longest.as_str()]);
+        for (name, value, says) in [
+            ("stop", json!(vec!["a"; MAX_STOPS + 1]), "33 strings and may have 32"),
+            // Empty ones would not stop anything, and are as many to go through.
+            ("stop", json!(vec![""; MAX_STOPS + 1]), "33 strings"),
+            ("stop", json!(longest.clone() + "a"), "string 0 of stop has 1025 bytes and may have 1024"),
+            ("stop", json!(["a", "ä".repeat(MAX_STOP_BYTES / 2 + 1)]), "string 1 of stop has 1026 bytes"),
+            ("stop", json!(["a", 5]), "must be"),
+            ("stop_token_ids", json!(vec![5; MAX_STOP_TOKEN_IDS + 1]), "257 ids and may have 256"),
+            ("stop_token_ids", json!("5"), "must be"),
+        ] {
+            let error = sampling(&json!({name: value})).unwrap_err().body();
+            assert_eq!((&error["error"]["param"], &error["error"]["code"]), (&json!(name), &json!(400)));
+            assert!(error["error"]["message"].as_str().unwrap().contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_description_and_the_page_have_the_bounds() {
+        let described: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+        let mut found = 0;
+        for schema in described["components"]["schemas"].as_object().unwrap().values() {
+            let Some(stop) = schema.pointer("/properties/stop/anyOf/0/anyOf") else { continue };
+            assert_eq!(stop[0]["maxLength"], MAX_STOP_BYTES);
+            assert_eq!((&stop[1]["maxItems"], &stop[1]["items"]), (&json!(MAX_STOPS), &stop[0]));
+            assert_eq!(schema["properties"]["stop_token_ids"]["anyOf"][0]["maxItems"], MAX_STOP_TOKEN_IDS);
+            found += 1;
+        }
+        assert_eq!(found, 3);
+        let page = include_str!("../../../docs/api.md");
+        let says = format!("up to {MAX_STOPS} of up to {MAX_STOP_BYTES} bytes, and {MAX_STOP_TOKEN_IDS} ids");
+        assert!(page.contains(&says), "docs/api.md: {says}");
     }
 }

@@ -27,10 +27,11 @@ pub(super) async fn generate(
     let (engine, _) = intake.engine()?;
     let GenerateBody { prompt, model_id, stream, n, params } = GenerateBody::parse(&intake.body)?;
     let adapter = adapter(model_id, engine)?;
+    let names = Names { prompt: "prompt", adapter: "model_id" };
+    intake.takes(1, n, names)?;
     let prompts =
         tokenize(vec![Prompt::Text { text: prompt.clone(), special: true }], engine, "prompt").await?;
     none_empty(&prompts, "prompt")?;
-    let names = Names { prompt: "prompt", adapter: "model_id" };
     let sequences = intake.submit(Ask { prompts, n, adapter, params, names }).await?;
     let output = Output {
         frames: Frames::new(&prompt, sequences.len()),

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use axum::extract::Request;
 use bytes::Bytes;
-use lora_sched::AdapterId;
+use lora_sched::{AdapterId, Nanos};
 use tower_http::request_id::RequestId;
 
 use super::body;
@@ -18,9 +18,11 @@ use crate::engine::{Engine, GenerateParams, GenerateRequest};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Received(pub(super) Instant);
 
-/// Prompts of at least this many bytes are tokenised on a blocking thread: under a tenth of a
+/// What weighs at least this many bytes is tokenised on a blocking thread: under a tenth of a
 /// millisecond of work is not worth the two hand-overs.
 const INLINE_BYTES: usize = 1024;
+/// What a prompt or a message weighs beside its own bytes: a call, and what a template writes around it.
+const PIECE_BYTES: usize = 64;
 /// Sequences that one request may ask for, over all its prompts.
 const MAX_SEQUENCES: usize = 1024;
 
@@ -83,47 +85,59 @@ impl Intake {
         self.state.loaded()
     }
 
+    /// Refuses more sequences than a request may have: to be asked before its prompts are tokenised.
+    pub(super) fn takes(&self, prompts: usize, n: usize, names: Names) -> Result<(), ApiError> {
+        let asked = prompts.saturating_mul(n);
+        // More than the whole queue holds would be refused for ever.
+        let most = MAX_SEQUENCES.min(self.engine()?.0.scheduler_config().max_queue);
+        if asked <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "{prompts} prompts with n = {n} ask for {asked} sequences and a request may have {most}: \
+             send several requests"
+        );
+        Err(ApiError::bad(if prompts == 1 { "n" } else { names.prompt }, message))
+    }
+
     /// Puts everything that is asked for into the engine's queue, or nothing.
     pub(super) async fn submit(self, ask: Ask) -> Result<Sequences, ApiError> {
+        self.takes(ask.prompts.len(), ask.n, ask.names)?;
         let Self { state, guard, received, .. } = self;
         let engine = state.loaded()?.0.clone();
         let clock = engine.clock();
         let received = clock.at(received);
-        let asked = ask.prompts.len().saturating_mul(ask.n);
-        // More than the whole queue holds would be refused for ever.
-        let most = MAX_SEQUENCES.min(engine.scheduler_config().max_queue);
-        if asked > most {
-            let message = format!(
-                "{} prompts with n = {} ask for {asked} sequences and a request may have {most}: \
-                 send several requests",
-                ask.prompts.len(),
-                ask.n
-            );
-            let param = if ask.prompts.len() == 1 { "n" } else { ask.names.prompt };
-            return Err(ApiError::bad(param, message));
-        }
-        let refused = |error| ApiError::refused(error, ask.names);
-        let mut requests = Vec::with_capacity(asked);
+        let names = ask.names;
+        let refused = |error| ApiError::refused(error, names, engine.failure());
+        // Before there is anything for each of the sequences.
         for prompt in &ask.prompts {
-            for i in 0..ask.n {
-                let mut params = ask.params.clone();
-                // Sequences of one prompt differ in their random streams alone.
-                params.seed = params.seed.map(|s| s.wrapping_add(i as u64));
-                let prompt = prompt.clone();
-                requests.push(GenerateRequest {
-                    prompt,
-                    adapter: ask.adapter,
-                    params,
-                    received: Some(received),
-                });
-            }
+            engine.fits(prompt.len(), ask.params.max_tokens).map_err(refused)?;
         }
-        let handles = engine.submit_all(requests).map_err(refused)?;
         let prompt_tokens = ask.prompts.iter().map(Vec::len).collect();
+        let (n, adapter) = (ask.n, ask.adapter);
+        let handles = engine.submit_all(ask.requests(received)).map_err(refused)?;
         let mut sequences =
-            Sequences::new(&state, guard, handles, prompt_tokens, ask.n, ask.adapter, (received, clock));
+            Sequences::new(&state, guard, handles, prompt_tokens, n, adapter, (received, clock));
         sequences.admitted().await.map_err(refused)?;
         Ok(sequences)
+    }
+}
+
+impl Ask {
+    /// A request to the engine for each sequence, by prompt. They differ in their random streams and share the rest.
+    fn requests(self, received: Nanos) -> Vec<GenerateRequest> {
+        let Self { prompts, n, adapter, params, .. } = self;
+        let mut requests = Vec::with_capacity(prompts.len() * n);
+        for prompt in prompts {
+            let prompt: Arc<[u32]> = prompt.into();
+            for i in 0..n as u64 {
+                let mut params = params.clone();
+                params.seed = params.seed.map(|seed| seed.wrapping_add(i));
+                let prompt = prompt.clone();
+                requests.push(GenerateRequest { prompt, adapter, params, received: Some(received) });
+            }
+        }
+        requests
     }
 }
 
@@ -133,18 +147,27 @@ pub(super) async fn tokenize(
     engine: &Arc<Engine>,
     param: &'static str,
 ) -> Result<Vec<Vec<u32>>, ApiError> {
-    let bytes = |p: &Prompt| if let Prompt::Text { text, .. } = p { text.len() } else { 0 };
-    let all = prompts.iter().map(bytes).sum();
     let engine = engine.clone();
-    tokenising(all, move || encode(prompts, &engine, param)).await?
+    tokenising(weight(&prompts), move || encode(prompts, &engine, param)).await?
 }
 
-/// Does `work` on a text of `bytes`: here, or on a blocking thread if it takes longer.
+/// Ids need no work.
+fn weight(prompts: &[Prompt]) -> usize {
+    let one = |p: &Prompt| if let Prompt::Text { text, .. } = p { piece_weight(text.len()) } else { 0 };
+    prompts.iter().map(one).sum()
+}
+
+/// What a piece of so many bytes weighs, for [`tokenising`].
+pub(super) fn piece_weight(bytes: usize) -> usize {
+    bytes + PIECE_BYTES
+}
+
+/// Does `work` of a `weight` in bytes: here, or on a blocking thread if it takes longer.
 pub(super) async fn tokenising<T: Send + 'static>(
-    bytes: usize,
+    weight: usize,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
-    if bytes < INLINE_BYTES {
+    if weight < INLINE_BYTES {
         return Ok(work());
     }
     let done = tokio::task::spawn_blocking(work).await;
@@ -167,5 +190,48 @@ pub(super) fn none_empty(prompts: &[Vec<u32>], param: &'static str) -> Result<()
         None => Ok(()),
         Some(_) if prompts.len() == 1 => Err(ApiError::bad(param, format!("{param} has no tokens"))),
         Some(i) => Err(ApiError::bad(param, format!("{param}[{i}] has no tokens"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether work of this weight is done on the runtime's own thread.
+    async fn inline(weight: usize) -> bool {
+        let here = std::thread::current().id();
+        tokenising(weight, || std::thread::current().id()).await.unwrap() == here
+    }
+
+    #[tokio::test]
+    async fn many_short_prompts_are_as_much_work_as_a_long_one() {
+        let text = |bytes: usize| Prompt::Text { text: "a".repeat(bytes), special: true };
+        assert!(inline(weight(&[text(500)])).await);
+        assert!(inline(weight(&[text(5), text(5)])).await);
+        assert!(!inline(weight(&[text(1024)])).await);
+        assert!(!inline(weight(&vec![text(1); 64])).await);
+        assert!(!inline(weight(&vec![text(0); 1024])).await, "each is a call");
+        assert!(inline(weight(&vec![Prompt::Ids(vec![1; 4000]); 10])).await, "ids need no work");
+    }
+
+    #[test]
+    fn sequences_share_what_is_the_same_for_all_of_them() {
+        let params = GenerateParams {
+            seed: Some(7),
+            stop: ["x".into()].into(),
+            stop_token_ids: [5].into(),
+            ..GenerateParams::default()
+        };
+        let names = Names { prompt: "prompt", adapter: "model" };
+        let ask = Ask { prompts: vec![vec![1, 2], vec![3]], n: 3, adapter: None, params, names };
+        let requests = ask.requests(4);
+        let seen: Vec<_> = requests.iter().map(|r| (r.prompt.to_vec(), r.params.seed.unwrap())).collect();
+        let expected = [vec![1, 2], vec![3]].map(|p| [7, 8, 9].map(|seed| (p.clone(), seed)));
+        assert_eq!(seen, expected.concat());
+        for (i, request) in requests.iter().enumerate() {
+            assert!(Arc::ptr_eq(&request.prompt, &requests[i / 3 * 3].prompt));
+            assert!(Arc::ptr_eq(&request.params.stop, &requests[0].params.stop));
+            assert!(Arc::ptr_eq(&request.params.stop_token_ids, &requests[0].params.stop_token_ids));
+        }
     }
 }

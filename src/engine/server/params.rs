@@ -84,8 +84,8 @@ mod tests {
             presence_penalty: -1.0,
             frequency_penalty: 2.0,
             ignore_eos: true,
-            stop: vec!["x".into()],
-            stop_token_ids: vec![7],
+            stop: ["x".into()].into(),
+            stop_token_ids: [7].into(),
             logprobs: None,
         };
         let expected = GenerateBody { prompt: "p".into(), model_id: Some(5), stream: true, n: 2, params };

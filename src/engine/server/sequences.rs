@@ -60,7 +60,7 @@ pub(super) struct Piece {
     pub(super) tokens: usize,
     /// Why it is the sequence's last.
     pub(super) finish: Option<Finish>,
-    /// With the last piece of a sequence that is not whole: why it is not.
+    /// With the last piece of a sequence that is not whole: why it is not. No other sequence's follows.
     pub(super) broken: Option<ApiError>,
 }
 
@@ -83,7 +83,7 @@ pub(super) struct Timing {
 pub(super) struct Sequences {
     running: SelectAll<Numbered>,
     tracks: Vec<Track>,
-    /// Sequences that are not at their end.
+    /// Sequences whose ends are still to come: none once one of them is broken.
     open: usize,
     /// Of each prompt.
     prompt_tokens: Vec<usize>,
@@ -156,7 +156,7 @@ impl Sequences {
         self.state.loaded().map(|(engine, _)| engine.tokenizer().decode(&[token])).unwrap_or_default()
     }
 
-    /// Sequences that are not at their end.
+    /// Sequences whose ends are still to come.
     pub(super) fn open(&self) -> usize {
         self.open
     }
@@ -244,12 +244,21 @@ impl Sequences {
                 observed.output_tokens.observe(track.tokens as f64);
             }
         }
-        let broken = (delta.finish == Some(Finish::Abort)).then(|| match delta.failure {
-            Some(why) => ApiError::internal(why),
-            None => ApiError::stopped(),
-        });
+        let tokens = track.tokens;
+        let broken = (delta.finish == Some(Finish::Abort)).then(|| self.give_up(delta.failure));
         let logprobs = delta.token.zip(delta.logprobs);
-        Piece { choice, text: delta.text, logprobs, tokens: track.tokens, finish: delta.finish, broken }
+        Piece { choice, text: delta.text, logprobs, tokens, finish: delta.finish, broken }
+    }
+
+    /// Cancels the others, whose output is worth nothing without this one's; why is `failure`, or that the engine
+    /// has stopped. None of them is left for a client to abandon.
+    fn give_up(&mut self, failure: Option<String>) -> ApiError {
+        self.running.clear();
+        self.open = 0;
+        match failure {
+            Some(why) => ApiError::internal(why),
+            None => ApiError::stopped(self.state.loaded().ok().and_then(|(engine, _)| engine.failure())),
+        }
     }
 }
 
@@ -261,5 +270,77 @@ impl Drop for Sequences {
         if self.open > 0 {
             self.state.observed.abandoned(self.open as u64);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use lora_sched::{Config, RequestId, StepPlan, SwapPlan};
+
+    use super::*;
+    use crate::engine::channel::channel;
+    use crate::engine::emulated::EmulatedExecutor;
+    use crate::engine::output::StreamItem;
+    use crate::engine::server::body::Limits;
+    use crate::engine::{Engine, EngineConfig, GenerateParams, GenerateRequest};
+    use crate::workload::tokenizer::Tokenizer;
+
+    /// An engine whose steps take five milliseconds.
+    fn engine() -> Engine {
+        let costs = (|_: &StepPlan| 5_000_000, |_: &SwapPlan| 0);
+        let executor = EmulatedExecutor::new(costs, |_, _| 100, 1).unwrap();
+        let config = EngineConfig {
+            scheduler: Config { max_model_len: 512, kv_blocks: 128, ..Config::with_adapters(1, 1, 8, 1000) },
+            adapters: None,
+            vocab_size: 259,
+            eos: Vec::new(),
+            seed: 1,
+            warm_up: false,
+            log: None,
+        };
+        Engine::start(config, Box::new(executor), Tokenizer::byte_level()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_broken_sequence_takes_the_others_along_and_no_client_has_gone() {
+        let engine = engine();
+        let params = GenerateParams { max_tokens: 400, ..GenerateParams::default() };
+        let request = GenerateRequest { prompt: [9; 4].into(), adapter: None, params, received: None };
+        let whole = engine.submit(request).unwrap();
+        let (sender, receiver) = channel();
+        let broken = GenerateHandle {
+            id: RequestId(u64::MAX),
+            received: 0,
+            receiver,
+            shared: engine.shared.clone(),
+            admitted: false,
+            done: false,
+        };
+        let failure = Some("its adapter cannot be read".to_owned());
+        sender.send(StreamItem::Accepted);
+        sender.send(StreamItem::Delta(Delta { finish: Some(Finish::Abort), failure, ..Delta::default() }));
+
+        let state = Arc::new(State::new(None, Limits::default()));
+        let (guard, at) = (InFlight::new(&state), (0, engine.clock()));
+        let mut sequences = Sequences::new(&state, guard, vec![whole, broken], vec![4], 2, None, at);
+        sequences.admitted().await.unwrap();
+        let error = loop {
+            let piece = sequences.next().await.unwrap();
+            if let Some(error) = piece.broken {
+                break error;
+            }
+        };
+        assert!(error.to_string().contains("adapter"), "{error}");
+        assert!(sequences.next().await.is_none(), "nobody waits for what is worth nothing");
+        // While the answer that tells of it is still on its way.
+        let begun = Instant::now();
+        while engine.stats().cancelled == 0 {
+            assert!(begun.elapsed() < Duration::from_secs(10), "never cancelled: {:?}", engine.stats());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        drop(sequences);
+        assert_eq!(state.observed.abandoned_so_far(), 0);
     }
 }

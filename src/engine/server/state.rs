@@ -179,10 +179,7 @@ impl State {
         let loaded = self.loaded()?;
         match self.phase() {
             Phase::Draining => Err(ApiError::unavailable("the server is shutting down")),
-            Phase::Failed => Err(ApiError::internal(format!(
-                "the engine has stopped: {}",
-                loaded.0.failure().unwrap_or_default()
-            ))),
+            Phase::Failed => Err(ApiError::stopped(loaded.0.failure())),
             Phase::Loading | Phase::Ready => Ok(loaded),
         }
     }

@@ -39,13 +39,14 @@ pub(in crate::engine::server) async fn chat_completions(
     let mut common =
         Common::parse(f, &["max_completion_tokens", "max_tokens"], None, logprobs, info.sampling)?;
     let adapter = state.model(common.model.as_deref())?;
+    let names = Names { prompt: "messages", adapter: "model" };
+    intake.takes(1, common.n, names)?;
     let prompts = vec![messages::encode(f.get("messages"), &state).await?];
     none_empty(&prompts, "messages")?;
     common.fill_room(&prompts, info.max_model_len, "messages")?;
     let model = common.model.unwrap_or_else(|| info.model.clone());
     let answer = Answer::new(Kind::Chat, &intake.id, model, common.shape);
     let (n, params) = (common.n, common.params);
-    let names = Names { prompt: "messages", adapter: "model" };
     let sequences = intake.submit(Ask { prompts, n, adapter, params, names }).await?;
     answer.respond(sequences).await
 }

@@ -26,12 +26,13 @@ pub(in crate::engine::server) async fn completions(
     let (engine, info) = intake.engine()?;
     let (common, prompts) = parse(&intake.body, info.sampling)?;
     let adapter = state.model(common.model.as_deref())?;
+    let names = Names { prompt: "prompt", adapter: "model" };
+    intake.takes(prompts.len(), common.n, names)?;
     let prompts = tokenize(prompts, engine, "prompt").await?;
     none_empty(&prompts, "prompt")?;
     let model = common.model.unwrap_or_else(|| info.model.clone());
     let answer = Answer::new(Kind::Completion, &intake.id, model, common.shape);
     let (n, params) = (common.n, common.params);
-    let names = Names { prompt: "prompt", adapter: "model" };
     let sequences = intake.submit(Ask { prompts, n, adapter, params, names }).await?;
     answer.respond(sequences).await
 }

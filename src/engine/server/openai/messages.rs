@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::kind;
-use crate::engine::server::intake::tokenising;
+use crate::engine::server::intake::{piece_weight, tokenising};
 use crate::engine::server::state::State;
 use crate::workload::tokenizer::Message;
 
@@ -14,9 +14,12 @@ use crate::workload::tokenizer::Message;
 pub(super) async fn encode(messages: Option<&Value>, state: &State) -> Result<Vec<u32>, ApiError> {
     let messages = parse(messages)?;
     let template = Arc::clone(state.template()?);
-    let bytes: usize = messages.iter().map(|m| m.content.len()).sum();
-    let encoded = tokenising(bytes, move || template.encode(&messages, true)).await?;
+    let encoded = tokenising(weight(&messages), move || template.encode(&messages, true)).await?;
     encoded.map_err(|e| ApiError::bad("messages", e.to_string()))
+}
+
+fn weight(messages: &[Message]) -> usize {
+    messages.iter().map(|m| piece_weight(m.role.len() + m.content.len())).sum()
 }
 
 fn parse(messages: Option<&Value>) -> Result<Vec<Message>, ApiError> {
@@ -76,6 +79,15 @@ mod tests {
         let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
         let expected = [message("system", "Be brief."), message("user", "Hello")];
         assert_eq!(parse(Some(&messages)).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_conversation_weighs_its_roles_and_the_number_of_its_messages() {
+        let message =
+            |role: usize, content: usize| Message { role: "r".repeat(role), content: "c".repeat(content) };
+        assert_eq!(weight(&[message(0, 5000)]), weight(&[message(5000, 0)]));
+        assert_eq!(weight(&vec![message(4, 1); 100]), 100 * weight(&[message(4, 1)]));
+        assert!(weight(&vec![message(0, 0); 100]) > weight(&[message(4, 1000)]));
     }
 
     #[test]

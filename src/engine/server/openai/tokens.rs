@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::messages;
 use crate::engine::server::error::ApiError;
 use crate::engine::server::fields::{Fields, object};
-use crate::engine::server::intake::{self, Intake, Prompt};
+use crate::engine::server::intake::{self, Intake, Prompt, piece_weight, tokenising};
 use crate::engine::server::state::State;
 
 pub(in crate::engine::server) async fn tokenize(
@@ -34,10 +34,13 @@ pub(in crate::engine::server) async fn tokenize(
         }
     };
     let strings = f.flag("return_token_strs", false)?;
-    let strings = strings.then(|| {
+    let engine = engine.clone();
+    let (tokens, strings) = tokenising(if strings { tokens.len() * piece_weight(0) } else { 0 }, move || {
         let text = |id: &u32| engine.tokenizer().decode(&[*id]);
-        tokens.iter().map(text).collect::<Vec<_>>()
-    });
+        let strings = strings.then(|| tokens.iter().map(text).collect::<Vec<_>>());
+        (tokens, strings)
+    })
+    .await?;
     Ok(Json(json!({
         "count": tokens.len(),
         "max_model_len": info.max_model_len,
@@ -63,5 +66,7 @@ pub(in crate::engine::server) async fn detokenize(
     if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
         return Err(ApiError::bad("tokens", format!("token id {id} is outside the tokenizer's {vocab} ids")));
     }
-    Ok(Json(json!({"prompt": engine.tokenizer().decode(&tokens)})))
+    let engine = engine.clone();
+    let text = tokenising(size_of_val(tokens.as_slice()), move || engine.tokenizer().decode(&tokens)).await?;
+    Ok(Json(json!({"prompt": text})))
 }
