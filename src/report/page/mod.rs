@@ -43,6 +43,10 @@ pub fn html(
         Err(e) => (None, e.to_string()),
     };
     let cells = Cells::of(rows);
+    let (validations, not_validated) = match Validation::each(rows) {
+        Ok(each) => (each, String::new()),
+        Err(e) => (Vec::new(), e.to_string()),
+    };
     let manifests = manifest::of_results(files, rows.iter().filter_map(|r| r.manifest.as_deref()));
     let names = files.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy().into_owned());
     let mut environment = Environment::new();
@@ -55,7 +59,8 @@ pub fn html(
         figure,
         no_figure,
         cells => context! { header => cells.header, lines => cells.lines },
-        validations => Validation::each(rows).iter().map(validation).collect::<Vec<_>>(),
+        validations => validations.iter().map(validation).collect::<Vec<_>>(),
+        not_validated,
         made => manifests.iter().map(made).collect::<Vec<_>>(),
         files => names.collect::<Vec<_>>(),
     })?;
@@ -115,11 +120,11 @@ fn budget(b: &BudgetComparison) -> Vec<String> {
         b.runs.to_string(),
         seconds(b.median.measured_s),
         seconds(b.median.simulated_s),
-        percent(b.median.error_percent()),
+        percent(b.median.error_percent),
         seconds(b.p90.measured_s),
         seconds(b.p90.simulated_s),
-        percent(b.p90.error_percent()),
-        percent(b.mean.error_percent()),
+        percent(b.p90.error_percent),
+        percent(b.mean.error_percent),
         count(b.swaps.0),
         count(b.swaps.1),
     ]
@@ -199,6 +204,7 @@ mod tests {
         for part in [
             "measured: the rows at 2 slots are of the cells a2 and b2",
             "No figure: the figure: the rows at 2 slots",
+            "Not validated: ",
             "simulated: from 2 slots on",
         ] {
             assert!(page.contains(part), "{part} is not in {page}");
