@@ -100,7 +100,7 @@ pub fn run(args: &DemoArgs, ctx: &Context) -> Result<(), Failure> {
     manifest.write(&manifest_path).map_err(Failure::failed)?;
 
     println!();
-    validate::print(&Validation::of(&rows));
+    validate::print(&Validation::of(&rows).map_err(|e| Failure::Failed(e.into()))?);
     println!(
         "(errors of one run each; the mean of several runs is `lora-hbm sweep configs/experiments/demo-validate.toml`)"
     );

@@ -79,7 +79,8 @@ pub fn run(args: &PlotArgs, ctx: &Context) -> Result<(), Failure> {
         PlotError::UnknownColumn(_)
         | PlotError::TooManyPanels { .. }
         | PlotError::TooManyLines { .. }
-        | PlotError::Mixed { .. } => Failure::Usage(e.into()),
+        | PlotError::Mixed { .. }
+        | PlotError::Alike { .. } => Failure::Usage(e.into()),
         _ => Failure::Failed(e.into()),
     })?;
     match ctx.format {

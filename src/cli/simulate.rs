@@ -261,7 +261,9 @@ impl Simulation {
             default_amount: Amount::Requests(200),
             ranks: engine.ranks(),
         };
-        let cell = Cell::new(engine.clone(), crate::experiment::WorkloadSettings::default());
+        let warm_up = self.settings.warm_up;
+        let cell =
+            Cell::new(engine.clone(), crate::experiment::WorkloadSettings { warm_up, ..Default::default() });
         let context = RunContext {
             prompt_regime: workload.regime_column(&self.source),
             arrivals: Some(workload.arrivals_column(&self.source)),
@@ -272,7 +274,6 @@ impl Simulation {
             ..cell.run_context(crate::report::results::Source::Simulated, workload.seed, 0)
         };
         let simulator = &self.simulator;
-        let warm_up = self.settings.warm_up;
         let (mut row, rate, saturation) = match &self.source {
             // Made as they are simulated: a workload of any length.
             Source::Pool(pool) => {
@@ -292,6 +293,7 @@ impl Simulation {
                 let trace = workload.trace(&self.source, &how)?;
                 let context = RunContext {
                     popularity: Some(trace.header.popularity.clone()),
+                    seed: Some(trace.header.seed),
                     // As `measure` writes it, so that the two are rows of one workload.
                     max_tokens: trace.common_output_tokens(),
                     ..context

@@ -16,7 +16,7 @@ use crate::report::cells::Cells;
 use crate::report::files::check_writable;
 use crate::report::machine::Gpu;
 use crate::report::manifest::{Dataset, Manifest, unclaimed_beside};
-use crate::report::results::{ResultRow, Source};
+use crate::report::results::{ResultRow, Source, append_rows};
 
 #[derive(Args, Debug, Serialize)]
 pub struct SweepArgs {
@@ -107,6 +107,7 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
             sweep.csv.display()
         )));
     }
+    sweep.check_profile(source, &rows).map_err(|e| Failure::Usage(e.into()))?;
     if let Some(figure) = &experiment.output.plot {
         check_figure(figure)?;
     }
@@ -124,6 +125,8 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
             other => failed(other),
         })?;
     }
+    // Before the run, not after it.
+    append_rows(&sweep.csv, &[]).map_err(Failure::failed)?;
     let manifest_path = unclaimed_beside(named_by(&sweep.csv, source, shard), &manifest.started, &rows);
     sweep.manifest = manifest_path.file_name().map(|n| n.to_string_lossy().into_owned());
     manifest.write(&manifest_path).map_err(Failure::failed)?;

@@ -16,7 +16,7 @@ use crate::report::record::RequestRecord;
 use crate::report::requests::read_requests;
 use crate::report::results::{ResultRow, Source, read_rows};
 use crate::report::stats;
-use crate::report::validation::{BudgetComparison, RequestErrors, Validation};
+use crate::report::validation::{BudgetComparison, Compared, RequestErrors, Validation};
 
 #[derive(Args, Debug, Serialize)]
 pub struct ValidateArgs {
@@ -103,14 +103,19 @@ pub fn run(args: &ValidateArgs, ctx: &Context) -> Result<(), Failure> {
     let measured = settings.measured.clone().ok_or_else(|| Failure::usage("validate needs --measured"))?;
     let mut rows = read_rows(&measured).map_err(|e| Failure::Failed(e.into()))?;
     if let Some(simulated) = settings.simulated.clone().filter(|s| *s != measured) {
-        rows.extend(read_rows(&simulated).map_err(|e| Failure::Failed(e.into()))?);
+        // Each file is asked for its own kind: the other may be there too, of another profile or card.
+        rows.retain(|r| r.source == Source::Measured);
+        let others = read_rows(&simulated).map_err(|e| Failure::Failed(e.into()))?;
+        rows.extend(others.into_iter().filter(|r| r.source == Source::Simulated));
     }
     if settings.experiment.is_some() != settings.profile.is_some() {
         return Err(Failure::usage("--experiment and --profile go together: give both for cost factors"));
     }
-    let mut validations = Validation::each(&rows);
+    let mut validations = Validation::each(&rows).map_err(|e| Failure::Usage(e.into()))?;
     if validations.is_empty() {
-        return Err(Failure::failed("no budget has both measured and simulated rows"));
+        return Err(Failure::failed(
+            "no budget has both measured and simulated rows of the same settings and seed",
+        ));
     }
     let mut budgets: Vec<&mut BudgetComparison> =
         validations.iter_mut().flat_map(|v| v.budgets.iter_mut()).collect();
@@ -204,7 +209,7 @@ fn requests(
     Ok(errors)
 }
 
-/// The requests of a budget by trace; a run without a file is left out.
+/// The requests of a budget by trace; a run without a file is left out, and a trace without both kinds of them.
 fn traces(folder: &Path, budget: &BudgetComparison, rows: &[ResultRow]) -> Result<Vec<OfTrace>, Failure> {
     let Some(cell) = &budget.cell else {
         return Err(Failure::usage(
@@ -221,8 +226,9 @@ fn traces(folder: &Path, budget: &BudgetComparison, rows: &[ResultRow]) -> Resul
                 .map(|path| read_requests(path).map_err(|e| Failure::Failed(e.into())))
                 .collect::<Result<Vec<_>, _>>()
         };
-        if let Some(simulated) = read(Source::Simulated)?.pop() {
-            traces.push((read(Source::Measured)?, simulated));
+        let measured = read(Source::Measured)?;
+        if let Some(simulated) = read(Source::Simulated)?.pop().filter(|_| !measured.is_empty()) {
+            traces.push((measured, simulated));
         }
     }
     Ok(traces)
@@ -238,12 +244,10 @@ fn draw(
 ) -> Result<(), Failure> {
     use crate::report::plot::{self, agreement};
 
-    let load = |budget: &BudgetComparison| {
-        let row = rows.iter().find(|r| r.gpu_loras == budget.gpu_loras && r.cell == budget.cell)?;
-        row.rho.or(row.arrival_rate)
-    };
     let budgets = || validations.iter().flat_map(|v| &v.budgets);
-    let has_rho = rows.iter().any(|r| r.rho.is_some());
+    // One axis has one unit.
+    let has_rho = budgets().all(|b| b.rho.is_some());
+    let load = |b: &BudgetComparison| if has_rho { b.rho } else { b.arrival_rate };
     let files: Vec<PathBuf> = settings.measured.iter().chain(&settings.simulated).cloned().collect();
     let mut pairs = Vec::new();
     if let Some(folder) = &settings.requests {
@@ -258,7 +262,7 @@ fn draw(
     }
     let drawn = agreement::svg(&agreement::Agreement {
         pairs,
-        residuals: budgets().filter_map(|b| Some((load(b)?, b.median.error_percent()))).collect(),
+        residuals: budgets().filter_map(|b| Some((load(b)?, b.median.error_percent))).collect(),
         load: if has_rho { "load, rho" } else { "requests a second" }.to_owned(),
         title: "Simulated against measured TTFT".to_owned(),
         footer: plot::footer(&files, rows),
@@ -325,7 +329,12 @@ pub(super) fn print(validation: &Validation) {
         "misses",
     ]);
     let error = |e: f64| format!("{e:+.1} %");
-    let spread = |s: Option<f64>| s.map_or_else(|| "-".to_owned(), |s| format!("{s:.1} %"));
+    // Of neighbouring budgets where it has no repeats of its own.
+    let spread = |c: &Compared| match (c.spread_percent, c.neighbours_percent) {
+        (Some(own), _) => format!("{own:.1} %"),
+        (None, Some(theirs)) => format!("({theirs:.1} %)"),
+        (None, None) => "-".to_owned(),
+    };
     let count = |n: Option<f64>| n.map_or_else(|| "-".to_owned(), |n| format!("{n:.1}"));
     for b in &validation.budgets {
         let misses = if b.saturated { "saturated".to_owned() } else { b.misses().join(", ") };
@@ -334,14 +343,14 @@ pub(super) fn print(validation: &Validation) {
             b.runs.to_string(),
             ui::seconds(b.median.measured_s),
             ui::seconds(b.median.simulated_s),
-            error(b.median.error_percent()),
-            spread(b.median.spread_percent),
+            error(b.median.error_percent),
+            spread(&b.median),
             ui::seconds(b.p90.measured_s),
             ui::seconds(b.p90.simulated_s),
-            error(b.p90.error_percent()),
-            spread(b.p90.spread_percent),
-            error(b.p99.error_percent()),
-            error(b.mean.error_percent()),
+            error(b.p90.error_percent),
+            spread(&b.p90),
+            error(b.p99.error_percent),
+            error(b.mean.error_percent),
             count(b.swaps.0),
             count(b.swaps.1),
             misses,
@@ -376,7 +385,7 @@ fn print_beside(validation: &Validation) {
             b.gpu_loras.to_string(),
             percent(b.naive.constant_percent),
             percent(b.naive.service_percent),
-            percent(b.e2e_median.map(|c| c.error_percent())),
+            percent(b.e2e_median.map(|c| c.error_percent)),
             b.cost_factor.map_or_else(unknown, |f| format!("{f:.4}")),
             of(|r| format!("{:.1} %", r.median_percent)),
             of(|r| format!("{:.1} %", r.p90_percent)),
@@ -384,7 +393,7 @@ fn print_beside(validation: &Validation) {
             of(|r| format!("{:.3}", r.ks)),
             of(|r| r.itself.map_or_else(|| "-".to_owned(), |i| format!("{:.3}", i.ks))),
             of(|r| ui::seconds(r.wasserstein_s)),
-            of(|r| r.tpot.map_or_else(|| "-".to_owned(), |t| format!("{:+.1} %", t.error_percent()))),
+            of(|r| r.tpot.map_or_else(|| "-".to_owned(), |t| format!("{:+.1} %", t.error_percent))),
         ]);
     }
     println!("{table}");
@@ -394,14 +403,14 @@ fn print_beside(validation: &Validation) {
 fn print_summary(validations: &[Validation]) {
     let open = |b: &&BudgetComparison| !b.saturated;
     let cells: Vec<&BudgetComparison> = validations.iter().flat_map(|v| &v.budgets).filter(open).collect();
-    let errors: Vec<f64> = cells.iter().map(|b| b.median.error_percent().abs()).collect();
+    let errors: Vec<f64> = cells.iter().map(|b| b.median.error_percent.abs()).collect();
     let worst =
-        cells.iter().max_by(|a, b| a.median.error_percent().abs().total_cmp(&b.median.error_percent().abs()));
+        cells.iter().max_by(|a, b| a.median.error_percent.abs().total_cmp(&b.median.error_percent.abs()));
     if let (Some(typical), Some(worst)) = (stats::median(&stats::sorted(&errors)), worst) {
         println!(
             "{} unsaturated cells: the median's error is typically {typical:.1} %, at worst {:+.1} % (budget {})",
             cells.len(),
-            worst.median.error_percent(),
+            worst.median.error_percent,
             worst.gpu_loras
         );
     }

@@ -1,10 +1,12 @@
 //! One point of an experiment.
 
 use serde::Serialize;
+use serde_json::json;
 
 use super::settings::{EngineSettings, WorkloadSettings};
 use crate::report::digest::{canonical_json, sha256};
 use crate::report::results::{RunContext, Source, rank_column};
+use crate::report::settings;
 
 /// Engine and workload settings, complete. Equal settings have equal keys, in every experiment.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -49,12 +51,52 @@ impl Cell {
             arrivals: Some(workload.arrivals.to_string()),
             rho: workload.rho,
             cell: Some(self.key.clone()),
+            settings: Some(self.settings()),
             ..RunContext::new(source, engine.total_loras, engine.gpu_loras, workload.regime.as_str())
         }
     }
 
+    /// The settings that no column of a row tells, as [`ResultRow::settings`](crate::report::results::ResultRow::settings)
+    /// has them.
+    fn settings(&self) -> String {
+        // `gpu_loras` to `rho` have columns under these or other names.
+        const TOLD: [&str; 16] = [
+            "model",
+            "total_loras",
+            "gpu_loras",
+            "max_r",
+            "ranks",
+            "max_num_seqs",
+            "policy",
+            "evict",
+            "swap_mode",
+            "regime",
+            "arrival_rate",
+            "rho",
+            "num_requests",
+            "max_tokens",
+            "popularity",
+            "arrivals",
+        ];
+        let of = |here: serde_json::Value, default: serde_json::Value| {
+            let here = if let serde_json::Value::Object(fields) = here { fields } else { Default::default() };
+            here.into_iter().filter(move |(name, value)| {
+                !TOLD.contains(&name.as_str()) && default.get(name) != Some(value)
+            })
+        };
+        let engine = of(json!(self.engine), json!(EngineSettings::default()))
+            // Rows have a column `seed`, which is the trace's.
+            .map(|(name, value)| (if name == "seed" { "engine_seed".to_owned() } else { name }, value));
+        let workload = of(json!(self.workload), json!(WorkloadSettings::default()));
+        let text = |value: serde_json::Value| match value {
+            serde_json::Value::String(text) => text,
+            other => other.to_string(),
+        };
+        settings::join(&engine.chain(workload).map(|(name, value)| (name, text(value))).collect())
+    }
+
     fn hash(&self) -> String {
-        let settings = serde_json::json!({ "engine": self.engine, "workload": self.workload });
+        let settings = json!({ "engine": self.engine, "workload": self.workload });
         let mut key = sha256(canonical_json(&settings).as_bytes());
         key.truncate(16);
         key

@@ -1,5 +1,6 @@
 //! Running what is left of an experiment, row by row.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use rayon::prelude::*;
@@ -9,6 +10,7 @@ use super::{Cell, Experiment, Run, Shard, SimulateError, Simulator, is_saturated
 #[cfg(feature = "server")]
 use crate::report::decision_log::{DecisionLog, LogError};
 use crate::report::files::FileError;
+use crate::report::manifest::Manifest;
 use crate::report::record::RequestRecord;
 use crate::report::requests::{RequestsError, append_requests};
 use crate::report::results::{ResultRow, ResultsError, Source, append_rows, read_rows};
@@ -53,6 +55,26 @@ pub enum SweepError {
     /// `rho` without a profile.
     #[error("the load rho is a share of the saturation rate, which a profile gives: name one with --profile")]
     NoProfile,
+    /// Going on from rows of another profile.
+    #[error(
+        "{} has {rows} rows made with another profile ({}… by {manifest}; this one is {}…), and two machines in one curve \
+         are none: name another file with --out, or remove those rows",
+        csv.display(),
+        theirs.get(..12).unwrap_or(theirs),
+        ours.get(..12).unwrap_or(ours)
+    )]
+    OtherProfile {
+        /// The results.
+        csv: PathBuf,
+        /// How many of them.
+        rows: usize,
+        /// What they say they were made by.
+        manifest: String,
+        /// Hash of the profile that it names.
+        theirs: String,
+        /// Hash of the profile that is given now.
+        ours: String,
+    },
 }
 
 /// Where a sweep's results go and what it is run with.
@@ -91,6 +113,39 @@ impl Sweep<'_> {
     /// The rows that the CSV has already.
     pub fn rows(&self) -> Result<Vec<ResultRow>, SweepError> {
         if self.csv.exists() { Ok(read_rows(&self.csv)?) } else { Ok(Vec::new()) }
+    }
+
+    /// Refuses to go on from `rows` that another profile has a part in: simulated ones, where more are to be simulated, and
+    /// where the load is `rho`, whose rate is the profile's, any with such a load. Rows without a manifest that names a
+    /// profile are warned of: nothing says what they were made with.
+    pub fn check_profile(&self, source: Source, rows: &[ResultRow]) -> Result<(), SweepError> {
+        let Some(simulator) = self.simulator else { return Ok(()) };
+        let has_rho = self.experiment.cells().iter().any(|cell| cell.workload.rho.is_some());
+        let depends = |row: &&ResultRow| {
+            let predicted = source == Source::Simulated && row.source == Source::Simulated;
+            predicted || (has_rho && row.rho.is_some())
+        };
+        let mut made_by: BTreeMap<Option<&str>, usize> = BTreeMap::new();
+        for row in rows.iter().filter(depends) {
+            *made_by.entry(row.manifest.as_deref()).or_default() += 1;
+        }
+        let ours = &simulator.profile().sha256;
+        for (name, rows) in made_by {
+            let read = |name| Manifest::read(self.csv.with_file_name(name)).ok()?.profile_sha256;
+            match name.and_then(read) {
+                Some(theirs) if theirs == *ours => {}
+                Some(theirs) => {
+                    let (csv, manifest) = (self.csv.clone(), name.unwrap_or_default().to_owned());
+                    return Err(SweepError::OtherProfile { csv, rows, manifest, theirs, ours: ours.clone() });
+                }
+                None => tracing::warn!(
+                    "{} has {rows} rows of which no manifest beside it says what profile they were made with: they are \
+                     taken to be of this one",
+                    self.csv.display()
+                ),
+            }
+        }
+        Ok(())
     }
 
     /// What is left to run of this source, `rows` being there.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::columns::{Row, SETTINGS, varying};
+use super::columns::{Row, varying};
 use super::results::ResultRow;
 use super::stats;
 use super::units::seconds;
@@ -16,21 +16,30 @@ pub(crate) struct Cells {
 
 impl Cells {
     /// Means over each cell's runs, in the order in which the cells first come, with 95 % intervals where there are
-    /// several traces. Rows of no experiment are of one cell if they have the same settings.
+    /// several traces. Rows of no experiment are of one cell if they have the same settings. Cells that no setting tells
+    /// apart have their keys beside them.
     pub(crate) fn of(rows: &[ResultRow]) -> Self {
-        let rows: Vec<Row<'_>> = rows.iter().map(Row::new).collect();
-        // The rate has a column of its own anyway.
-        let settings: Vec<_> = varying(&rows).into_iter().filter(|c| *c != "arrival_rate").collect();
+        let rows = Row::all(rows);
         let sources: BTreeSet<_> = rows.iter().map(|r| r.row.source).collect();
-        let source = (sources.len() > 1).then_some("source");
-        let named = ["gpu_loras"].into_iter().chain(source).chain(settings.iter().copied());
-        let statistics = ["rate", "runs", "TTFT median", "mean", "p90", "p99", "swaps", ""];
-        let header = named.clone().chain(statistics).map(str::to_owned).collect();
-        let line = |runs: &Vec<&Row<'_>>| {
-            let names = named.clone().map(|c| runs[0].get(c).unwrap_or_default());
-            names.chain(means(runs)).collect()
+        let mut named = vec!["gpu_loras".to_owned()];
+        named.extend((sources.len() > 1).then(|| "source".to_owned()));
+        // The rate has a column of its own anyway.
+        named.extend(varying(&rows).into_iter().filter(|c| c != "arrival_rate"));
+        let cells = cells(&rows);
+        let names = |runs: &[&Row<'_>], named: &[String]| -> Vec<String> {
+            named.iter().map(|c| runs[0].get(c).unwrap_or_default()).collect()
         };
-        Self { header, lines: cells(&rows).iter().map(line).collect() }
+        let told: BTreeSet<_> = cells
+            .iter()
+            .map(|runs| (names(runs, &named), runs[0].row.rho.is_none().then(|| runs[0].get("arrival_rate"))))
+            .collect();
+        if told.len() < cells.len() {
+            named.push("cell".to_owned());
+        }
+        let statistics = ["rate", "runs", "TTFT median", "mean", "p90", "p99", "swaps", ""];
+        let header = named.iter().cloned().chain(statistics.map(str::to_owned)).collect();
+        let line = |runs: &Vec<&Row<'_>>| names(runs, &named).into_iter().chain(means(runs)).collect();
+        Self { header, lines: cells.iter().map(line).collect() }
     }
 }
 
@@ -39,7 +48,7 @@ fn cells<'a>(rows: &'a [Row<'a>]) -> Vec<Vec<&'a Row<'a>>> {
     let key = |row: &Row<'_>| {
         let of = match &row.row.cell {
             Some(cell) => vec![cell.clone()],
-            None => SETTINGS.iter().map(|c| row.get(c).unwrap_or_default()).collect(),
+            None => row.settings().map(|c| row.get(c).unwrap_or_default()).collect(),
         };
         (row.row.source, row.row.gpu_loras, of)
     };
@@ -116,5 +125,20 @@ mod tests {
         let both = [row(Simulated, 2, 16, 1, 0.1), row(Source::Measured, 2, 16, 1, 0.1)];
         let cells = Cells::of(&both);
         assert_eq!((cells.header[1].as_str(), cells.lines.len()), ("source", 2));
+    }
+
+    #[test]
+    fn cells_are_told_apart_by_any_setting_or_else_by_their_keys() {
+        let of = |cell: &str, settings: Option<&str>| ResultRow {
+            cell: Some(cell.to_owned()),
+            settings: settings.map(str::to_owned),
+            ..row(Source::Simulated, 2, 16, 1, 0.1)
+        };
+        let cells = Cells::of(&[of("a", Some("default")), of("b", Some("prefetch=2"))]);
+        assert_eq!(cells.header[..2], ["gpu_loras", "prefetch"]);
+        assert_eq!((cells.lines[0][1].as_str(), cells.lines[1][1].as_str()), ("default", "2"));
+        let cells = Cells::of(&[of("a", None), of("b", None)]);
+        assert_eq!(cells.header[..2], ["gpu_loras", "cell"]);
+        assert_eq!((cells.lines[0][1].as_str(), cells.lines[1][1].as_str()), ("a", "b"));
     }
 }

@@ -6,6 +6,7 @@ use serde::Serialize;
 use statrs::distribution::{ContinuousCDF as _, StudentsT};
 
 use super::results::ResultRow;
+use super::settings::Mixture;
 use super::stats::{Interval, mean, mean_interval, std_dev};
 
 /// Confidence of the intervals.
@@ -46,6 +47,14 @@ pub enum ComparisonError {
         what: String,
         /// The seed.
         seed: String,
+    },
+    /// Several configurations that look alike.
+    #[error("{what}: {mixture}")]
+    Alike {
+        /// The settings.
+        what: String,
+        /// The rows.
+        mixture: Mixture,
     },
     /// Nothing to make an interval of.
     #[error("{what} has {a} and {b} runs: an interval needs two on each side; simulate with --seeds 10")]
@@ -120,6 +129,10 @@ fn grouped(rows: &[ResultRow]) -> Result<BTreeMap<String, Runs<'_>>, ComparisonE
             let seed = row.seed.map_or_else(|| "none".to_owned(), |s| s.to_string());
             return Err(ComparisonError::Twice { what, seed });
         }
+    }
+    for (what, runs) in &groups {
+        let of_one = Mixture::refuse(runs.values().copied());
+        of_one.map_err(|mixture| ComparisonError::Alike { what: what.trim().to_owned(), mixture })?;
     }
     Ok(groups)
 }
@@ -237,6 +250,19 @@ mod tests {
         assert!(found[0].what.contains("8 of 128") && found[0].what.contains("32 of 128"));
         let two: Vec<_> = b.iter().cloned().chain((0..8).map(|s| row(64, s, 0.5))).collect();
         assert!(compare(&a, &two).unwrap_err().to_string().contains("one at a time"));
+    }
+
+    #[test]
+    fn rows_of_two_configurations_in_one_file_are_refused() {
+        let (a, b) = sides(0);
+        let of = |cell: &str, rows: &[ResultRow]| -> Vec<ResultRow> {
+            rows.iter().map(|r| ResultRow { cell: Some(cell.to_owned()), ..r.clone() }).collect()
+        };
+        // No seed comes twice.
+        let mixed = [of("a", &a[..4]), of("b", &a[4..])].concat();
+        let error = compare(&mixed, &of("a", &b)).unwrap_err().to_string();
+        assert!(error.contains("cells a and b"), "{error}");
+        assert!(compare(&of("a", &a), &of("b", &b)).is_ok(), "one each is what is compared");
     }
 
     #[test]

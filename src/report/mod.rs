@@ -16,6 +16,7 @@ pub mod plot;
 pub mod record;
 pub mod requests;
 pub mod results;
+pub mod settings;
 pub mod stats;
 pub mod units;
 pub mod validation;

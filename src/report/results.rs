@@ -153,6 +153,10 @@ pub struct ResultRow {
     pub cell: Option<String>,
     /// The run manifest's path from the CSV's folder, with `/` on every system.
     pub manifest: Option<String>,
+    /// Settings of the cell that have no column of their own and are not the default, as
+    /// [`settings::join`](super::settings::join) writes them; empty where they are unknown, as in files that are older
+    /// than the column.
+    pub settings: Option<String>,
 }
 
 /// The header line, without its line end.
@@ -162,7 +166,7 @@ pub const HEADER: &str = "run_timestamp,total_loras,gpu_loras,prompt_regime,arri
     latency_min,latency_median,latency_mean,latency_p90,latency_p99,latency_max,\
     source,model,rank,policy,evict,swap_mode,popularity,seed,repeat,max_num_seqs,max_tokens,arrivals,rho,\
     swap_count,ttft_front_mean,ttft_queue_mean,ttft_kv_mean,ttft_slot_mean,ttft_swap_mean,\
-    ttft_prefill_mean,ttft_deliver_mean,client_ttft_median,client_ttft_p99,saturated,cell,manifest";
+    ttft_prefill_mean,ttft_deliver_mean,client_ttft_median,client_ttft_p99,saturated,cell,manifest,settings";
 
 /// What a row says besides what follows from its requests; unknown things stay none.
 #[derive(Clone, Debug)]
@@ -215,6 +219,8 @@ pub struct RunContext {
     pub cell: Option<String>,
     /// See [`ResultRow::manifest`].
     pub manifest: Option<String>,
+    /// See [`ResultRow::settings`].
+    pub settings: Option<String>,
 }
 
 impl RunContext {
@@ -245,6 +251,7 @@ impl RunContext {
             saturated: None,
             cell: None,
             manifest: None,
+            settings: None,
         }
     }
 }
@@ -356,6 +363,7 @@ impl ResultRow {
             saturated: run.saturated,
             cell: run.cell.clone(),
             manifest: run.manifest.clone(),
+            settings: run.settings.clone(),
         }
     }
 }

@@ -102,6 +102,21 @@ fn rows_say_what_the_cell_was_run_with() {
     assert_eq!((row.rank.as_deref(), row.arrivals.as_deref()), (Some("8+64"), Some("gamma:2")));
     assert_eq!((row.rho, row.arrival_rate, row.seed), (Some(0.5), None, Some(42)));
     assert_eq!(row.cell.as_deref(), Some(run.cell.key()));
+    assert_eq!(row.settings.as_deref(), Some("default"));
+}
+
+#[test]
+fn rows_say_what_has_no_column_and_is_not_the_default() {
+    let settings = |text: &str| {
+        let experiment = parse(text);
+        let run = experiment.runs(None)[0];
+        run.cell.run_context(Source::Simulated, run.seed, run.repeat).settings.unwrap()
+    };
+    let text = "[engine]\ngpu_loras = 2\nprefetch = 2\nseed = 3\nkv_memory = \"1GiB\"\nblock_size = 16\n\
+                [workload]\nwarm_up = 10\nmax_tokens = 8";
+    assert_eq!(settings(text), "engine_seed=3;kv_memory=1GiB;prefetch=2;warm_up=10");
+    let text = "[engine]\ngpu_loras = 2\nno_enable_chunked_prefill = true\n[workload]\nnum_requests = 9";
+    assert_eq!(settings(text), "no_enable_chunked_prefill=true");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use super::columns::{Row, varying};
 use super::manifest::{self, Manifest};
 use super::plot;
 use super::results::{ResultRow, Source};
+use super::settings::Mixture;
 use super::stats;
 use super::units::seconds;
 use super::validation::{BudgetComparison, Validation};
@@ -42,6 +43,10 @@ pub fn html(
         Err(e) => (None, e.to_string()),
     };
     let cells = Cells::of(rows);
+    let (validations, not_validated) = match Validation::each(rows) {
+        Ok(each) => (each, String::new()),
+        Err(e) => (Vec::new(), e.to_string()),
+    };
     let manifests = manifest::of_results(files, rows.iter().filter_map(|r| r.manifest.as_deref()));
     let names = files.iter().filter_map(|f| f.file_name()).map(|n| n.to_string_lossy().into_owned());
     let mut environment = Environment::new();
@@ -54,7 +59,8 @@ pub fn html(
         figure,
         no_figure,
         cells => context! { header => cells.header, lines => cells.lines },
-        validations => Validation::each(rows).iter().map(validation).collect::<Vec<_>>(),
+        validations => validations.iter().map(validation).collect::<Vec<_>>(),
+        not_validated,
         made => manifests.iter().map(made).collect::<Vec<_>>(),
         files => names.collect::<Vec<_>>(),
     })?;
@@ -63,36 +69,38 @@ pub fn html(
 
 /// A source, and values of the settings that vary.
 type Configuration = (Source, Vec<String>);
-/// Medians of a configuration's runs, by budget.
-type OfBudgets = BTreeMap<u32, Vec<f64>>;
 
 /// From which budget on more slots bring nothing that shows, for each source and setting.
 fn answers(rows: &[ResultRow]) -> Vec<String> {
-    let named: Vec<Row<'_>> = rows.iter().map(Row::new).collect();
+    let named = Row::all(rows);
     let settings = varying(&named);
-    let mut groups: Vec<(Configuration, OfBudgets)> = Vec::new();
-    for row in &named {
-        let Some(median) = row.row.ttft_median else { continue };
+    let mut groups: Vec<(Configuration, Vec<&ResultRow>)> = Vec::new();
+    for row in named.iter().filter(|r| r.row.ttft_median.is_some()) {
         let key =
             (row.row.source, settings.iter().map(|c| row.get(c).unwrap_or_default()).collect::<Vec<_>>());
-        let at = groups.iter().position(|(k, _)| *k == key).unwrap_or_else(|| {
-            groups.push((key, BTreeMap::new()));
-            groups.len() - 1
-        });
-        groups[at].1.entry(row.row.gpu_loras).or_default().push(median);
+        match groups.iter_mut().find(|(k, _)| *k == key) {
+            Some((_, of_key)) => of_key.push(row.row),
+            None => groups.push((key, vec![row.row])),
+        }
     }
     // What was measured comes first.
     groups.sort_by_key(|((source, _), _)| *source);
-    let answer = |((source, values), budgets): &(Configuration, OfBudgets)| {
+    let answer = |((source, values), rows): &(Configuration, Vec<&ResultRow>)| {
+        let of = settings.iter().zip(values).map(|(c, v)| plot::describe_setting(c, v));
+        let of = [source.to_string()].into_iter().chain(of).collect::<Vec<_>>().join(", ");
+        if let Err(mixture) = Mixture::refuse(rows.iter().copied()) {
+            return Some(format!("{of}: {mixture}."));
+        }
+        let mut budgets: BTreeMap<u32, Vec<f64>> = BTreeMap::new();
+        for row in rows {
+            budgets.entry(row.gpu_loras).or_default().extend(row.ttft_median);
+        }
         let medians: Vec<(u32, f64)> =
             budgets.iter().filter_map(|(b, runs)| Some((*b, stats::mean(runs)?))).collect();
         let least = medians.iter().map(|m| m.1).fold(f64::INFINITY, f64::min);
         let (knee, median) = medians.iter().find(|m| m.1 <= least * 1.1).filter(|_| medians.len() > 1)?;
-        let of = settings.iter().zip(values).map(|(c, v)| plot::describe_setting(c, v));
-        let of: Vec<String> = [source.to_string()].into_iter().chain(of).collect();
         Some(format!(
-            "{}: from {knee} slots on the median TTFT is within 10 % of the least, {} of {}.",
-            of.join(", "),
+            "{of}: from {knee} slots on the median TTFT is within 10 % of the least, {} of {}.",
             seconds(*median),
             seconds(least),
         ))
@@ -112,11 +120,11 @@ fn budget(b: &BudgetComparison) -> Vec<String> {
         b.runs.to_string(),
         seconds(b.median.measured_s),
         seconds(b.median.simulated_s),
-        percent(b.median.error_percent()),
+        percent(b.median.error_percent),
         seconds(b.p90.measured_s),
         seconds(b.p90.simulated_s),
-        percent(b.p90.error_percent()),
-        percent(b.mean.error_percent()),
+        percent(b.p90.error_percent),
+        percent(b.mean.error_percent),
         count(b.swaps.0),
         count(b.swaps.1),
     ]
@@ -180,6 +188,27 @@ mod tests {
             assert!(page.contains(part), "{part} is not in {page}");
         }
         assert!(!page.contains("<title>A <") && !page.contains("<?xml"));
+    }
+
+    #[test]
+    fn configurations_that_look_alike_have_no_answer() {
+        let of = |cell: &str, source, budget| ResultRow {
+            cell: Some(format!("{cell}{budget}")),
+            ..row(source, budget, 1.0)
+        };
+        let mut rows = Vec::new();
+        for (cell, source) in [("a", Source::Measured), ("b", Source::Measured), ("a", Source::Simulated)] {
+            rows.extend([2, 128].map(|budget| of(cell, source, budget)));
+        }
+        let page = page(&rows).unwrap();
+        for part in [
+            "measured: the rows at 2 slots are of the cells a2 and b2",
+            "No figure: the figure: the rows at 2 slots",
+            "Not validated: ",
+            "simulated: from 2 slots on",
+        ] {
+            assert!(page.contains(part), "{part} is not in {page}");
+        }
     }
 
     #[test]

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::words::{Natural, describe};
 use super::{Options, PlotError};
-use crate::report::columns::{Row, SETTINGS, values, varying};
+use crate::report::columns::{Row, values, varying};
 use crate::report::record::{RequestRecord, Status};
 use crate::report::results::{ResultRow, Source};
+use crate::report::settings::Mixture;
 use crate::report::stats::{Interval, mean, mean_interval, quantile_interval, sorted};
 
 /// Panels in one figure, at most.
@@ -117,32 +118,26 @@ impl WithinRun {
 impl Data {
     /// Sorts rows into panels and curves.
     pub fn prepare(rows: &[ResultRow], options: &Options) -> Result<Self, PlotError> {
-        let rows: Vec<Row<'_>> = rows.iter().filter(|r| r.ttft_median.is_some()).map(Row::new).collect();
+        let rows = Row::all(rows.iter().filter(|r| r.ttft_median.is_some()));
         if rows.is_empty() {
             return Err(PlotError::NoRows);
         }
-        let by: Vec<&str> = if options.by.is_empty() {
-            varying(&rows)
-        } else {
-            options.by.iter().map(String::as_str).collect()
-        };
-        if let Some(unknown) = by.iter().find(|c| !rows[0].columns.contains_key(**c)) {
-            return Err(PlotError::UnknownColumn((*unknown).to_owned()));
+        let by = if options.by.is_empty() { varying(&rows) } else { options.by.clone() };
+        if let Some(unknown) = by.iter().find(|c| !rows[0].columns.contains_key(*c)) {
+            return Err(PlotError::UnknownColumn(unknown.clone()));
         }
         let mut groups: BTreeMap<Vec<Natural>, Vec<&Row<'_>>> = BTreeMap::new();
         let mut order = Vec::new();
         for row in &rows {
             // What one row does not know is taken to be as in the others.
-            let only = |c| values(&rows, c).into_iter().next().filter(|_| values(&rows, c).len() == 1);
+            let only =
+                |c: &String| values(&rows, c).into_iter().next().filter(|_| values(&rows, c).len() == 1);
             let key = by.iter().map(|c| row.get(c).or_else(|| only(c)).unwrap_or_default());
             let key: Vec<Natural> = key.map(|text| Natural::new(text, &mut order)).collect();
             groups.entry(key).or_default().push(row);
         }
         if groups.len() > MOST_PANELS {
-            return Err(PlotError::TooManyPanels {
-                panels: groups.len(),
-                columns: by.iter().map(|c| (*c).to_owned()).collect(),
-            });
+            return Err(PlotError::TooManyPanels { panels: groups.len(), columns: by });
         }
         let mut notes = Notes::default();
         let mut panels = Vec::new();
@@ -160,30 +155,29 @@ impl Data {
 }
 
 /// Settings that all rows share and that are not among `named`, as words.
-pub(super) fn shared(rows: &[Row<'_>], named: &[&str]) -> Vec<String> {
-    let settings = SETTINGS.iter().chain(&["num_requests"]).filter(|c| !named.contains(c));
-    let only = |c: &&str| {
+pub(super) fn shared(rows: &[Row<'_>], named: &[String]) -> Vec<String> {
+    let settings = rows.first().into_iter().flat_map(Row::settings);
+    let only = |c: &str| {
         let mut all = values(rows, c).into_iter();
         let value = all.next()?;
         all.next().is_none().then(|| describe(c, &value))
     };
-    settings.filter_map(only).collect()
+    settings.filter(|c| !named.iter().any(|n| n == c)).filter_map(only).collect()
 }
 
 /// Whether rows of one panel agree in what they are not grouped by.
-pub(super) fn agree(rows: &[&Row<'_>], by: &[&str], label: &str) -> Result<(), PlotError> {
+pub(super) fn agree(rows: &[&Row<'_>], by: &[String], label: &str) -> Result<(), PlotError> {
+    let name = || if label.is_empty() { "the figure".to_owned() } else { format!("panel '{label}'") };
     let implied = |c: &str| c == "arrival_rate" && rows.iter().all(|r| r.row.rho.is_some());
-    for column in SETTINGS.into_iter().filter(|c| !by.contains(c) && !implied(c)) {
+    let settings = rows.first().into_iter().flat_map(|row| row.settings());
+    for column in settings.filter(|c| !by.iter().any(|b| b == c) && !implied(c)) {
         let found: BTreeSet<String> = rows.iter().filter_map(|r| r.get(column)).collect();
         if found.len() > 1 {
-            return Err(PlotError::Mixed {
-                label: if label.is_empty() { "the figure".to_owned() } else { format!("panel '{label}'") },
-                column: column.to_owned(),
-                values: found.into_iter().collect(),
-            });
+            let (column, values) = (column.to_owned(), found.into_iter().collect());
+            return Err(PlotError::Mixed { label: name(), column, values });
         }
     }
-    Ok(())
+    Mixture::refuse(rows.iter().map(|r| r.row)).map_err(|mixture| PlotError::Alike { label: name(), mixture })
 }
 
 fn curves(rows: &[&Row<'_>], options: &Options, notes: &mut Notes) -> Vec<Curve> {
@@ -320,6 +314,30 @@ mod tests {
             [row(Source::Measured, 8, "short", 0, 1.0), row(Source::Simulated, 8, "short", 0, 1.0)];
         rows[1].policy = Some("skip".to_owned());
         assert_eq!(prepare(&rows).panels.len(), 1);
+    }
+
+    /// Two configurations with the same columns.
+    fn alike(settings: [Option<&str>; 2]) -> [ResultRow; 2] {
+        let row = |cell: &str, settings: Option<&str>| ResultRow {
+            cell: Some(cell.to_owned()),
+            settings: settings.map(str::to_owned),
+            ..row(Source::Simulated, 8, "short", 0, 1.0)
+        };
+        [row("a", settings[0]), row("b", settings[1])]
+    }
+
+    #[test]
+    fn settings_without_a_column_make_panels_too() {
+        let data = prepare(&alike([Some("device=cuda"), Some("device=cuda;prefetch=2")]));
+        let labels: Vec<_> = data.panels.iter().map(|p| p.label.as_str()).collect();
+        assert_eq!(labels, ["prefetch 2", "prefetch default"]);
+        assert_eq!(data.shared, ["128 adapters", "short prompts", "device cuda"]);
+    }
+
+    #[test]
+    fn configurations_that_look_alike_are_not_averaged() {
+        let refused = Data::prepare(&alike([None, None]), &Options::default()).unwrap_err().to_string();
+        assert!(refused.contains("the figure: the rows at 8 slots are of the cells a and b"), "{refused}");
     }
 
     #[test]

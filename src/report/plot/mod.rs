@@ -22,6 +22,7 @@ use super::columns::Row;
 use super::files::{self, FileError};
 use super::manifest;
 use super::results::{ResultRow, RunKey};
+use super::settings::Mixture;
 use crate::profile::Kind;
 use data::{Data, WithinRun};
 
@@ -79,6 +80,14 @@ pub enum PlotError {
         column: String,
         /// Its values.
         values: Vec<String>,
+    },
+    /// Rows of different settings in one panel, which no column says.
+    #[error("{label}: {mixture}")]
+    Alike {
+        /// The panel.
+        label: String,
+        /// The rows.
+        mixture: Mixture,
     },
     /// `--by` a column that results do not have.
     #[error("there is no column '{0}' in a results CSV to plot by")]
@@ -148,7 +157,7 @@ pub fn paths(base: impl AsRef<Path>) -> (PathBuf, PathBuf) {
 
 /// The settings that all rows share, in words.
 pub(super) fn shared_settings(rows: &[ResultRow]) -> Vec<String> {
-    data::shared(&rows.iter().map(Row::new).collect::<Vec<_>>(), &[])
+    data::shared(&Row::all(rows), &[])
 }
 
 /// A setting's value in words.

@@ -19,6 +19,18 @@ pub enum ResultsError {
         /// The first column that differs.
         difference: String,
     },
+    /// A file from before the last column, which reads but takes no more rows.
+    #[error(
+        "{path} has no column '{column}', which rows have by now: rewrite it with `lora-hbm merge {path} -o {path}`, or \
+         write the results to another file",
+        path = path.display()
+    )]
+    Older {
+        /// The file.
+        path: PathBuf,
+        /// The column.
+        column: &'static str,
+    },
     /// A file with no header line.
     #[error("{} has no header line: it is not a results CSV", path.display())]
     Empty {
@@ -60,7 +72,9 @@ pub fn append_rows(path: impl AsRef<Path>, rows: &[ResultRow]) -> Result<(), Res
     let mut text = encode(path, rows)?;
     match std::fs::read_to_string(path) {
         Ok(old) if !old.is_empty() => {
-            check_header(path, &old)?;
+            if check_header(path, &old)? == Header::WithoutSettings {
+                return Err(ResultsError::Older { path: path.to_owned(), column: SETTINGS });
+            }
             if !old.ends_with('\n') {
                 check_last_line(path, &old)?;
                 text.insert(0, '\n');
@@ -73,7 +87,19 @@ pub fn append_rows(path: impl AsRef<Path>, rows: &[ResultRow]) -> Result<(), Res
     Ok(files::append(path, text.as_bytes())?)
 }
 
-/// All rows of a file, in its order; `#` lines are skipped.
+/// The last column, which older files lack.
+const SETTINGS: &str = "settings";
+
+/// What a file's header line is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Header {
+    /// [`HEADER`].
+    Whole,
+    /// The same without the last column.
+    WithoutSettings,
+}
+
+/// All rows of a file, in its order; `#` lines are skipped. A file without the column `settings` is read too.
 pub fn read_rows(path: impl AsRef<Path>) -> Result<Vec<ResultRow>, ResultsError> {
     let path = path.as_ref();
     let text = files::read_text(path)?;
@@ -111,13 +137,16 @@ fn encode(path: &Path, rows: &[ResultRow]) -> Result<String, ResultsError> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-fn check_header(path: &Path, text: &str) -> Result<(), ResultsError> {
+fn check_header(path: &Path, text: &str) -> Result<Header, ResultsError> {
     let header = text
         .lines()
         .find(|line| !line.starts_with('#') && !line.trim().is_empty())
         .ok_or_else(|| ResultsError::Empty { path: path.to_owned() })?;
     if header == HEADER {
-        return Ok(());
+        return Ok(Header::Whole);
+    }
+    if HEADER.strip_suffix(SETTINGS).and_then(|before| before.strip_suffix(',')) == Some(header) {
+        return Ok(Header::WithoutSettings);
     }
     let (mut theirs, mut ours) = (header.split(','), HEADER.split(','));
     let mut number = 0;
@@ -128,7 +157,7 @@ fn check_header(path: &Path, text: &str) -> Result<(), ResultsError> {
             (Some(a), Some(b)) => break format!("column {number} is '{a}', expected '{b}'"),
             (Some(a), None) => break format!("column {number}, '{a}', is one too many"),
             (None, Some(b)) => break format!("column {number}, '{b}', is missing"),
-            (None, None) => return Ok(()),
+            (None, None) => return Ok(Header::Whole),
         }
     };
     Err(ResultsError::Header { path: path.to_owned(), difference })
@@ -214,6 +243,21 @@ mod tests {
         std::fs::write(&path, "run_timestamp,total_loras\n").unwrap();
         let error = append_rows(&path, &[row(2)]).unwrap_err().to_string();
         assert!(error.contains("column 3, 'gpu_loras', is missing"), "{error}");
+    }
+
+    #[test]
+    fn a_file_from_before_the_settings_is_read_and_takes_no_rows() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("results.csv");
+        append_rows(&path, &[row(2)]).unwrap();
+        let whole = std::fs::read_to_string(&path).unwrap();
+        let old = whole.replace(",settings\n", "\n").replace(",\n", "\n");
+        assert_eq!(old.lines().next(), HEADER.strip_suffix(",settings"));
+        std::fs::write(&path, &old).unwrap();
+        assert_eq!(read_rows(&path).unwrap(), [row(2)]);
+        let error = append_rows(&path, &[row(4)]).unwrap_err().to_string();
+        assert!(error.contains("no column 'settings'") && error.contains("lora-hbm merge"), "{error}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), old);
     }
 
     #[test]

@@ -1,55 +1,31 @@
 //! Simulated against measured results: errors, the measurements' own spread, naive predictors, skill.
+//!
+//! Whatever is compared is compared on one trace: rows are sorted by seed first, an error is each trace's, and the mean over
+//! traces comes last. Between traces lies the traffic's chance, which neither the simulation nor the machine has to answer for.
 
 mod adopt;
+mod compared;
+mod refused;
 mod requests;
 
-use std::collections::BTreeMap;
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
 use super::results::{ResultRow, Source};
-use super::stats::{kendall_tau, mean, median, repeat_spread, skill, sorted};
+use super::settings;
+use super::stats::{kendall_tau, mean, median, skill, sorted};
+use compared::{Traces, counted, neighbours, spread_of, traces};
 
+pub use compared::{Compared, LeftOut};
+pub use refused::ValidationError;
 pub use requests::{Itself, RequestErrors};
 
-/// Twice the spread counts for at most twice this, per cent.
-const MOST_SPREAD: f64 = 10.0;
 /// A budget is past the knee when its median is within this of the least, per cent.
 const KNEE: f64 = 10.0;
 /// Measured median at the smallest budget over that at the largest from which on the skill says something.
 const EFFECT: f64 = 1.5;
-
-/// One statistic at one budget.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Compared {
-    /// Mean over the measured repeats, seconds.
-    pub measured_s: f64,
-    /// Median pairwise difference of the repeats, per cent of their mean; none of one run.
-    pub spread_percent: Option<f64>,
-    /// Mean over the simulated runs, seconds.
-    pub simulated_s: f64,
-}
-
-impl Compared {
-    /// Signed error of the simulation, per cent.
-    pub fn error_percent(&self) -> f64 {
-        (self.simulated_s / self.measured_s - 1.0) * 100.0
-    }
-
-    /// Whether the error is within `limit` per cent or twice the repeats' spread, which counts for at
-    /// most 10 per cent.
-    pub fn within(&self, limit: f64) -> bool {
-        self.error_percent().abs() <= limit.max(2.0 * self.spread_percent.unwrap_or(0.0).min(MOST_SPREAD))
-    }
-
-    fn of(measured: &[f64], simulated: &[f64]) -> Option<Self> {
-        Some(Self {
-            measured_s: mean(measured)?,
-            spread_percent: repeat_spread(measured),
-            simulated_s: mean(simulated)?,
-        })
-    }
-}
 
 /// Errors of predictors that know nothing of queues, per cent and signed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -69,7 +45,13 @@ pub struct BudgetComparison {
     pub cell: Option<String>,
     /// Whether the load is beyond what the budget sustains, as measured, or else as simulated.
     pub saturated: bool,
-    /// Measured runs.
+    /// Load as a share of the saturation rate, where the rows have one.
+    pub rho: Option<f64>,
+    /// Requests a second, mean over traces; none where a trace kept its own times.
+    pub arrival_rate: Option<f64>,
+    /// Traces that were both measured and simulated.
+    pub traces: usize,
+    /// Measured runs of them.
     pub runs: usize,
     /// Median TTFT.
     pub median: Compared,
@@ -83,8 +65,10 @@ pub struct BudgetComparison {
     pub e2e_median: Option<Compared>,
     /// Swaps, measured (mean over runs) and simulated; none of a server that does not count them.
     pub swaps: (Option<f64>, Option<f64>),
-    /// Spread of the measured swap counts, per cent.
+    /// Spread of the measured swap counts, as [`Compared::spread_percent`].
     pub swap_spread_percent: Option<f64>,
+    /// As [`Compared::neighbours_percent`].
+    pub swap_neighbours_percent: Option<f64>,
     /// Beside the simulation's errors, those of naive predictors.
     pub naive: Naive,
     /// Errors request by request, where the requests are known.
@@ -108,7 +92,7 @@ impl BudgetComparison {
         hold("mean", self.mean.within(3.0));
         hold("p99", self.p99.within(5.0));
         if let (Some(measured), Some(simulated)) = self.swaps {
-            let spread = self.swap_spread_percent.unwrap_or(0.0) / 100.0 * measured;
+            let spread = counted(self.swap_spread_percent, self.swap_neighbours_percent) / 100.0 * measured;
             hold("swaps", (measured - simulated).abs() <= (0.01 * measured).max(2.0).max(spread));
         }
         if let Some(requests) = &self.requests
@@ -128,12 +112,15 @@ pub struct Validation {
     pub what: String,
     /// Budgets with both measured and simulated rows, ascending.
     pub budgets: Vec<BudgetComparison>,
-    /// 1 − MAE / MAE of the best constant, over the budgets' medians; none of fewer than two budgets.
+    /// Traces that are left out of it.
+    pub left_out: LeftOut,
+    /// 1 − MAE / MAE of the best constant, over the budgets' medians; none of fewer than two budgets. This and what
+    /// follows is of the traces that all budgets share, and none where they share none.
     pub skill: Option<f64>,
     /// Measured median at the smallest budget over that at the largest.
     pub effect: Option<f64>,
-    /// Kendall's τ of simulated and measured medians over pairs of budgets whose repeats do not
-    /// overlap; none where no pair is told apart.
+    /// Kendall's τ of simulated and measured medians over pairs of budgets that repeats tell apart: both have two or more
+    /// on one trace, and they do not overlap. None where no pair is told apart.
     pub tau: Option<f64>,
     /// The smallest budget whose median is within 10 % of the least: measured, simulated.
     pub knee: Option<(u32, u32)>,
@@ -141,52 +128,69 @@ pub struct Validation {
 
 impl Validation {
     /// Compares rows of one sweep: of one configuration but for `gpu_loras`, source, seed and repeat.
-    pub fn of(rows: &[ResultRow]) -> Self {
-        let mut of_budget: BTreeMap<u32, Vec<&ResultRow>> = BTreeMap::new();
-        for row in rows {
-            of_budget.entry(row.gpu_loras).or_default().push(row);
-        }
-        let mut budgets: Vec<BudgetComparison> =
-            of_budget.iter().filter_map(|(&b, rows)| compare(rows, b)).collect();
-        let simulated: Vec<f64> = budgets.iter().map(|b| b.median.simulated_s).collect();
-        let measured: Vec<f64> = budgets.iter().map(|b| b.median.measured_s).collect();
+    pub fn of(rows: &[ResultRow]) -> Result<Self, ValidationError> {
+        Self::named(rows.first().map_or_else(String::new, what), rows)
+    }
+
+    fn named(what: String, rows: &[ResultRow]) -> Result<Self, ValidationError> {
+        refused::refuse(&what, rows)?;
+        let (of_budget, left_out) = traces(rows);
+        let (mut budgets, of_budget): (Vec<BudgetComparison>, Vec<Traces<'_>>) = of_budget
+            .into_iter()
+            .filter_map(|(budget, traces)| Some((compare(&traces, budget)?, traces)))
+            .unzip();
+        take_neighbours(&mut budgets);
+        // Over budgets, too, only what is of the same traces can be compared.
+        let shared = of_budget.iter().map(|traces| traces.keys().copied().collect::<BTreeSet<_>>());
+        let shared = shared.reduce(|a, b| &a & &b).unwrap_or_default();
+        let medians = |source| -> Vec<f64> {
+            of_budget.iter().filter_map(|traces| median_of(traces, &shared, source)).collect()
+        };
+        let (measured, simulated) = (medians(Source::Measured), medians(Source::Simulated));
+        let whole = measured.len() == budgets.len() && simulated.len() == budgets.len();
+        let (measured, simulated) = if whole { (measured, simulated) } else { (Vec::new(), Vec::new()) };
         if let Some(constant) = median(&sorted(&measured)) {
             for (budget, measured) in budgets.iter_mut().zip(&measured) {
                 budget.naive.constant_percent = Some((constant / measured - 1.0) * 100.0);
             }
         }
-        let range = |b: &BudgetComparison| {
-            let of = of_budget[&b.gpu_loras].iter().filter(|r| r.source == Source::Measured);
-            let medians: Vec<f64> = of.filter_map(|r| r.ttft_median).collect();
-            let ends = sorted(&medians);
-            (ends.first().copied().unwrap_or(f64::NAN), ends.last().copied().unwrap_or(f64::NAN))
-        };
-        let ranges: Vec<(f64, f64)> = budgets.iter().map(range).collect();
-        let apart = |i: usize, j: usize| ranges[i].1 < ranges[j].0 || ranges[j].1 < ranges[i].0;
         let knee = |medians: &[f64]| {
             let least = medians.iter().copied().fold(f64::INFINITY, f64::min);
             let past = medians.iter().position(|m| *m <= least * (1.0 + KNEE / 100.0))?;
             Some(budgets[past].gpu_loras)
         };
-        Self {
-            what: rows.first().map_or_else(String::new, what),
+        Ok(Self {
+            what,
+            left_out,
             skill: skill(&simulated, &measured),
             effect: measured.first().zip(measured.last()).map(|(small, full)| small / full),
-            tau: kendall_tau(&simulated, &measured, apart),
+            tau: kendall_tau(&simulated, &measured, |i, j| told_apart(&of_budget[i], &of_budget[j])),
             knee: knee(&measured).zip(knee(&simulated)),
             budgets,
-        }
+        })
     }
 
     /// One validation for each configuration, in order of their descriptions.
-    pub fn each(rows: &[ResultRow]) -> Vec<Self> {
+    pub fn each(rows: &[ResultRow]) -> Result<Vec<Self>, ValidationError> {
         let mut rows = rows.to_vec();
         adopt::adopt_settings(&mut rows);
-        let mut groups: BTreeMap<String, Vec<ResultRow>> = BTreeMap::new();
+        let mut groups: BTreeMap<(String, Option<u64>, Option<String>), Vec<ResultRow>> = BTreeMap::new();
         for row in rows {
-            groups.entry(what(&row)).or_default().push(row);
+            groups.entry((what(&row), row.num_requests, row.settings.clone())).or_default().push(row);
         }
-        groups.values().map(|rows| Self::of(rows)).filter(|v| !v.budgets.is_empty()).collect()
+        let several = |of: fn(&ResultRow) -> Option<String>| {
+            groups.values().map(|rows| of(&rows[0])).collect::<BTreeSet<_>>().len() > 1
+        };
+        let requests = several(|r| r.num_requests.map(|n| n.to_string()));
+        let settings = several(|r| r.settings.clone());
+        let named = groups.iter().map(|((what, n, set), rows)| {
+            let n = n.filter(|_| requests).map(|n| format!("{n} requests"));
+            let set = set.as_deref().filter(|_| settings).map(in_words);
+            let what = [Some(what.clone()), n, set].into_iter().flatten().collect::<Vec<_>>().join(", ");
+            Self::named(what, rows)
+        });
+        let all = named.collect::<Result<Vec<_>, _>>()?;
+        Ok(all.into_iter().filter(|v| !v.budgets.is_empty()).collect())
     }
 
     /// What the budgets come to together, a line each.
@@ -196,15 +200,25 @@ impl Validation {
         });
         let skill =
             self.skill.map(|skill| format!("skill against the best constant over budgets: {skill:.3}"));
-        let tau = self
-            .tau
-            .map(|tau| format!("Kendall's tau over the pairs of budgets that repeats tell apart: {tau:.2}"));
+        let tau = match self.tau {
+            Some(tau) => {
+                Some(format!("Kendall's tau over the pairs of budgets that repeats tell apart: {tau:.2}"))
+            }
+            None => (self.budgets.len() > 1).then(|| {
+                "no Kendall's tau: no two budgets are told apart by two or more measured runs of one trace at each"
+                    .to_owned()
+            }),
+        };
+        let only = |side: &str, seeds: usize| {
+            (seeds > 0).then(|| format!("left out: {seeds} seeds with {side} rows alone"))
+        };
+        let left_out = [only("measured", self.left_out.measured), only("simulated", self.left_out.simulated)];
         let knee = self.knee.map(|(measured, simulated)| {
             format!(
                 "within 10 % of the least median from budget {measured} on; simulated, from {simulated} on"
             )
         });
-        [effect, skill, tau, knee].into_iter().flatten().collect()
+        [effect, skill, tau, knee].into_iter().chain(left_out).flatten().collect()
     }
 
     /// What does not hold of medians within `median` per cent and 90th percentiles within `p90` at every budget (or
@@ -215,11 +229,8 @@ impl Validation {
         for b in &self.budgets {
             for (name, compared, limit) in [("median", &b.median, median), ("p90", &b.p90, p90)] {
                 if !compared.within(limit) {
-                    breaches.push(format!(
-                        "{name} at {} slots {:+.1} %",
-                        b.gpu_loras,
-                        compared.error_percent()
-                    ));
+                    breaches
+                        .push(format!("{name} at {} slots {:+.1} %", b.gpu_loras, compared.error_percent));
                 }
             }
         }
@@ -256,35 +267,114 @@ fn what(row: &ResultRow) -> String {
     .join(", ")
 }
 
-fn compare(rows: &[&ResultRow], gpu_loras: u32) -> Option<BudgetComparison> {
-    let values = |source: Source, of: fn(&ResultRow) -> Option<f64>| -> Vec<f64> {
-        rows.iter().filter(|r| r.source == source).filter_map(|r| of(r)).collect()
+/// A row's settings that have no column, in words.
+fn in_words(text: &str) -> String {
+    let set = settings::split(text);
+    if set.is_empty() {
+        return "other settings by default".to_owned();
+    }
+    set.iter().map(|(key, value)| format!("{key} {value}")).collect::<Vec<_>>().join(", ")
+}
+
+/// A statistic's values in rows.
+fn values(rows: &[&ResultRow], of: fn(&ResultRow) -> Option<f64>) -> Vec<f64> {
+    rows.iter().filter_map(|r| of(r)).collect()
+}
+
+/// Mean over these traces of a budget's median.
+fn median_of(traces: &Traces<'_>, seeds: &BTreeSet<Option<u64>>, source: Source) -> Option<f64> {
+    let of_trace = |seed| {
+        let of_trace = traces.get(seed)?;
+        let rows = if source == Source::Measured { &of_trace.measured } else { &of_trace.simulated };
+        mean(&values(rows, |r| r.ttft_median))
     };
+    mean(&seeds.iter().filter_map(of_trace).collect::<Vec<_>>())
+}
+
+/// Whether the measured medians of two budgets differ by more than repeats do: on every trace that both have run twice or
+/// more, and at least on one, all of the one's are below all of the other's.
+fn told_apart(a: &Traces<'_>, b: &Traces<'_>) -> bool {
+    let range = |traces: &Traces<'_>, seed| {
+        let ends = sorted(&values(&traces.get(seed)?.measured, |r| r.ttft_median));
+        (ends.len() > 1).then(|| (ends[0], ends[ends.len() - 1]))
+    };
+    let order = |(a, b): ((f64, f64), (f64, f64))| {
+        if a.1 < b.0 {
+            Ordering::Less
+        } else if b.1 < a.0 {
+            Ordering::Greater
+        } else {
+            Ordering::Equal
+        }
+    };
+    let orders: BTreeSet<Ordering> =
+        a.keys().filter_map(|seed| Some(order((range(a, seed)?, range(b, seed)?)))).collect();
+    orders.len() == 1 && !orders.contains(&Ordering::Equal)
+}
+
+/// Gives budgets without repeats the spread of those beside them.
+fn take_neighbours(budgets: &mut [BudgetComparison]) {
+    let statistics: [fn(&mut BudgetComparison) -> Option<&mut Compared>; 5] = [
+        |b| Some(&mut b.median),
+        |b| Some(&mut b.p90),
+        |b| Some(&mut b.p99),
+        |b| Some(&mut b.mean),
+        |b| b.e2e_median.as_mut(),
+    ];
+    for of in statistics {
+        let own: Vec<_> = budgets.iter_mut().map(|b| of(b).and_then(|c| c.spread_percent)).collect();
+        for (budget, spread) in budgets.iter_mut().zip(neighbours(&own)) {
+            if let Some(compared) = of(budget) {
+                compared.neighbours_percent = spread;
+            }
+        }
+    }
+    let own: Vec<_> = budgets.iter().map(|b| b.swap_spread_percent).collect();
+    for (budget, spread) in budgets.iter_mut().zip(neighbours(&own)) {
+        budget.swap_neighbours_percent = spread;
+    }
+}
+
+/// One budget, over traces that were measured and simulated.
+fn compare(traces: &Traces<'_>, gpu_loras: u32) -> Option<BudgetComparison> {
     let both = |of: fn(&ResultRow) -> Option<f64>| {
-        Compared::of(&values(Source::Measured, of), &values(Source::Simulated, of))
+        Compared::over(traces.values().map(|t| (values(&t.measured, of), values(&t.simulated, of))))
     };
+    let measured = || traces.values().flat_map(|t| &t.measured);
+    let simulated = || traces.values().flat_map(|t| &t.simulated);
+    let all = || measured().chain(simulated());
     let swap_count: fn(&ResultRow) -> Option<f64> = |r| r.swap_count.map(|n| n as f64);
-    let swaps = |source| mean(&values(source, swap_count));
-    let saturated = |source| rows.iter().filter(|r| r.source == source).find_map(|r| r.saturated);
+    let swaps = |of: Vec<&Vec<&ResultRow>>| {
+        mean(&of.into_iter().filter_map(|rows| mean(&values(rows, swap_count))).collect::<Vec<_>>())
+    };
+    let swap_spreads: Vec<f64> =
+        traces.values().filter_map(|t| spread_of(&values(&t.measured, swap_count))).collect();
+    let saturated = measured().find_map(|r| r.saturated).or_else(|| simulated().find_map(|r| r.saturated));
     let service = |r: &ResultRow| Some(r.ttft_front_mean? + r.ttft_prefill_mean? + r.ttft_deliver_mean?);
-    let of_mean = both(|r| r.ttft_mean)?;
-    let service = mean(&values(Source::Simulated, service));
+    let service = Compared::over(
+        traces.values().map(|t| (values(&t.measured, |r| r.ttft_mean), values(&t.simulated, service))),
+    );
+    let rates = traces.values().filter_map(|t| mean(&values(&t.measured, |r| r.arrival_rate)));
     Some(BudgetComparison {
         gpu_loras,
-        cell: rows.iter().find_map(|r| r.cell.clone()),
-        saturated: saturated(Source::Measured).or(saturated(Source::Simulated)).unwrap_or(false),
-        runs: values(Source::Measured, |r| r.ttft_median).len(),
+        cell: all().find_map(|r| r.cell.clone()),
+        saturated: saturated.unwrap_or(false),
+        rho: all().find_map(|r| r.rho),
+        arrival_rate: mean(&rates.collect::<Vec<_>>()),
+        traces: traces.len(),
+        runs: measured().filter(|r| r.ttft_median.is_some()).count(),
         median: both(|r| r.ttft_median)?,
         p90: both(|r| r.ttft_p90)?,
         p99: both(|r| r.ttft_p99)?,
-        mean: of_mean,
+        mean: both(|r| r.ttft_mean)?,
         e2e_median: both(|r| r.latency_median),
-        swaps: (swaps(Source::Measured), swaps(Source::Simulated)),
-        swap_spread_percent: repeat_spread(&values(Source::Measured, swap_count)),
-        naive: Naive {
-            constant_percent: None,
-            service_percent: service.map(|s| (s / of_mean.measured_s - 1.0) * 100.0),
-        },
+        swaps: (
+            swaps(traces.values().map(|t| &t.measured).collect()),
+            swaps(traces.values().map(|t| &t.simulated).collect()),
+        ),
+        swap_spread_percent: mean(&swap_spreads),
+        swap_neighbours_percent: None,
+        naive: Naive { constant_percent: None, service_percent: service.map(|s| s.error_percent) },
         requests: None,
         cost_factor: None,
     })
@@ -331,8 +421,8 @@ mod tests {
 
     #[test]
     fn a_good_simulation_has_small_errors_the_order_the_knee_and_skill() {
-        let v = Validation::of(&rows([0.408, 0.198, 0.101, 0.1]));
-        assert_relative_eq!(v.budgets[0].median.error_percent(), 2.0, epsilon = 1e-9);
+        let v = Validation::of(&rows([0.408, 0.198, 0.101, 0.1])).unwrap();
+        assert_relative_eq!(v.budgets[0].median.error_percent, 2.0, epsilon = 1e-9);
         assert!(v.budgets.iter().all(|b| b.misses().is_empty()), "{v:?}");
         assert_eq!((v.tau, v.knee), (Some(1.0), Some((32, 32))));
         assert!(v.skill.unwrap() > 0.9 && v.breaches(5.0, 8.0, 0.8).is_empty());
@@ -345,11 +435,11 @@ mod tests {
     fn a_bad_one_misses_each_of_them() {
         let mut rows = rows([0.2, 0.4, 0.05, 0.2]);
         rows.iter_mut().filter(|r| r.source == Source::Simulated).for_each(|r| r.swap_count = Some(110));
-        let v = Validation::of(&rows);
+        let v = Validation::of(&rows).unwrap();
         assert_eq!(v.budgets[0].misses(), ["median", "mean", "p99", "swaps"]);
         // A server that does not count its swaps is not held to any number of them.
         rows.iter_mut().filter(|r| r.source == Source::Measured).for_each(|r| r.swap_count = None);
-        let uncounted = Validation::of(&rows);
+        let uncounted = Validation::of(&rows).unwrap();
         assert_eq!(uncounted.budgets[0].swaps, (None, Some(110.0)));
         assert_eq!(uncounted.budgets[0].misses(), ["median", "mean", "p99"]);
         assert_eq!(v.knee, Some((32, 32)));
@@ -365,7 +455,7 @@ mod tests {
         let mut long = rows([0.8, 0.4, 0.2, 0.2]);
         long.iter_mut().for_each(|r| r.prompt_regime = "long".to_owned());
         all.extend(long);
-        let each = Validation::each(&all);
+        let each = Validation::each(&all).unwrap();
         assert_eq!(each.len(), 2);
         assert!(each[0].what.contains("long") && !each[0].breaches(10.0, 20.0, 0.8).is_empty());
         assert!(each[1].what.contains("short") && each[1].breaches(10.0, 20.0, 0.8).is_empty());
@@ -379,11 +469,156 @@ mod tests {
                 rows.push(row(Source::Measured, budget, 0, m, 100));
                 rows.push(row(Source::Simulated, budget, 0, s, 101));
             }
-            Validation::of(&rows)
+            Validation::of(&rows).unwrap()
         };
         let v = alike([0.1, 0.105], 0.104);
         assert!(v.skill.unwrap() < 0.0 && v.breaches(10.0, 20.0, 0.8).is_empty(), "{v:?}");
         let v = alike([0.145, 0.13], 0.16);
         assert_eq!(v.breaches(90.0, 90.0, 0.8).len(), 1, "{v:?}");
+    }
+
+    /// A run of a trace: medians differ from seed to seed by a factor.
+    fn of_seed(source: Source, gpu_loras: u32, (seed, repeat): (u64, u32), median: f64) -> ResultRow {
+        ResultRow { seed: Some(seed), ..row(source, gpu_loras, repeat, median, 100) }
+    }
+
+    #[test]
+    fn a_trace_is_held_against_itself_and_what_has_no_partner_is_left_out() {
+        let mut rows = Vec::new();
+        for (budget, least) in [(2, 0.3), (128, 0.1)] {
+            rows.extend(
+                (1..=5).map(|seed| {
+                    of_seed(Source::Simulated, budget, (seed, 0), least * f64::from(seed as u32))
+                }),
+            );
+            rows.push(of_seed(Source::Measured, budget, (3, 0), least * 3.0));
+            rows.push(of_seed(Source::Measured, budget, (9, 0), least));
+        }
+        let v = Validation::of(&rows).unwrap();
+        for b in &v.budgets {
+            assert_eq!((b.median.error_percent, b.median.spread_percent), (0.0, None), "{b:?}");
+            assert_eq!((b.traces, b.runs), (1, 1));
+        }
+        assert_eq!(v.left_out, LeftOut { measured: 1, simulated: 4 });
+        assert!(
+            v.said().contains(&"left out: 4 seeds with simulated rows alone".to_owned()),
+            "{:?}",
+            v.said()
+        );
+        assert_eq!((v.skill, v.budgets[0].naive.constant_percent.is_some()), (Some(1.0), true));
+    }
+
+    #[test]
+    fn traces_that_differ_are_no_spread_that_would_excuse_an_error() {
+        let mut rows = Vec::new();
+        for (seed, median) in [(1, 0.1), (2, 0.2), (3, 0.5), (4, 0.05), (5, 0.3)] {
+            rows.push(of_seed(Source::Simulated, 8, (seed, 0), median));
+            rows.push(of_seed(Source::Measured, 8, (seed, 0), median * 1.07));
+        }
+        let v = Validation::of(&rows).unwrap();
+        let b = &v.budgets[0];
+        assert_relative_eq!(b.median.error_percent, (1.0 / 1.07 - 1.0) * 100.0, epsilon = 1e-9);
+        assert_eq!((b.median.spread_percent, b.traces, b.runs), (None, 5, 5));
+        assert_eq!(b.misses(), ["median", "mean", "p99"]);
+    }
+
+    #[test]
+    fn without_repeats_no_budgets_are_told_apart() {
+        let of = |repeats: [u32; 2]| {
+            let mut rows = Vec::new();
+            for ((budget, median), repeats) in [(2, 0.4), (128, 0.1)].into_iter().zip(repeats) {
+                rows.push(of_seed(Source::Simulated, budget, (1, 0), median));
+                rows.extend((0..repeats).map(|i| of_seed(Source::Measured, budget, (1, i), median)));
+            }
+            Validation::of(&rows).unwrap()
+        };
+        assert_eq!((of([1, 1]).tau, of([2, 1]).tau, of([2, 2]).tau), (None, None, Some(1.0)));
+        let said = of([2, 1]).said();
+        assert!(said.iter().any(|s| s.starts_with("no Kendall's tau")), "{said:?}");
+    }
+
+    #[test]
+    fn a_budget_without_repeats_is_held_against_its_neighbours_spread() {
+        let mut rows = Vec::new();
+        for (budget, repeats) in [(2, vec![0.98, 1.02]), (8, vec![1.0]), (32, vec![0.96, 1.04])] {
+            rows.push(of_seed(Source::Simulated, budget, (1, 0), 1.1));
+            let repeats = (0..).zip(repeats);
+            rows.extend(repeats.map(|(i, median)| of_seed(Source::Measured, budget, (1, i), median)));
+        }
+        let v = Validation::of(&rows).unwrap();
+        assert_eq!(v.budgets[1].median.spread_percent, None);
+        assert_relative_eq!(v.budgets[1].median.neighbours_percent.unwrap(), 8.0, epsilon = 1e-9);
+        // Off by 10 %: more than twice 4 %, less than twice 8.
+        let holds: Vec<bool> = v.budgets.iter().map(|b| b.misses().is_empty()).collect();
+        assert_eq!(holds, [false, true, true]);
+    }
+
+    #[test]
+    fn budgets_are_compared_on_the_traces_that_they_share() {
+        let mut rows = Vec::new();
+        for (budget, seeds) in [(2, vec![1]), (128, vec![1, 2])] {
+            for seed in seeds {
+                // The second trace is ten times as slow: against it, two slots would be the faster ones.
+                let median = if seed == 2 { 10.0 } else { 1.0 } / f64::from(budget).sqrt();
+                rows.push(of_seed(Source::Simulated, budget, (seed, 0), median));
+                rows.push(of_seed(Source::Measured, budget, (seed, 0), median));
+            }
+        }
+        let v = Validation::of(&rows).unwrap();
+        assert_relative_eq!(v.effect.unwrap(), 8.0, epsilon = 1e-9);
+        assert_eq!(v.knee, Some((128, 128)));
+    }
+
+    #[test]
+    fn what_is_of_two_configurations_profiles_or_rates_is_refused() {
+        let pair = || vec![row(Source::Measured, 8, 0, 0.1, 1), row(Source::Simulated, 8, 0, 0.1, 1)];
+        let refused = |rows: &[ResultRow]| Validation::each(rows).unwrap_err().to_string();
+        let mut cells = pair();
+        (cells[0].cell, cells[1].cell) = (Some("a".to_owned()), Some("b".to_owned()));
+        assert!(refused(&cells).contains("cells a and b"));
+        let mut rates = pair();
+        rates.iter_mut().for_each(|r| r.rho = Some(0.8));
+        (rates[0].arrival_rate, rates[1].arrival_rate) = (Some(34.1), Some(36.7));
+        assert!(refused(&rates).contains("at 34.1 and at 36.7 requests a second"));
+        rates[1].arrival_rate = Some(34.1 * (1.0 + 1e-9));
+        assert_eq!(Validation::each(&rates).unwrap().len(), 1, "rounding");
+        let mut predictions = pair();
+        predictions.push(row(Source::Simulated, 8, 0, 0.1, 1));
+        assert_eq!(Validation::each(&predictions).unwrap()[0].budgets[0].median.error_percent, 0.0);
+        predictions[2].ttft_mean = Some(0.2);
+        assert!(refused(&predictions).contains("simulated twice with different outcomes"));
+    }
+
+    #[test]
+    fn settings_without_a_column_are_validated_apart() {
+        let of = |settings: Option<&str>, n: u64, simulated: f64| {
+            let mut rows =
+                vec![row(Source::Measured, 8, 0, 0.1, 1), row(Source::Simulated, 8, 0, simulated, 1)];
+            for r in &mut rows {
+                (r.settings, r.num_requests) = (settings.map(str::to_owned), Some(n));
+                r.cell = Some(format!("{settings:?}{n}"));
+            }
+            rows
+        };
+        let all =
+            [of(Some("default"), 200, 0.1), of(Some("prefetch=2"), 200, 0.2), of(Some("default"), 50, 0.3)];
+        let each = Validation::each(&all.concat()).unwrap();
+        let found: Vec<(f64, bool, bool)> = each
+            .iter()
+            .map(|v| {
+                (
+                    v.budgets[0].median.simulated_s,
+                    v.what.contains("prefetch 2"),
+                    v.what.contains("50 requests"),
+                )
+            })
+            .collect();
+        assert_eq!(found, [(0.3, false, true), (0.1, false, false), (0.2, true, false)]);
+        // An older file's rows are of their cell.
+        let mut old = of(Some("prefetch=2"), 200, 0.2);
+        old[0].settings = None;
+        assert_eq!(Validation::each(&old).unwrap().len(), 1);
+        let one = Validation::each(&of(Some("default"), 200, 0.1)).unwrap();
+        assert!(!one[0].what.contains("requests") && !one[0].what.contains("default"), "{}", one[0].what);
     }
 }

@@ -82,14 +82,14 @@ impl RequestErrors {
     /// both.
     pub fn of(traces: &[(Vec<Vec<RequestRecord>>, Vec<RequestRecord>)]) -> Option<Self> {
         let (mut predicted, mut repeated) = (Pairs::default(), Pairs::default());
-        let (mut measured_tpot, mut simulated_tpot) = (Vec::new(), Vec::new());
+        let tpot_of = |(repeats, simulated): &(Vec<Vec<RequestRecord>>, Vec<RequestRecord>)| {
+            (repeats.iter().filter_map(|r| tpot(r)).collect(), tpot(simulated).into_iter().collect())
+        };
         for (repeats, simulated) in traces {
             for (i, repeat) in repeats.iter().enumerate() {
                 predicted.add(repeat, simulated);
                 repeats[..i].iter().for_each(|before| repeated.add(before, repeat));
-                measured_tpot.extend(tpot(repeat));
             }
-            simulated_tpot.extend(tpot(simulated));
         }
         let (median_percent, p90_percent) = predicted.quantiles()?;
         let itself = repeated.quantiles().zip(mean(&repeated.ks));
@@ -99,7 +99,7 @@ impl RequestErrors {
             p90_percent,
             ks: mean(&predicted.ks)?,
             wasserstein_s: mean(&predicted.wasserstein)?,
-            tpot: Compared::of(&measured_tpot, &simulated_tpot),
+            tpot: Compared::over(traces.iter().map(tpot_of)),
             itself: itself.map(|((median_percent, p90_percent), ks)| Itself {
                 median_percent,
                 p90_percent,
@@ -147,7 +147,7 @@ mod tests {
         assert_relative_eq!(e.p90_percent, 100.0, epsilon = 1e-9);
         assert_relative_eq!(e.ks, 0.25, epsilon = 1e-9);
         assert_relative_eq!(e.wasserstein_s, 0.25, epsilon = 1e-9);
-        assert_relative_eq!(e.tpot.unwrap().error_percent(), 0.0, epsilon = 1e-9);
+        assert_relative_eq!(e.tpot.unwrap().error_percent, 0.0, epsilon = 1e-9);
         assert_eq!(e.itself, None);
     }
 

@@ -64,21 +64,22 @@ pub struct Lines {
 impl Lines {
     /// Sorts rows into panels and lines: a line for each value of the column `by_line`.
     pub fn prepare(rows: &[ResultRow], by_line: &str, options: &Options) -> Result<Self, PlotError> {
-        let rows: Vec<Row<'_>> = rows.iter().filter(|r| r.ttft_median.is_some()).map(Row::new).collect();
+        let rows = Row::all(rows.iter().filter(|r| r.ttft_median.is_some()));
         let Some(first) = rows.first() else { return Err(PlotError::NoRows) };
         let by = panel_columns(&rows, by_line, options);
-        if let Some(unknown) = by.iter().chain([&by_line]).find(|c| !first.columns.contains_key(**c)) {
-            return Err(PlotError::UnknownColumn((*unknown).to_owned()));
+        let fixed: Vec<String> = by.iter().cloned().chain([by_line.to_owned()]).collect();
+        if let Some(unknown) = fixed.iter().find(|c| !first.columns.contains_key(*c)) {
+            return Err(PlotError::UnknownColumn(unknown.clone()));
         }
         let mut order = Vec::new();
-        let mut key = |row: &Row<'_>, columns: &[&str]| -> Vec<Natural> {
+        let mut key = |row: &Row<'_>, columns: &[String]| -> Vec<Natural> {
             let text = columns.iter().map(|c| row.get(c).unwrap_or_default());
             text.map(|text| Natural::new(text, &mut order)).collect()
         };
         let mut groups: BTreeMap<Vec<Natural>, BTreeMap<Vec<Natural>, Vec<&Row<'_>>>> = BTreeMap::new();
         for row in &rows {
             let panel = groups.entry(key(row, &by)).or_default();
-            panel.entry(key(row, &[by_line])).or_default().push(row);
+            panel.entry(key(row, &fixed[by.len()..])).or_default().push(row);
         }
         let names: BTreeSet<&Natural> = groups.values().flat_map(|p| p.keys().map(|k| &k[0])).collect();
         if groups.len() > MOST_PANELS || names.len() > MOST_LINES {
@@ -86,10 +87,9 @@ impl Lines {
                 panels: groups.len(),
                 lines: names.len(),
                 most: (MOST_PANELS, MOST_LINES),
-                columns: by.iter().map(|c| (*c).to_owned()).collect(),
+                columns: by,
             });
         }
-        let fixed: Vec<&str> = by.iter().copied().chain([by_line]).collect();
         let mut figure = Self {
             budgets: rows.iter().map(|r| r.row.gpu_loras).collect::<BTreeSet<_>>().into_iter().collect(),
             panels: Vec::new(),
@@ -142,11 +142,11 @@ impl Lines {
 }
 
 /// The columns whose values make panels: those asked for, or whatever else varies.
-fn panel_columns<'a>(rows: &[Row<'_>], by_line: &str, options: &'a Options) -> Vec<&'a str> {
+fn panel_columns(rows: &[Row<'_>], by_line: &str, options: &Options) -> Vec<String> {
     if !options.by.is_empty() {
-        return options.by.iter().map(String::as_str).collect();
+        return options.by.clone();
     }
-    varying(rows).into_iter().filter(|c| *c != by_line).collect()
+    varying(rows).into_iter().filter(|c| c != by_line).collect()
 }
 
 /// Refuses measured and simulated rows in one line: their markers would mean different things.
