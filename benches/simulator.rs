@@ -91,8 +91,9 @@ fn simulator(c: &mut Criterion) {
     let requests = std::env::var("REQUESTS").ok().and_then(|n| n.parse().ok()).unwrap_or(500_000);
     let simulator = Simulator::new(floors()).expect("a sound profile");
     let pool = PromptPool::embedded(Regime::Short);
-    let burst = Requests::new(&workload(1.0, 200), &pool).expect("a sound workload");
-    let full = simulator.saturation_rate_of(&engine(128), burst).expect("a sound configuration");
+    let full = simulator
+        .saturation_rate_of(&engine(128), &workload(1.0, 200), &pool)
+        .expect("a sound configuration");
     let context = RunContext::new(Source::Simulated, 128, 32, "short");
     let mut group = c.benchmark_group("simulate");
     group.throughput(Throughput::Elements(requests)).sample_size(10);

@@ -56,7 +56,7 @@ pub struct EngineArgs {
     #[serde(skip_serializing_if = "Option::is_none")]
     prefetch: Option<u32>,
     /// Seconds after which nothing goes past a request that waits for a slot [default: 2]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_skip_age: Option<f64>,
     /// KV cache, in GiB or with a unit (512MiB) [default: the engine's]
@@ -106,13 +106,14 @@ pub struct EngineFlags {
 }
 
 impl EngineFlags {
-    /// The settings of an engine of `model`, the defaults where a flag is absent.
+    /// The settings of an engine of `model`, the defaults where a flag is absent. What no engine can have is refused here,
+    /// so that every command that has these flags refuses it.
     pub fn settings(&self, model: &str, total_loras: u32, gpu_loras: u32) -> Result<EngineSettings, Failure> {
         let default = EngineSettings::default();
         // Read again by whoever needs the bytes: refused here, where it was given.
         self.kv_memory.as_deref().map(parse_size).transpose().map_err(|e| Failure::Usage(e.into()))?;
         let policy = self.policy.as_deref().map(policy).transpose().map_err(|e| Failure::Usage(e.into()))?;
-        Ok(EngineSettings {
+        let settings = EngineSettings {
             model: model.to_owned(),
             total_loras,
             gpu_loras,
@@ -133,7 +134,12 @@ impl EngineFlags {
             dtype: default.dtype,
             device: self.device.clone().unwrap_or(default.device),
             seed: default.seed,
-        })
+        };
+        settings.check().map_err(|e| {
+            // `block_size` is `--block-size` here.
+            Failure::usage(format!("--{} {}", e.setting.replace('_', "-"), e.why))
+        })?;
+        Ok(settings)
     }
 
     /// Where a flag is absent, what a profile says of its engine: its rank, if it has only one, and of a

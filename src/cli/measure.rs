@@ -196,8 +196,7 @@ impl Measure {
         let Measured { source, trace, health, outcome, swaps } = measured;
         let config = health.as_ref().map(|h| h.config.clone()).unwrap_or_default();
         let regime = self.workload.regime_column(source);
-        let own_times = matches!(source, Source::Trace { .. }) && self.workload.arrival_rate.is_none();
-        let replays = own_times && self.workload.arrivals_column(source) == "trace";
+        let replays = self.workload.replays_times(source);
         let by_time = matches!(self.amount, Some(Amount::DurationS(_)));
         let run = RunContext {
             arrival_rate: (!replays).then_some(self.workload.arrival_rate.unwrap_or(DEFAULT_RATE)),

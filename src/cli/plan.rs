@@ -6,10 +6,12 @@ use serde::{Deserialize, Serialize};
 use super::engine_args::{EngineArgs, EngineFlags};
 use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
-use super::simulate::{budgets, load_profile};
+use super::simulate::{budgets, load_profile, without_room};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings};
-use crate::experiment::{BudgetPlan, Plan, PlanError, Planner, Simulator, Slo, Verdict, lenient};
+use crate::experiment::{
+    BudgetPlan, EngineSettings, Plan, PlanError, Planner, Simulator, Slo, Verdict, lenient,
+};
 use crate::workload::spec::Amount;
 
 #[derive(Args, Debug, Serialize)]
@@ -132,7 +134,13 @@ pub fn run(args: &PlanArgs, ctx: &Context) -> Result<(), Failure> {
         requests: settings.num_requests,
         seeds: settings.seeds,
     };
-    let plan = planner.plan(&budgets, settings.rate).map_err(|e| match e {
+    without_room(&simulator, &budgets, |gpu_loras| {
+        Ok(EngineSettings { gpu_loras, ..planner.engine.clone() })
+    })?;
+    let bar = ui::bar(budgets.len() as u64, "planning");
+    let plan = planner.plan(&budgets, settings.rate, || bar.inc(1));
+    bar.finish_and_clear();
+    let plan = plan.map_err(|e| match e {
         PlanError::Workload(e) => Failure::Usage(e.into()),
         PlanError::Simulate(e) => Failure::Failed(e.into()),
     })?;
@@ -166,6 +174,7 @@ fn print(plan: &Plan, planner: &Planner<'_>, rate: Option<f64>) {
             Some(Verdict::Fails) => "fails",
             Some(Verdict::Undecided) => "undecided",
             Some(Verdict::Saturated) => "saturated",
+            Some(Verdict::DoesNotFit) => "does not fit",
             None => "",
         };
         let seen = b.seen.first();
@@ -176,8 +185,12 @@ fn print(plan: &Plan, planner: &Planner<'_>, rate: Option<f64>) {
                 format!("{} to {}", ui::seconds(s.interval_s.low), ui::seconds(s.interval_s.high))
             }),
             verdict.to_owned(),
-            b.highest_rate.map_or_else(|| "none".to_owned(), |r| format!("{r:.2}/s")),
-            format!("{:.2}/s", b.saturation_rate),
+            match (b.highest_rate, b.saturation_rate) {
+                (Some(rate), _) => format!("{rate:.2}/s"),
+                (None, Some(_)) => "none".to_owned(),
+                (None, None) => String::new(),
+            },
+            b.saturation_rate.map_or_else(String::new, |r| format!("{r:.2}/s")),
             b.binds.map_or("", |b| b.as_str()).to_owned(),
         ]);
     }

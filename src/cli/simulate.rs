@@ -12,11 +12,13 @@ use super::failure::Failure;
 use super::settings::{Context, OutputFormat};
 use super::ui;
 use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
-use crate::experiment::{Cell, Simulator, is_saturated, lenient, seed_budgets};
+use crate::experiment::{Cell, EngineSettings, Simulator, is_saturated, lenient, seed_budgets};
 use crate::profile::{Kind, Profile};
 use crate::report::binds::Binds;
+use crate::report::files::check_writable;
 use crate::report::manifest::{Manifest, unclaimed_beside};
 use crate::report::results::{ResultRow, RunContext, append_rows, read_rows};
+use crate::workload::arrivals::Arrivals;
 use crate::workload::spec::{Amount, Requests};
 
 /// Arrivals a second where nothing says otherwise.
@@ -54,7 +56,7 @@ pub struct SimulateArgs {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     warm_up: Option<u64>,
-    /// Traces, of seeds --seed, --seed + 1 … [default: 1]
+    /// Traces, of seeds --seed, --seed + 1 …; more than one needs something that is drawn [default: 1]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     seeds: Option<u64>,
@@ -126,28 +128,49 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     }
     if let Some(out) = &settings.out {
         // Before the run, not after it.
-        append_rows_to(out, &[])?;
+        check_writable(out).map_err(|e| Failure::Failed(e.into()))?;
+        if is_begun(out) {
+            // No rows: only a look at the header.
+            append_rows_to(out, &[])?;
+        }
     }
     let (source, said) = source(&workload)?;
     tracing::info!("{said}");
+    if settings.seeds > 1 && !workload.draws(&source) {
+        return Err(Failure::usage(format!(
+            "--seeds is {}, and times, lengths and adapters are all the trace's: every seed would be the same run. Leave \
+             --seeds out, or draw anew with --arrivals or --popularity",
+            settings.seeds
+        )));
+    }
     let mut manifest =
         Manifest::begin("simulate", &(&settings, &workload, &flags), &[]).map_err(Failure::failed)?;
     manifest.of_profile(&profile);
     manifest.dataset = Some(workload.prompts()?);
     let simulator = Simulator::new(profile).map_err(|e| Failure::Failed(e.into()))?;
     let simulation = Simulation { simulator, workload, source, flags, settings };
+    let no_room = without_room(&simulation.simulator, &budgets, |budget| simulation.engine(budget))?;
 
+    let fitting = || budgets.iter().copied().filter(|b| !no_room.iter().any(|n| n.gpu_loras == *b));
     let work: Vec<(u64, u32)> =
-        (0..simulation.settings.seeds).flat_map(|seed| budgets.iter().map(move |&b| (seed, b))).collect();
+        (0..simulation.settings.seeds).flat_map(|seed| fitting().map(move |b| (seed, b))).collect();
     let pool = rayon::ThreadPoolBuilder::new()
         // No more threads than there are runs.
         .num_threads(simulation.settings.jobs.min(work.len()))
         .build()
         .map_err(Failure::failed)?;
     let started = Instant::now();
+    let bar = ui::bar(work.len() as u64, "simulating");
     let rows = pool.install(|| {
-        work.par_iter().map(|&(seed, budget)| simulation.row(seed, budget)).collect::<Result<Vec<_>, _>>()
-    })?;
+        let row = |&(seed, budget): &(u64, u32)| {
+            let row = simulation.row(seed, budget);
+            bar.inc(1);
+            row
+        };
+        work.par_iter().map(row).collect::<Result<Vec<_>, _>>()
+    });
+    bar.finish_and_clear();
+    let rows = rows?;
 
     let took = started.elapsed().as_secs_f64();
     manifest.seeds = rows.iter().filter_map(|r| r.seed).collect();
@@ -155,7 +178,7 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
     if let Some(out) = &simulation.settings.out {
         manifest.end(true);
         // Rows that are there already keep the manifest that they name.
-        let there = if out.exists() { read_rows(out).map_err(Failure::failed)? } else { Vec::new() };
+        let there = if is_begun(out) { read_rows(out).map_err(Failure::failed)? } else { Vec::new() };
         let path = unclaimed_beside(out, &manifest.started, &there);
         manifest.write(&path).map_err(Failure::failed)?;
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
@@ -167,6 +190,9 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
         OutputFormat::Json => {
             for row in &rows {
                 println!("{}", serde_json::to_string(row).map_err(Failure::failed)?);
+            }
+            for budget in &no_room {
+                println!("{}", serde_json::to_string(budget).map_err(Failure::failed)?);
             }
         }
         OutputFormat::Table => {
@@ -199,6 +225,11 @@ fn source(workload: &WorkloadSettings) -> Result<(Source, String), Failure> {
     workload.source_without_text()
 }
 
+/// Whether there is something in a results file.
+fn is_begun(path: &std::path::Path) -> bool {
+    path.metadata().is_ok_and(|m| m.len() > 0)
+}
+
 fn append_rows_to(path: &std::path::Path, rows: &[ResultRow]) -> Result<(), Failure> {
     append_rows(path, rows).map_err(|e| Failure::Failed(e.into()))
 }
@@ -219,6 +250,41 @@ pub(super) fn load_profile(subcommand: &str, named: Option<&str>) -> Result<Prof
         }
     }
     Ok(profile)
+}
+
+/// A budget that there is no memory for.
+#[derive(Debug, Serialize)]
+pub(super) struct NoRoom {
+    gpu_loras: u32,
+    does_not_fit: String,
+}
+
+/// Those of `budgets` that the profile's memory has no room for, which is an answer: each is told of once. That none fits
+/// is an error. Says as well where the profile is used beyond what was calibrated.
+pub(super) fn without_room(
+    simulator: &Simulator,
+    budgets: &[u32],
+    engine: impl Fn(u32) -> Result<EngineSettings, Failure>,
+) -> Result<Vec<NoRoom>, Failure> {
+    if let Some(beyond) =
+        budgets.first().map(|&b| engine(b)).transpose()?.and_then(|e| simulator.extrapolated(&e))
+    {
+        tracing::warn!("{beyond}");
+    }
+    let mut none = Vec::new();
+    for &gpu_loras in budgets {
+        match simulator.config(&engine(gpu_loras)?) {
+            Ok(_) => {}
+            Err(e) if e.is_of_the_budget() => none.push(NoRoom { gpu_loras, does_not_fit: e.to_string() }),
+            Err(e) => return Err(Failure::Failed(e.into())),
+        }
+    }
+    if none.len() == budgets.len() {
+        let least = none.into_iter().min_by_key(|n| n.gpu_loras);
+        return Err(Failure::failed(least.map_or_else(String::new, |n| n.does_not_fit)));
+    }
+    none.iter().for_each(|n| tracing::warn!("{}", n.does_not_fit));
+    Ok(none)
 }
 
 /// `2,8,32`, or `seed` for the reference's budgets.
@@ -247,14 +313,19 @@ pub(super) fn budgets(text: &str, total: u32) -> Result<Vec<u32>, Failure> {
 }
 
 impl Simulation {
+    fn engine(&self, gpu_loras: u32) -> Result<EngineSettings, Failure> {
+        let profile = self.simulator.profile();
+        let mut engine = self.flags.settings(&profile.model, self.settings.total_loras, gpu_loras)?;
+        self.flags.fill(profile, &mut engine);
+        Ok(engine)
+    }
+
     fn row(&self, seed: u64, budget: u32) -> Result<ResultRow, Failure> {
         let failed = |e: crate::experiment::SimulateError| Failure::Failed(e.into());
         let workload = WorkloadSettings { seed: self.workload.seed + seed, ..self.workload.clone() };
-        let total = self.settings.total_loras;
-        let mut engine = self.flags.settings(&self.simulator.profile().model, total, budget)?;
-        self.flags.fill(self.simulator.profile(), &mut engine);
+        let engine = self.engine(budget)?;
         let how = Run {
-            total_loras: total,
+            total_loras: self.settings.total_loras,
             rate: None,
             default_rate: DEFAULT_RATE,
             amount: amount(self.settings.num_requests, None)?,
@@ -264,11 +335,11 @@ impl Simulation {
         let warm_up = self.settings.warm_up;
         let cell =
             Cell::new(engine.clone(), crate::experiment::WorkloadSettings { warm_up, ..Default::default() });
+        let replays = workload.replays_times(&self.source);
         let context = RunContext {
             prompt_regime: workload.regime_column(&self.source),
             arrivals: Some(workload.arrivals_column(&self.source)),
-            arrival_rate: workload.arrival_rate.or(Some(DEFAULT_RATE).filter(|_| workload.trace.is_none())),
-            max_tokens: workload.max_tokens.or(Some(16).filter(|_| workload.trace.is_none())),
+            arrival_rate: (!replays).then_some(workload.arrival_rate.unwrap_or(DEFAULT_RATE)),
             rho: None,
             cell: None,
             ..cell.run_context(crate::report::results::Source::Simulated, workload.seed, 0)
@@ -278,38 +349,52 @@ impl Simulation {
             // Made as they are simulated: a workload of any length.
             Source::Pool(pool) => {
                 let spec = workload.spec(&how);
-                let requests = || Requests::new(&spec, pool).map_err(|e| Failure::Usage(e.into()));
+                let requests = Requests::new(&spec, pool).map_err(|e| Failure::Usage(e.into()))?;
                 let expected = match spec.amount {
                     Amount::Requests(n) => n as usize,
                     Amount::DurationS(_) => 0,
                 };
-                let context = RunContext { popularity: Some(spec.popularity.to_string()), ..context };
+                let context = RunContext {
+                    popularity: Some(spec.popularity.to_string()),
+                    max_tokens: Some(spec.max_tokens),
+                    ..context
+                };
                 let row =
-                    simulator.stream(&engine, requests()?, (expected, warm_up), &context).map_err(failed)?;
-                let saturation = simulator.saturation_rate_of(&engine, requests()?).map_err(failed)?;
-                (row, Some(spec.rate), saturation)
+                    simulator.stream(&engine, requests, (expected, warm_up), &context).map_err(failed)?;
+                let saturation = simulator.saturation_rate_of(&engine, &spec, pool).map_err(failed)?;
+                (row, Some(spec.rate), Some(saturation))
             }
             Source::Trace { .. } => {
                 let trace = workload.trace(&self.source, &how)?;
+                // As `measure` writes them, so that the two are rows of one workload.
                 let context = RunContext {
                     popularity: Some(trace.header.popularity.clone()),
-                    seed: Some(trace.header.seed),
-                    // As `measure` writes it, so that the two are rows of one workload.
                     max_tokens: trace.common_output_tokens(),
+                    seed: Some(trace.header.seed),
                     ..context
                 };
                 let requests = trace.requests.iter().cloned();
                 let row = simulator.stream(&engine, requests, (trace.requests.len(), warm_up), &context);
-                let rate = workload.arrival_rate.or(trace.mean_rate());
-                let saturation = simulator.saturation_rate(&engine, &trace).map_err(failed)?;
-                (row.map_err(failed)?, rate, saturation)
+                let row = row.map_err(failed)?;
+                let rate = context.arrival_rate.or(trace.mean_rate());
+                // As many as it takes, whatever the number of requests is; they all come at once.
+                let burst = WorkloadSettings {
+                    arrivals: Some(Arrivals::Fixed),
+                    arrival_rate: Some(1.0),
+                    ..workload.clone()
+                };
+                let how = Run { amount: Some(Amount::Requests(Simulator::burst(&engine))), ..how };
+                let burst = burst.trace(&self.source, &how).ok();
+                // What a number of requests cuts off may be none that this engine takes: then nothing is known.
+                let saturation = burst.and_then(|burst| simulator.saturation_rate(&engine, &burst).ok());
+                (row, rate, saturation)
             }
         };
         row.num_requests = Some(row.total_requests);
         if row.total_requests == 0 {
             return Err(Failure::usage(format!("--warm-up {warm_up} leaves no request to count: lower it")));
         }
-        row.saturated = rate.map(|rate| is_saturated(rate, saturation));
+        row.saturated = rate.zip(saturation).map(|(rate, saturation)| is_saturated(rate, saturation));
         Ok(row)
     }
 }
@@ -318,6 +403,12 @@ fn print(rows: &[ResultRow], budgets: &[u32]) {
     let mut table = ui::table(&["gpu_loras", "TTFT median", "mean", "p90", "p99", "swaps", "waits for", ""]);
     for &budget in budgets {
         let of_budget: Vec<&ResultRow> = rows.iter().filter(|r| r.gpu_loras == budget).collect();
+        if of_budget.is_empty() {
+            let mut line = vec![String::new(); 8];
+            (line[0], line[7]) = (budget.to_string(), "does not fit".to_owned());
+            table.add_row(line);
+            continue;
+        }
         let mean = |of: fn(&ResultRow) -> Option<f64>| {
             let values: Vec<f64> = of_budget.iter().filter_map(|r| of(r)).collect();
             crate::report::stats::mean(&values)

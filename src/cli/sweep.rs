@@ -230,6 +230,13 @@ fn measure(
 }
 
 fn simulate(sweep: &Sweep<'_>) -> Result<Vec<ResultRow>, Failure> {
+    let beyond = |simulator: &Simulator| {
+        let most = sweep.experiment.cells().iter().max_by_key(|cell| cell.engine.max_num_seqs);
+        most.and_then(|cell| simulator.extrapolated(&cell.engine))
+    };
+    if let Some(beyond) = sweep.simulator.and_then(beyond) {
+        tracing::warn!("{beyond}");
+    }
     let bar = ui::bar(0, "simulating");
     let rows = sweep.simulate(|p| show(&bar, &p));
     bar.finish_and_clear();

@@ -17,7 +17,7 @@ use crate::workload::popularity::Popularity;
 use crate::workload::regime::Regime;
 use crate::workload::replay::{Replay, replay_trace};
 use crate::workload::spec::{Amount, WorkloadError, WorkloadSpec, generate_trace};
-use crate::workload::trace::Trace;
+use crate::workload::trace::{NO_ADAPTERS, Trace};
 
 /// A file of prompts or requests with its hash; none is the lengths that are built in.
 pub(super) fn dataset(file: Option<&Path>) -> Result<Dataset, Failure> {
@@ -255,6 +255,27 @@ impl WorkloadSettings {
             Source::Pool(_) => self.prompt_regime.to_string(),
             Source::Trace { name, .. } => name.clone(),
         }
+    }
+
+    /// Whether requests come at the trace's own times, which have no rate that could be named.
+    pub fn replays_times(&self, source: &Source) -> bool {
+        self.arrival_rate.is_none() && self.takes_times(source)
+    }
+
+    /// Whether another seed is another run: something is drawn, be it times, lengths or adapters.
+    pub fn draws(&self, source: &Source) -> bool {
+        match source {
+            Source::Pool(_) => true,
+            Source::Trace { trace, .. } => {
+                let has_adapters = self.popularity.is_none() && trace.header.popularity != NO_ADAPTERS;
+                !(has_adapters && self.takes_times(source))
+            }
+        }
+    }
+
+    /// Whether arrivals are the trace's, stretched to another rate perhaps.
+    fn takes_times(&self, source: &Source) -> bool {
+        matches!(source, Source::Trace { .. }) && self.arrivals.unwrap_or(Arrivals::Trace) == Arrivals::Trace
     }
 
     /// What results call the arrivals.

@@ -4,7 +4,7 @@
 //! [engine]                     # settings of `serve`
 //! model = "tiny"
 //! [workload]                   # settings of `measure`
-//! arrival_rate = 2.0
+//! arrival_rate = 2.0           # with a `trace`, its requests, adapters and output tokens hold unless they are set
 //! [axes]                       # any setting of the two tables above: every combination is a cell
 //! gpu_loras = [2, 4, 8]
 //! rank = [8, 64]
@@ -55,7 +55,7 @@ pub use factor::{FactorError, Target, cost_factor};
 #[cfg(feature = "server")]
 pub use measure::{Engines, MeasureError, Measured};
 pub use plan::{BudgetPlan, Plan, PlanError, Planner, Seen, Verdict};
-pub use settings::{EngineSettings, WorkloadSettings, policy};
+pub use settings::{EngineSettings, Impossible, WorkloadSettings, policy};
 pub use shard::{Shard, UnknownShard};
 pub use simulate::{Asked, BURST, SimulateError, Simulated, Simulator, is_saturated};
 pub use size::{SizeError, parse_size};
@@ -199,7 +199,22 @@ impl Experiment {
 
 /// The reference experiment's budgets: 2, 4, 8 … and the total.
 pub fn seed_budgets(total_loras: u32) -> Vec<u32> {
-    let mut budgets: Vec<u32> = (1..).map(|i| 1u32 << i).take_while(|&b| b < total_loras).collect();
+    let mut budgets: Vec<u32> = (1..u32::BITS).map(|i| 1u32 << i).take_while(|&b| b < total_loras).collect();
     budgets.push(total_loras);
     budgets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_s_budgets_double_up_to_the_total_however_large_it_is() {
+        assert_eq!(seed_budgets(1), [1]);
+        assert_eq!(seed_budgets(128), [2, 4, 8, 16, 32, 64, 128]);
+        assert_eq!(seed_budgets(100), [2, 4, 8, 16, 32, 64, 100]);
+        let most = seed_budgets(3_000_000_000);
+        assert_eq!((most.len(), most[30]), (32, 1 << 31));
+        assert_eq!(most[31], 3_000_000_000);
+    }
 }

@@ -7,7 +7,7 @@ use toml::{Table, Value};
 
 use super::cell::Cell;
 use super::fields::{names_of, unknown};
-use super::settings::{EngineSettings, WorkloadSettings};
+use super::settings::{EngineSettings, Impossible, WorkloadSettings};
 use super::{Output, Replicate};
 
 /// Cells that a file may have, at most: beyond it an axis is a mistake.
@@ -60,7 +60,8 @@ pub fn resolve(file: &Table) -> Result<(Vec<Cell>, Replicate, Output), String> {
         if excluded {
             continue;
         }
-        cell.engine.check().and_then(|()| cell.workload.check()).map_err(|e| at(&e, &place))?;
+        let possible = cell.engine.check().map_err(|e| with_remedy(&e));
+        possible.and_then(|()| cell.workload.check()).map_err(|e| at(&e, &place))?;
         if !keys.insert(cell.key().to_owned()) {
             return Err(at("two cells have the same settings: an axis lists a value twice", &place));
         }
@@ -118,6 +119,19 @@ fn plain(name: &str, value: Value) -> Value {
             Err(_) => value,
         },
         _ => value,
+    }
+}
+
+/// What to write in a file instead.
+fn with_remedy(wrong: &Impossible) -> String {
+    match wrong {
+        Impossible { setting: "gpu_loras", why } if why.starts_with('(') => {
+            format!("{wrong}: leave the combination out by an [[exclude]] table with both settings")
+        }
+        Impossible { setting: "gpu_loras", .. } => {
+            format!("{wrong}: set it in [engine] or list its values in [axes]")
+        }
+        _ => wrong.to_string(),
     }
 }
 

@@ -63,6 +63,9 @@ pub enum Verdict {
     Undecided,
     /// The rate is more than the budget sustains: whatever a finite trace shows, waits grow for ever.
     Saturated,
+    /// So many slots leave no memory for a request.
+    #[serde(rename = "does not fit")]
+    DoesNotFit,
 }
 
 /// One objective's statistic over the traces.
@@ -81,11 +84,11 @@ pub struct Seen {
 pub struct BudgetPlan {
     /// The budget.
     pub gpu_loras: u32,
-    /// The highest rate that a saturated engine works off, requests a second.
-    pub saturation_rate: f64,
+    /// The highest rate that a saturated engine works off, requests a second; none if the budget does not fit.
+    pub saturation_rate: Option<f64>,
     /// The highest rate at which the objectives hold with confidence; none if they hold at no rate.
     pub highest_rate: Option<f64>,
-    /// At the rate asked about; none without one.
+    /// At the rate asked about; without one none, unless the budget does not fit.
     pub verdict: Option<Verdict>,
     /// Likewise, one an objective.
     pub seen: Vec<Seen>,
@@ -104,18 +107,43 @@ pub struct Plan {
     pub best: Option<u32>,
 }
 
+impl BudgetPlan {
+    fn does_not_fit(gpu_loras: u32) -> Self {
+        let verdict = Some(Verdict::DoesNotFit);
+        Self { gpu_loras, saturation_rate: None, highest_rate: None, verdict, seen: Vec::new(), binds: None }
+    }
+}
+
 impl Planner<'_> {
-    /// Answers for these budgets, at `rate` if there is one.
-    pub fn plan(&self, budgets: &[u32], rate: Option<f64>) -> Result<Plan, PlanError> {
-        let plans: Vec<BudgetPlan> =
-            budgets.par_iter().map(|&b| self.budget(b, rate)).collect::<Result<_, _>>()?;
+    /// Answers for these budgets, at `rate` if there is one; `done` is told of each that is.
+    ///
+    /// # Errors
+    /// If the workload or the settings are impossible, or no budget fits into the profile's memory.
+    pub fn plan(
+        &self,
+        budgets: &[u32],
+        rate: Option<f64>,
+        done: impl Fn() + Sync,
+    ) -> Result<Plan, PlanError> {
+        if let Some(&least) = budgets.iter().min() {
+            self.simulator.config(&self.engine(least))?;
+        }
+        let plan = |&budget: &u32| {
+            let plan = match self.budget(budget, rate) {
+                Err(PlanError::Simulate(e)) if e.is_of_the_budget() => Ok(BudgetPlan::does_not_fit(budget)),
+                plan => plan,
+            };
+            done();
+            plan
+        };
+        let plans: Vec<BudgetPlan> = budgets.par_iter().map(plan).collect::<Result<_, _>>()?;
         let holds = |b: &&BudgetPlan| b.verdict == Some(Verdict::Holds);
         let least = |a: &&BudgetPlan, b: &&BudgetPlan| match rate {
             Some(_) => a.seen[0].mean_s.total_cmp(&b.seen[0].mean_s),
             None => b.highest_rate.unwrap_or(0.0).total_cmp(&a.highest_rate.unwrap_or(0.0)),
         };
         let sound = |b: &&BudgetPlan| match rate {
-            Some(_) => b.verdict != Some(Verdict::Saturated),
+            Some(_) => !matches!(b.verdict, Some(Verdict::Saturated | Verdict::DoesNotFit)),
             None => b.highest_rate.is_some(),
         };
         Ok(Plan {
@@ -126,10 +154,13 @@ impl Planner<'_> {
         })
     }
 
+    fn engine(&self, gpu_loras: u32) -> EngineSettings {
+        EngineSettings { gpu_loras, ..self.engine.clone() }
+    }
+
     fn budget(&self, gpu_loras: u32, rate: Option<f64>) -> Result<BudgetPlan, PlanError> {
-        let engine = EngineSettings { gpu_loras, ..self.engine.clone() };
-        let burst = Requests::new(&self.workload(1.0, self.workload.seed), self.pool)?;
-        let saturation_rate = self.simulator.saturation_rate_of(&engine, burst)?;
+        let engine = self.engine(gpu_loras);
+        let saturation_rate = self.simulator.saturation_rate_of(&engine, &self.workload, self.pool)?;
         let highest = self.highest_rate(&engine, saturation_rate)?;
         let asked = rate.map(|rate| self.rows(&engine, rate)).transpose()?;
         let verdict = match (rate, &asked) {
@@ -139,7 +170,7 @@ impl Planner<'_> {
         };
         Ok(BudgetPlan {
             gpu_loras,
-            saturation_rate,
+            saturation_rate: Some(saturation_rate),
             highest_rate: highest.as_ref().map(|h| h.0),
             verdict,
             seen: asked.as_deref().map_or_else(Vec::new, |rows| self.seen(rows)),
@@ -225,15 +256,20 @@ impl Planner<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::profile::Profile;
     use crate::profile::tests::round;
     use crate::workload::arrivals::Arrivals;
     use crate::workload::popularity::Popularity;
     use crate::workload::regime::Regime;
 
     fn plan(slo: &str, budgets: &[u32], rate: Option<f64>) -> Plan {
+        plan_on(round(), slo, budgets, rate).unwrap()
+    }
+
+    fn plan_on(profile: Profile, slo: &str, budgets: &[u32], rate: Option<f64>) -> Result<Plan, PlanError> {
         let pool = PromptPool::embedded(Regime::Short);
         let planner = Planner {
-            simulator: &Simulator::new(round()).unwrap(),
+            simulator: &Simulator::new(profile).unwrap(),
             pool: &pool,
             workload: WorkloadSpec {
                 regime: Regime::Short,
@@ -251,7 +287,7 @@ mod tests {
             requests: 400,
             seeds: 6,
         };
-        planner.plan(budgets, rate).unwrap()
+        planner.plan(budgets, rate, || ())
     }
 
     #[test]
@@ -276,7 +312,9 @@ mod tests {
         let plan = plan("ttft_p90<200ms", &[2, 8, 32], None);
         let rates: Vec<f64> = plan.budgets.iter().map(|b| b.highest_rate.unwrap()).collect();
         assert!(rates.is_sorted() && rates[0] < rates[2], "{rates:?}");
-        assert!(plan.budgets.iter().all(|b| b.highest_rate.unwrap() <= 0.95 * b.saturation_rate + 1e-9));
+        assert!(
+            plan.budgets.iter().all(|b| b.highest_rate.unwrap() <= 0.95 * b.saturation_rate.unwrap() + 1e-9)
+        );
         assert_eq!((plan.best, plan.smallest), (Some(32), None));
         assert_eq!(plan.budgets[0].binds, Some(Binds::Slot));
     }
@@ -285,5 +323,23 @@ mod tests {
     fn a_saturated_budget_never_holds() {
         let plan = plan("ttft_median<100s", &[2], Some(1_000.0));
         assert_eq!((plan.budgets[0].verdict, plan.smallest), (Some(Verdict::Saturated), None));
+    }
+
+    #[test]
+    fn a_budget_without_room_is_an_answer_beside_those_that_fit() {
+        let mut small = round();
+        small.engine.memory_bytes = Some((1 << 25) + 16_000_000 + 300 * (1 << 14));
+        small.engine.kv_memory_bytes = None;
+        let of = |budgets: &[u32], rate| plan_on(small.clone(), "ttft_median<10s", budgets, rate);
+        for rate in [Some(5.0), None] {
+            let plan = of(&[8, 16, 32], rate).unwrap();
+            let fits = |b: &BudgetPlan| b.verdict != Some(Verdict::DoesNotFit);
+            assert_eq!(plan.budgets.iter().map(fits).collect::<Vec<_>>(), [true, true, false]);
+            assert_eq!((plan.budgets[2].saturation_rate, plan.budgets[2].highest_rate), (None, None));
+            assert!(plan.best.is_some_and(|b| b < 32), "{plan:?}");
+        }
+        assert_eq!(of(&[8, 16, 32], Some(5.0)).unwrap().smallest, Some(8));
+        let none = of(&[32, 64], Some(5.0)).unwrap_err().to_string();
+        assert!(none.contains("32 slots leave no room"), "{none}");
     }
 }

@@ -8,6 +8,13 @@ use crate::workload::arrivals::Arrivals;
 use crate::workload::popularity::Popularity;
 use crate::workload::regime::Regime;
 
+/// Adapters that there may be: each costs memory, and of more the simulator would only run out of it.
+const MOST_ADAPTERS: u32 = 1_000_000;
+/// Requests of a cell where neither it nor a trace says.
+const NUM_REQUESTS: u64 = 200;
+/// Likewise output tokens of a request.
+const MAX_TOKENS: u32 = 16;
+
 /// Settings of the engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -111,25 +118,23 @@ impl EngineSettings {
     }
 
     /// Says what is impossible about these settings, naming the setting.
-    pub(super) fn check(&self) -> Result<(), String> {
-        let positive = |name: &str, value: u32| {
-            if value == 0 { Err(format!("{name} must be at least 1")) } else { Ok(()) }
+    pub fn check(&self) -> Result<(), Impossible> {
+        let positive = |setting, value: u32| {
+            if value == 0 { Err(Impossible::new(setting, "must be at least 1")) } else { Ok(()) }
         };
         positive("total_loras", self.total_loras)?;
-        if self.gpu_loras == 0 {
-            return Err(
-                "gpu_loras must be at least 1: set it in [engine] or list its values in [axes]".to_owned()
-            );
+        if self.total_loras > MOST_ADAPTERS {
+            let why = format!("is {}: more than {MOST_ADAPTERS} adapters are a mistake", self.total_loras);
+            return Err(Impossible::new("total_loras", why));
         }
+        positive("gpu_loras", self.gpu_loras)?;
         if self.gpu_loras > self.total_loras {
-            return Err(format!(
-                "gpu_loras ({}) is greater than total_loras ({}): leave the combination out by an [[exclude]] table \
-                 with both settings",
-                self.gpu_loras, self.total_loras
-            ));
+            let why = format!("({}) is greater than total_loras ({})", self.gpu_loras, self.total_loras);
+            return Err(Impossible::new("gpu_loras", why));
         }
+        let ranks = if self.ranks.is_empty() { "max_r" } else { "ranks" };
         for rank in self.ranks() {
-            positive("max_r and every one of ranks", rank)?;
+            positive(ranks, rank)?;
         }
         positive("max_num_seqs", self.max_num_seqs)?;
         positive("max_num_batched_tokens", self.max_num_batched_tokens)?;
@@ -137,9 +142,26 @@ impl EngineSettings {
         positive("max_model_len", self.max_model_len.unwrap_or(1))?;
         positive("threads", self.threads.unwrap_or(1))?;
         if !(self.max_skip_age >= 0.0 && self.max_skip_age.is_finite()) {
-            return Err(format!("max_skip_age must be zero or more seconds, not {}", self.max_skip_age));
+            let why = format!("must be zero or more seconds, not {}", self.max_skip_age);
+            return Err(Impossible::new("max_skip_age", why));
         }
         Ok(())
+    }
+}
+
+/// A setting that no engine can have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{setting} {why}")]
+pub struct Impossible {
+    /// Its name in an experiment file; the flag has dashes.
+    pub setting: &'static str,
+    /// What is wrong with it: the rest of a sentence that begins with its name.
+    pub why: String,
+}
+
+impl Impossible {
+    fn new(setting: &'static str, why: impl Into<String>) -> Self {
+        Self { setting, why: why.into() }
     }
 }
 
@@ -155,15 +177,18 @@ pub struct WorkloadSettings {
     /// Load as a share of the full budget's saturation rate, which the sweep finds first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rho: Option<f64>,
-    /// Requests.
-    pub num_requests: u64,
+    /// Requests; none is the whole trace, or 200 where there is no trace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_requests: Option<u64>,
     /// Of them, the first so many are left out of results: the run starts with nothing in it.
     #[serde(skip_serializing_if = "is_zero")]
     pub warm_up: u64,
-    /// Output tokens of each.
-    pub max_tokens: u32,
-    /// How adapters are drawn.
-    pub popularity: Popularity,
+    /// Output tokens of each; none is the trace's own, or 16 where there is no trace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<u32>,
+    /// How adapters are drawn; none keeps the trace's, or is uniform where there is no trace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub popularity: Option<Popularity>,
     /// How arrivals are spaced.
     pub arrivals: Arrivals,
     /// Prompts' file; none is the embedded table of lengths.
@@ -183,10 +208,10 @@ impl Default for WorkloadSettings {
             regime: Regime::Short,
             arrival_rate: None,
             rho: None,
-            num_requests: 200,
+            num_requests: None,
             warm_up: 0,
-            max_tokens: 16,
-            popularity: Popularity::Uniform,
+            max_tokens: None,
+            popularity: None,
             arrivals: Arrivals::Poisson,
             dataset: None,
             trace: None,
@@ -196,11 +221,26 @@ impl Default for WorkloadSettings {
 }
 
 impl WorkloadSettings {
-    /// Sets the default rate where none is given, so that a cell says all that it is run with.
+    /// Sets the defaults of what is not given and no trace has, so that a cell says all that it is run with.
     pub(super) fn fill(&mut self) {
         if self.rho.is_none() && self.arrivals != Arrivals::Trace {
             self.arrival_rate.get_or_insert(2.0);
         }
+        if self.trace.is_none() {
+            self.num_requests = Some(self.requests());
+            self.max_tokens = Some(self.output_tokens());
+            self.popularity = Some(self.popularity.unwrap_or_default());
+        }
+    }
+
+    /// Requests where there is no trace to have them.
+    pub(super) fn requests(&self) -> u64 {
+        self.num_requests.unwrap_or(NUM_REQUESTS)
+    }
+
+    /// Output tokens of each where there is no trace to say.
+    pub(super) fn output_tokens(&self) -> u32 {
+        self.max_tokens.unwrap_or(MAX_TOKENS)
     }
 
     /// Says what is impossible about these settings, naming the setting.
@@ -214,13 +254,14 @@ impl WorkloadSettings {
         if self.arrival_rate.is_some() && self.rho.is_some() {
             return Err("arrival_rate and rho both say how fast requests come: give one".to_owned());
         }
-        if self.num_requests == 0 || self.max_tokens == 0 {
+        if self.num_requests == Some(0) || self.max_tokens == Some(0) {
             return Err("num_requests and max_tokens must be at least 1".to_owned());
         }
-        if self.warm_up >= self.num_requests {
+        // How long a trace is shows when it is read.
+        if let Some(requests) = self.num_requests.filter(|&n| self.warm_up >= n) {
             return Err(format!(
-                "warm_up ({}) leaves none of num_requests ({}): lower it or raise num_requests",
-                self.warm_up, self.num_requests
+                "warm_up ({}) leaves none of num_requests ({requests}): lower it or raise num_requests",
+                self.warm_up
             ));
         }
         if self.dataset.is_some() && self.trace.is_some() {

@@ -8,6 +8,9 @@ use crate::profile::{CostModel, Profile, ProfileError, Scale, ScaleError, neares
 use crate::report::record::{PartsS, RequestRecord, Status};
 use crate::report::results::{ResultRow, RunContext};
 use crate::sim::{FrontEnd, ModelDevice, Observer, Outcome, SimRequest, Totals, run};
+use crate::workload::arrivals::Arrivals;
+use crate::workload::pool::PromptPool;
+use crate::workload::spec::{Amount, MOST_REQUESTS, MOST_SECONDS, Requests, WorkloadError, WorkloadSpec};
 use crate::workload::trace::{Trace, TraceRequest};
 
 /// Requests in the burst whose draining gives the saturation rate, at least.
@@ -15,6 +18,10 @@ pub const BURST: u64 = 200;
 /// And so many for each sequence place: while the last ones drain, places are empty, which a saturated engine's never
 /// are.
 const BURST_A_PLACE: u64 = 4;
+
+/// Later than this nothing can arrive, ten times what workloads are refused at by their rate: the clock counts nanoseconds
+/// to the end of its 64 bits, and arrivals would pile up there.
+const LATEST_NS: Nanos = 10 * MOST_SECONDS as Nanos * 1_000_000_000;
 
 /// A cell that cannot be simulated.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +41,12 @@ pub enum SimulateError {
     /// The trace asks for an adapter that there is not, or similar.
     #[error("the simulator broke down: {0}")]
     Event(#[from] EventError),
+    /// A workload that cannot be drawn.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
+    /// A request that comes too late for the clock.
+    #[error("a request arrives later than {:e} s after the start: raise the rate", LATEST_NS as f64 / 1e9)]
+    Late,
     /// Requests that the engine would refuse.
     #[error(
         "{refused} of {all} requests are longer than max_model_len ({max_model_len} tokens): raise it, or use another regime"
@@ -46,6 +59,13 @@ pub enum SimulateError {
         /// The limit.
         max_model_len: usize,
     },
+}
+
+impl SimulateError {
+    /// Whether it is a matter of the budget: with fewer slots there would be room.
+    pub fn is_of_the_budget(&self) -> bool {
+        matches!(self, Self::Profile(e) if e.is_of_the_budget())
+    }
 }
 
 /// What came of a simulated run.
@@ -74,6 +94,11 @@ impl Simulator {
     /// A simulator of a machine with other rates.
     pub fn scaled(&self, by: Scale) -> Result<Self, SimulateError> {
         Ok(Self::new(self.profile.scaled(by)?)?)
+    }
+
+    /// Requests in the burst that tells an engine's saturation rate: they follow from the engine alone.
+    pub fn burst(engine: &EngineSettings) -> u64 {
+        BURST.max(BURST_A_PLACE * u64::from(engine.max_num_seqs)).min(MOST_REQUESTS)
     }
 
     /// The profile.
@@ -151,19 +176,26 @@ impl Simulator {
         Ok(row)
     }
 
-    /// The highest rate that the engine sustains on requests like these: the first [`BURST`] of
-    /// them or more at once, over the time that they take. Requests a second.
+    /// The highest rate that the engine sustains on requests like these: [`BURST`] of them at once, or four a sequence
+    /// place if that is more, over the time that they take. A trace that is shorter comes over again. Requests a second.
     pub fn saturation_rate(&self, engine: &EngineSettings, trace: &Trace) -> Result<f64, SimulateError> {
-        self.burst_rate(engine, trace.requests.iter().map(Asked::of))
+        self.burst_rate(engine, trace.requests.iter().cycle().map(Asked::of))
     }
 
-    /// [`Self::saturation_rate`] of requests that are made one by one.
+    /// [`Self::saturation_rate`] of requests that are drawn, as many as it takes whatever `spec` says of their number.
     pub fn saturation_rate_of(
         &self,
         engine: &EngineSettings,
-        requests: impl IntoIterator<Item = TraceRequest>,
+        spec: &WorkloadSpec,
+        pool: &PromptPool,
     ) -> Result<f64, SimulateError> {
-        self.burst_rate(engine, requests.into_iter().map(|r| Asked::of(&r)))
+        let spec = WorkloadSpec {
+            arrivals: Arrivals::Fixed,
+            rate: 1.0,
+            amount: Amount::Requests(Self::burst(engine)),
+            ..spec.clone()
+        };
+        self.burst_rate(engine, Requests::new(&spec, pool)?.map(|r| Asked::of(&r)))
     }
 
     fn burst_rate(
@@ -171,10 +203,21 @@ impl Simulator {
         engine: &EngineSettings,
         requests: impl Iterator<Item = Asked>,
     ) -> Result<f64, SimulateError> {
-        let burst = BURST.max(BURST_A_PLACE * u64::from(engine.max_num_seqs)) as usize;
-        let burst = requests.take(burst).map(|asked| Asked { at: 0, ..asked });
+        let burst = (0..Self::burst(engine)).zip(requests).map(|(id, asked)| Asked { id, at: 0, ..asked });
         let totals = self.observe(engine, burst, &mut Nobody)?;
         Ok(totals.requests as f64 / (totals.end.max(1) as f64 * 1e-9))
+    }
+
+    /// What these settings ask of the profile beyond what was calibrated, in words.
+    pub fn extrapolated(&self, engine: &EngineSettings) -> Option<String> {
+        let calibrated = self.profile.engine.max_num_seqs;
+        (engine.max_num_seqs > calibrated).then(|| {
+            format!(
+                "max_num_seqs is {} and the profile was calibrated with up to {calibrated} sequences: what larger steps take \
+                 is extrapolated",
+                engine.max_num_seqs
+            )
+        })
     }
 
     /// Runs requests through a cell's engine under an observer's eyes.
@@ -186,7 +229,12 @@ impl Simulator {
     ) -> Result<Totals, SimulateError> {
         let config = self.config(engine)?;
         let ranks: Vec<u32> = config.adapters.iter().map(|a| a.rank).collect();
-        let inputs = FrontEnd::new(requests.into_iter().map(|asked| SimRequest {
+        let late = std::cell::Cell::new(false);
+        let in_time = requests.into_iter().take_while(|asked| {
+            late.set(asked.at > LATEST_NS);
+            !late.get()
+        });
+        let inputs = FrontEnd::new(in_time.map(|asked| SimRequest {
             id: asked.id,
             received: asked.at,
             queued: asked.at + self.cost.front_ns(asked.prompt_tokens),
@@ -198,6 +246,9 @@ impl Simulator {
         let mut device = ModelDevice::new(self.cost.clone(), ranks, config.swap_mode);
         let mut scheduler = Scheduler::new(config)?;
         let totals = run(&mut scheduler, &mut device, inputs, observer)?;
+        if late.get() {
+            return Err(SimulateError::Late);
+        }
         if totals.refused > 0 {
             let all = totals.requests + totals.refused;
             return Err(SimulateError::Refused { refused: totals.refused, all, max_model_len });
@@ -226,7 +277,8 @@ impl Asked {
     pub fn of(request: &TraceRequest) -> Self {
         Self {
             id: request.id,
-            at: nearest(request.arrival_s * 1e9),
+            // What is too late stays too late, and a number of nanoseconds.
+            at: nearest((request.arrival_s * 1e9).min(1.5 * LATEST_NS as f64)),
             adapter: request.adapter,
             prompt_tokens: request.prompt_tokens,
             output_tokens: request.output_tokens,
@@ -286,29 +338,30 @@ impl Cell {
 mod tests {
     use super::*;
     use crate::profile::tests::round;
-    use crate::workload::arrivals::Arrivals;
-    use crate::workload::pool::PromptPool;
     use crate::workload::popularity::Popularity;
     use crate::workload::regime::Regime;
-    use crate::workload::spec::{Amount, WorkloadSpec, generate_trace};
+    use crate::workload::spec::generate_trace;
 
     fn engine(gpu_loras: u32) -> EngineSettings {
         EngineSettings { model: "tiny".to_owned(), gpu_loras, ..EngineSettings::default() }
     }
 
-    fn trace(rate: f64) -> Trace {
-        let spec = WorkloadSpec {
+    fn spec(rate: f64, requests: u64) -> WorkloadSpec {
+        WorkloadSpec {
             regime: Regime::Short,
             arrivals: Arrivals::Poisson,
             rate,
             popularity: Popularity::Uniform,
             total_loras: 128,
-            amount: Amount::Requests(400),
+            amount: Amount::Requests(requests),
             max_tokens: 16,
             seed: 1,
             ranks: vec![8],
-        };
-        generate_trace(&spec, &PromptPool::embedded(Regime::Short)).unwrap()
+        }
+    }
+
+    fn trace(rate: f64) -> Trace {
+        generate_trace(&spec(rate, 400), &PromptPool::embedded(Regime::Short)).unwrap()
     }
 
     fn median(simulated: &Simulated) -> f64 {
@@ -334,6 +387,36 @@ mod tests {
     }
 
     #[test]
+    fn what_an_engine_sustains_does_not_hang_on_the_number_of_requests() {
+        let simulator = Simulator::new(round()).unwrap();
+        let pool = PromptPool::embedded(Regime::Short);
+        for max_num_seqs in [16, 128] {
+            let engine = EngineSettings { max_num_seqs, ..engine(16) };
+            let rate = |n| simulator.saturation_rate_of(&engine, &spec(3.0, n), &pool).unwrap();
+            let rates = [1, 10, 50, 200, 5000].map(rate);
+            assert_eq!(rates, [rates[0]; 5], "{max_num_seqs} sequences");
+            // The first of a long trace are the same requests; a short one comes over again.
+            let long = generate_trace(&spec(3.0, 5000), &pool).unwrap();
+            assert_eq!(simulator.saturation_rate(&engine, &long).unwrap(), rates[0]);
+            let short = Trace { requests: long.requests[..10].to_vec(), ..long.clone() };
+            let over_again =
+                long.requests.iter().take(10).cycle().take(Simulator::burst(&engine) as usize).cloned();
+            let over_again = Trace { requests: over_again.collect(), ..long.clone() };
+            let rate = |trace| simulator.saturation_rate(&engine, trace).unwrap();
+            assert_eq!(rate(&short), rate(&over_again));
+        }
+    }
+
+    #[test]
+    fn a_request_beyond_the_clock_is_refused() {
+        let simulator = Simulator::new(round()).unwrap();
+        let mut trace = trace(1.0);
+        trace.requests[399].arrival_s = 1e11;
+        let error = simulator.run(&engine(2), &trace).unwrap_err().to_string();
+        assert!(error.contains("later than 1e10 s"), "{error}");
+    }
+
+    #[test]
     fn other_models_ranks_and_lengths_are_refused() {
         let simulator = Simulator::new(round()).unwrap();
         let refused = |engine: EngineSettings| simulator.run(&engine, &trace(1.0)).unwrap_err().to_string();
@@ -342,7 +425,10 @@ mod tests {
         );
         assert!(refused(EngineSettings { max_r: 64, ..engine(2) }).contains("--ranks 64"));
         assert!(refused(EngineSettings { max_model_len: Some(300), ..engine(2) }).contains("max_model_len"));
-        assert!(refused(EngineSettings { kv_memory: Some("1MiB".into()), ..engine(2) }).contains("GB"));
+        assert!(
+            refused(EngineSettings { kv_memory: Some("1MiB".into()), ..engine(2) })
+                .contains("raise --kv-memory")
+        );
         assert!(refused(EngineSettings { kv_memory: Some("lots".into()), ..engine(2) }).contains("'lots'"));
     }
 }

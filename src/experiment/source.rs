@@ -2,14 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{EngineSettings, WorkloadSettings};
+use super::{EngineSettings, Simulator, WorkloadSettings};
 use crate::workload::arrivals::Arrivals;
 use crate::workload::import;
 use crate::workload::pool::PromptPool;
 use crate::workload::regime::Regime;
 use crate::workload::replay::{Replay, replay_trace};
 use crate::workload::spec::{Amount, WorkloadError, WorkloadSpec, generate_trace};
-use crate::workload::trace::Trace;
+use crate::workload::trace::{NO_ADAPTERS, Trace};
 
 /// Requests that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +20,46 @@ pub enum SourceError {
     /// A trace that cannot be read.
     #[error("{0:#}")]
     Trace(anyhow::Error),
+    /// A trace that cannot be used as the cell says.
+    #[error("{path}: {source}")]
+    Replay {
+        /// Its file.
+        path: String,
+        /// Why.
+        source: WorkloadError,
+    },
+    /// More requests than the trace has, at the trace's times.
+    #[error(
+        "num_requests is {asked} and the trace {path} has {there} requests: lower it, leave it out for the whole trace, \
+         or set other arrivals than \"trace\""
+    )]
+    TooShort {
+        /// Its file.
+        path: String,
+        /// Asked for.
+        asked: u64,
+        /// In the trace.
+        there: u64,
+    },
+    /// A warm-up that takes all of a trace.
+    #[error("warm_up is {warm_up} and leaves none of the {there} requests of the trace {path}: lower it")]
+    WarmUp {
+        /// Requests to leave out.
+        warm_up: u64,
+        /// The trace's file.
+        path: String,
+        /// Requests there are.
+        there: usize,
+    },
+    /// Several seeds where nothing is drawn.
+    #[error(
+        "[replicate] has several seeds, and times, lengths and adapters are all those of the trace {path}: every seed would \
+         be the same run. Give one seed, or draw anew with arrivals or popularity"
+    )]
+    NothingDrawn {
+        /// The trace's file.
+        path: String,
+    },
     /// Texts that cannot be read or counted.
     #[error("{0}")]
     Prompts(String),
@@ -39,6 +79,13 @@ struct PoolKey {
     tokenizer: Option<String>,
 }
 
+/// When requests come.
+#[derive(Clone, Copy)]
+struct Times {
+    arrivals: Arrivals,
+    rate: Option<f64>,
+}
+
 impl Sources {
     /// A cell's trace of a seed, with arrivals at `rate` (which a cell with `rho` does not know).
     pub fn trace(
@@ -48,33 +95,77 @@ impl Sources {
         rate: Option<f64>,
         seed: u64,
     ) -> Result<Trace, SourceError> {
-        let amount = Amount::Requests(workload.num_requests);
+        let times = Times { arrivals: workload.arrivals, rate };
+        let trace = self.made(engine, workload, times, workload.num_requests, seed)?;
+        match &workload.trace {
+            Some(path) if workload.warm_up >= trace.requests.len() as u64 => Err(SourceError::WarmUp {
+                warm_up: workload.warm_up,
+                path: path.clone(),
+                there: trace.requests.len(),
+            }),
+            _ => Ok(trace),
+        }
+    }
+
+    /// Requests like a cell's for [`Simulator::saturation_rate`]: as many as that takes,
+    /// whatever the cell's own number of them is, else the same `rho` would be another load for another number. A trace
+    /// that is shorter comes over again.
+    pub fn burst(
+        &mut self,
+        engine: &EngineSettings,
+        workload: &WorkloadSettings,
+        seed: u64,
+    ) -> Result<Trace, SourceError> {
+        // Any times will do: they all come at once.
+        let times = Times { arrivals: Arrivals::Fixed, rate: Some(1.0) };
+        self.made(engine, workload, times, Some(Simulator::burst(engine)), seed)
+    }
+
+    /// Whether another seed is another run: something is drawn, be it times, lengths or adapters.
+    pub fn draws(&mut self, workload: &WorkloadSettings) -> Result<bool, SourceError> {
+        let Some(path) = &workload.trace else { return Ok(true) };
+        if workload.arrivals != Arrivals::Trace || workload.popularity.is_some() {
+            return Ok(true);
+        }
+        Ok(self.read_trace(Path::new(path))?.header.popularity == NO_ADAPTERS)
+    }
+
+    /// `requests` of none is the whole trace.
+    fn made(
+        &mut self,
+        engine: &EngineSettings,
+        workload: &WorkloadSettings,
+        Times { arrivals, rate }: Times,
+        requests: Option<u64>,
+        seed: u64,
+    ) -> Result<Trace, SourceError> {
         let ranks = engine.ranks();
         if let Some(path) = &workload.trace {
             let replay = Replay {
-                arrivals: workload.arrivals,
+                arrivals,
                 rate,
-                popularity: Some(workload.popularity),
+                popularity: workload.popularity,
                 total_loras: engine.total_loras,
-                amount: Some(amount),
-                max_tokens: Some(workload.max_tokens),
+                amount: requests.map(Amount::Requests),
+                max_tokens: workload.max_tokens,
                 seed,
                 ranks,
             };
-            return Ok(replay_trace(self.read_trace(Path::new(path))?, &replay)?);
+            return replay_trace(self.read_trace(Path::new(path))?, &replay).map_err(|e| match e {
+                WorkloadError::TraceTooShort { asked, there } => {
+                    SourceError::TooShort { path: path.clone(), asked, there }
+                }
+                source => SourceError::Replay { path: path.clone(), source },
+            });
         }
         let spec = WorkloadSpec {
             regime: workload.regime,
-            arrivals: if workload.arrivals == Arrivals::Trace {
-                Arrivals::Poisson
-            } else {
-                workload.arrivals
-            },
+            arrivals: if arrivals == Arrivals::Trace { Arrivals::Poisson } else { arrivals },
             rate: rate.unwrap_or(f64::NAN),
-            popularity: workload.popularity,
+            popularity: workload.popularity.unwrap_or_default(),
             total_loras: engine.total_loras,
-            amount,
-            max_tokens: workload.max_tokens,
+            amount: Amount::Requests(requests.unwrap_or(workload.requests())),
+            max_tokens: workload.output_tokens(),
             seed,
             ranks,
         };

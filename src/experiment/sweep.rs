@@ -52,6 +52,20 @@ pub enum SweepError {
         .0.display()
     )]
     Logged(PathBuf),
+    /// A run, by what its cell is called.
+    #[error("{run}: {source}")]
+    Run {
+        /// The cell and the seed.
+        run: String,
+        /// What is wrong.
+        source: Box<SweepError>,
+    },
+    /// `rho` of a full budget that there is no room for.
+    #[error(
+        "the load rho is a share of what total_loras slots sustain, and {0}. Lower total_loras, or set arrival_rate in place of \
+         rho"
+    )]
+    NoFullBudget(SimulateError),
     /// `rho` without a profile.
     #[error("the load rho is a share of the saturation rate, which a profile gives: name one with --profile")]
     NoProfile,
@@ -109,6 +123,11 @@ pub struct SweepProgress<'a> {
     pub requests: (usize, usize),
 }
 
+/// An error of a run, which names it: there are many.
+fn of(run: &Run<'_>, source: SweepError) -> SweepError {
+    SweepError::Run { run: format!("{}, seed {}", run.cell.called(), run.seed), source: Box::new(source) }
+}
+
 impl Sweep<'_> {
     /// The rows that the CSV has already.
     pub fn rows(&self) -> Result<Vec<ResultRow>, SweepError> {
@@ -162,13 +181,22 @@ impl Sweep<'_> {
     fn rate(&self, cell: &Cell, sources: &mut Sources, seed: u64) -> Result<Option<f64>, SweepError> {
         let Some(rho) = cell.workload.rho else { return Ok(cell.workload.arrival_rate) };
         let simulator = self.simulator.ok_or(SweepError::NoProfile)?;
-        // Any rate will do: the burst comes all at once.
-        let trace = sources.trace(&cell.engine, &cell.workload, Some(1.0), seed)?;
-        Ok(Some(rho * simulator.saturation_rate(&cell.at_full_budget(), &trace)?))
+        let burst = sources.burst(&cell.engine, &cell.workload, seed)?;
+        match simulator.saturation_rate(&cell.at_full_budget(), &burst) {
+            Ok(most) => Ok(Some(rho * most)),
+            Err(e) if e.is_of_the_budget() => Err(SweepError::NoFullBudget(e)),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// The same for every budget: common random numbers.
     fn trace(&self, run: &Run<'_>, sources: &mut Sources) -> Result<(Option<f64>, Trace), SweepError> {
+        if let Some(path) = &run.cell.workload.trace
+            && self.experiment.replicate.seeds.len() > 1
+            && !sources.draws(&run.cell.workload)?
+        {
+            return Err(SourceError::NothingDrawn { path: path.clone() }.into());
+        }
         let rate = self.rate(run.cell, sources, run.seed)?;
         Ok((rate, sources.trace(&run.cell.engine, &run.cell.workload, rate, run.seed)?))
     }
@@ -177,10 +205,11 @@ impl Sweep<'_> {
         &self,
         run: &Run<'_>,
         source: Source,
+        trace: &Trace,
         records: &[RequestRecord],
         fill: impl FnOnce(&mut ResultRow),
     ) -> Result<ResultRow, SweepError> {
-        let context = run.cell.run_context(source, run.seed, run.repeat);
+        let context = run.cell.run_context_on(trace, source, run.seed, run.repeat);
         let warm: Vec<RequestRecord>;
         let records = match run.cell.workload.warm_up {
             0 => records,
@@ -211,24 +240,44 @@ impl Sweep<'_> {
         let mut rows = Vec::new();
         for chunk in pending.chunks(CHUNK) {
             progress(SweepProgress { done: rows.len(), total: pending.len(), run: None, requests: (0, 0) });
-            let done: Vec<ResultRow> = chunk
+            let done: Vec<Result<ResultRow, SweepError>> = chunk
                 .par_iter()
                 .map_init(Sources::default, |sources, run| {
-                    let (rate, trace) = self.trace(run, sources)?;
-                    let simulated = simulator.run(&run.cell.engine, &trace)?;
-                    let saturation = simulator.saturation_rate(&run.cell.engine, &trace)?;
-                    self.row(run, Source::Simulated, &simulated.records, |row| {
-                        row.arrival_rate = rate;
-                        row.duration_seconds = Some(simulated.totals.end as f64 * 1e-9);
-                        row.swap_count = Some(simulated.totals.swaps);
-                        row.saturated = rate.map(|rate| is_saturated(rate, saturation));
-                    })
+                    self.simulated(run, simulator, sources).map_err(|e| of(run, e))
                 })
-                .collect::<Result<_, SweepError>>()?;
-            append_rows(&self.csv, &done)?;
+                .collect();
+            // What is finished is kept, whatever became of the others.
+            let (done, failed): (Vec<_>, Vec<_>) = done.into_iter().partition(Result::is_ok);
+            let done: Vec<ResultRow> = done.into_iter().flatten().collect();
+            if !done.is_empty() {
+                append_rows(&self.csv, &done)?;
+            }
+            if let Some(Err(e)) = failed.into_iter().next() {
+                return Err(e);
+            }
             rows.extend(done);
         }
         Ok(rows)
+    }
+
+    fn simulated(
+        &self,
+        run: &Run<'_>,
+        simulator: &Simulator,
+        sources: &mut Sources,
+    ) -> Result<ResultRow, SweepError> {
+        let Cell { engine, workload, .. } = run.cell;
+        let (rate, trace) = self.trace(run, sources)?;
+        let simulated = simulator.run(engine, &trace)?;
+        // What num_requests cuts off of a trace may be more than this engine takes: then nothing is known.
+        let burst = sources.burst(engine, workload, run.seed).ok();
+        let saturation = burst.and_then(|burst| simulator.saturation_rate(engine, &burst).ok());
+        self.row(run, Source::Simulated, &trace, &simulated.records, |row| {
+            row.arrival_rate = rate;
+            row.duration_seconds = Some(simulated.totals.end as f64 * 1e-9);
+            row.swap_count = Some(simulated.totals.swaps);
+            row.saturated = rate.zip(saturation).map(|(rate, saturation)| is_saturated(rate, saturation));
+        })
     }
 
     /// The cell of the first run that is left to measure.
@@ -268,7 +317,7 @@ impl Sweep<'_> {
         let mut sources = Sources::default();
         let mut rows = Vec::new();
         for run in &pending {
-            let (rate, trace) = self.trace(run, &mut sources)?;
+            let (rate, trace) = self.trace(run, &mut sources).map_err(|e| of(run, e))?;
             let (done, total) = (rows.len(), pending.len());
             let files = self.log_files(run)?;
             let log = match &files {
@@ -281,8 +330,9 @@ impl Sweep<'_> {
             };
             let measured = engines.run(&run.cell.engine, &trace, log, |ended, all| {
                 progress(SweepProgress { done, total, run: Some(*run), requests: (ended, all) });
-            })?;
-            let row = self.row(run, Source::Measured, &measured.records, |row| {
+            });
+            let measured = measured.map_err(|e| of(run, e.into()))?;
+            let row = self.row(run, Source::Measured, &trace, &measured.records, |row| {
                 row.arrival_rate = rate;
                 row.duration_seconds = Some(measured.wall_s);
                 row.swap_count = Some(measured.swaps);

@@ -83,19 +83,85 @@ pub enum ProfileError {
         /// The one asked for.
         asked: String,
     },
-    /// Slots and weights leave no memory for the KV cache.
+    /// Slots leave too little memory for the KV cache: with fewer of them there is room.
     #[error(
-        "{gpu_loras} slots leave no room for one request: required {required_gb:.2} GB, available \
-         {available_gb:.2} GB: lower --gpu-loras"
+        "{gpu_loras} slots leave no room for {}: required {}, available {}: lower --gpu-loras{}",
+        if *kv_memory { "a KV cache of --kv-memory" } else { "one request" },
+        size(*required),
+        size(*available),
+        if *kv_memory { " or --kv-memory" } else { "" }
     )]
-    Memory {
+    Slots {
         /// Slots.
         gpu_loras: usize,
-        /// What is needed.
-        required_gb: f64,
-        /// What there is.
-        available_gb: f64,
+        /// Whether the KV cache has a size that was asked for.
+        kv_memory: bool,
+        /// Bytes of weights, workspace, slots and KV cache.
+        required: u64,
+        /// Bytes that there are.
+        available: u64,
     },
+    /// The KV cache that was asked for has more bytes than any number of slots leaves.
+    #[error(
+        "--kv-memory {} is more than there is: weights and one slot leave {} of {}: lower --kv-memory",
+        size(*asked),
+        size(*room),
+        size(*available)
+    )]
+    KvMemoryTooLarge {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes beside weights, workspace and one slot.
+        room: u64,
+        /// Bytes of the whole memory.
+        available: u64,
+    },
+    /// The KV cache that was asked for does not hold one request.
+    #[error(
+        "--kv-memory {} holds no request of {max_model_len} tokens, which takes {}: raise --kv-memory, or lower \
+         --max-model-len",
+        size(*asked),
+        size(*needed)
+    )]
+    KvMemoryTooSmall {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes of one request's blocks.
+        needed: u64,
+        /// Tokens of one request, at most.
+        max_model_len: usize,
+    },
+    /// One request is longer than any number of slots leaves room for.
+    #[error(
+        "a request of {max_model_len} tokens takes {} of KV cache and there is room for {}: lower --max-model-len",
+        size(*needed),
+        size(*room)
+    )]
+    ModelLen {
+        /// Tokens of one request, at most.
+        max_model_len: usize,
+        /// Bytes of its blocks.
+        needed: u64,
+        /// Bytes that the KV cache has, or would have beside one slot.
+        room: u64,
+    },
+}
+
+impl ProfileError {
+    /// Whether it is a matter of the budget: fewer slots would fit.
+    pub fn is_of_the_budget(&self) -> bool {
+        matches!(self, Self::Slots { .. })
+    }
+}
+
+/// Bytes as people read them.
+fn size(bytes: u64) -> String {
+    const UNITS: [(f64, &str); 3] = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
+    let bytes = bytes as f64;
+    UNITS
+        .iter()
+        .find(|(unit, _)| bytes >= *unit)
+        .map_or_else(|| format!("{bytes} B"), |(unit, name)| format!("{:.2} {name}", bytes / unit))
 }
 
 /// The rest of a sentence that names the shipped profiles, if there are any.

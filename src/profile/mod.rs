@@ -321,20 +321,38 @@ impl Profile {
         kv_memory: Option<u64>,
     ) -> Result<usize, ProfileError> {
         let e = &self.engine;
-        let block_bytes = e.kv_block_bytes / u64::from(e.block_size) * block_size as u64;
-        let slots = gpu_loras as u64 * self.adapter_bytes(max_rank)?;
-        let needed = (max_model_len.div_ceil(block_size)) as u64 * block_bytes;
-        let (available, taken) = match e.memory_bytes {
-            Some(memory) => (memory, e.weights_bytes + e.workspace_bytes + slots),
-            None => (kv_memory.or(e.kv_memory_bytes).unwrap_or(0), 0),
+        let block_bytes = (e.kv_block_bytes / u64::from(e.block_size)).max(1) * block_size.max(1) as u64;
+        let needed = (max_model_len.div_ceil(block_size.max(1)) as u64).saturating_mul(block_bytes);
+        let adapter = self.adapter_bytes(max_rank)?;
+        // What is taken beside the cache whatever the budget is.
+        let taken = e.weights_bytes + e.workspace_bytes;
+        let of = |slots: u64| slots.saturating_mul(adapter).saturating_add(taken);
+        if let Some(asked) = kv_memory.filter(|&asked| asked < needed) {
+            return Err(ProfileError::KvMemoryTooSmall { asked, needed, max_model_len });
+        }
+        let Some(available) = e.memory_bytes else {
+            let cache = kv_memory.or(e.kv_memory_bytes).unwrap_or(0);
+            if cache < needed {
+                return Err(ProfileError::ModelLen { max_model_len, needed, room: cache });
+            }
+            return Ok((cache / block_bytes) as usize);
         };
-        let room = available.saturating_sub(taken);
+        let room = available.saturating_sub(of(gpu_loras as u64));
         let cache = kv_memory.unwrap_or(room);
         if room < cache || cache < needed {
-            return Err(ProfileError::Memory {
-                gpu_loras,
-                required_gb: (taken + needed.max(kv_memory.unwrap_or(0))) as f64 / 1e9,
-                available_gb: available as f64 / 1e9,
+            // Who is at fault: the slots, unless it would be too much beside a single one.
+            let most = available.saturating_sub(of(1));
+            return Err(match kv_memory {
+                Some(asked) if asked > most => {
+                    ProfileError::KvMemoryTooLarge { asked, room: most, available }
+                }
+                None if needed > most => ProfileError::ModelLen { max_model_len, needed, room: most },
+                _ => ProfileError::Slots {
+                    gpu_loras,
+                    kv_memory: kv_memory.is_some(),
+                    required: of(gpu_loras as u64).saturating_add(kv_memory.unwrap_or(needed)),
+                    available,
+                },
             });
         }
         Ok((cache / block_bytes) as usize)
@@ -439,5 +457,39 @@ pub(crate) mod tests {
         // A cache of a given size, as long as there is room for it.
         assert_eq!(profile.kv_blocks(10, 8, 16, 4352, Some(280 << 14)).unwrap(), 280);
         assert!(profile.kv_blocks(10, 8, 16, 4352, Some(301 << 14)).is_err());
+    }
+
+    #[test]
+    fn what_does_not_fit_names_the_flag_that_is_at_fault() {
+        let mut shared = round();
+        shared.engine.memory_bytes = Some((1 << 25) + 10_000_000 + 300 * (1 << 14));
+        shared.engine.kv_memory_bytes = None;
+        let refused = |profile: &Profile, slots, model_len, kv_memory| {
+            profile.kv_blocks(slots, 8, 16, model_len, kv_memory).unwrap_err()
+        };
+        // Ten slots and 300 blocks fit; a request of 4,352 tokens takes 272 blocks.
+        for (slots, model_len, kv_blocks, says, of_the_budget) in [
+            (11, 4352, None, "11 slots leave no room for one request: required 49.01 MB", true),
+            (10, 4352, Some(301), "lower --gpu-loras or --kv-memory", true),
+            (1, 4352, Some(271), "raise --kv-memory, or lower --max-model-len", false),
+            (
+                10,
+                4352,
+                Some(1 << 40),
+                "weights and one slot leave 13.92 MB of 48.47 MB: lower --kv-memory",
+                false,
+            ),
+            (10, 1_000_000, None, "of KV cache and there is room for 13.92 MB: lower --max-model-len", false),
+        ] {
+            let error = refused(&shared, slots, model_len, kv_blocks.map(|n: u64| n << 14));
+            assert!(error.to_string().contains(says), "{error}");
+            assert_eq!(error.is_of_the_budget(), of_the_budget, "{error}");
+            assert!(of_the_budget || !error.to_string().contains("--gpu-loras"), "{error}");
+        }
+        // A cache with a memory of its own does not care for slots.
+        let own = refused(&round(), 2, 2_000_000, None).to_string();
+        assert!(own.contains("there is room for 1.07 GB: lower --max-model-len"), "{own}");
+        let small = refused(&round(), 2, 4352, Some(1024)).to_string();
+        assert!(small.starts_with("--kv-memory 1.02 kB holds no request of 4352 tokens"), "{small}");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::arrivals::{Arrivals, round_ns};
 use super::popularity::{AdapterDraw, Popularity};
-use super::spec::{Amount, WorkloadError, check_duration, rank_of, times};
+use super::spec::{Amount, MOST_SECONDS, WorkloadError, check_duration, check_seconds, rank_of, times};
 use super::trace::{NO_ADAPTERS, Trace, TraceRequest};
 
 /// What is changed about a trace when it is used again. `None` keeps what the trace has.
@@ -99,10 +99,14 @@ fn replay_times(trace: &Trace, replay: &Replay) -> Result<Vec<f64>, WorkloadErro
             times.retain(|t| *t < duration);
         }
     }
-    if times.is_empty() {
-        return Err(WorkloadError::NoRequests("none of the trace arrives in what was asked for".to_owned()));
+    match (times.last(), replay.rate) {
+        (None, _) => {
+            Err(WorkloadError::NoRequests("none of the trace arrives in what was asked for".to_owned()))
+        }
+        (Some(&last), None) if last > MOST_SECONDS => Err(WorkloadError::TooLong(last)),
+        (Some(&last), Some(rate)) => check_seconds(last, rate).map(|()| times),
+        _ => Ok(times),
     }
-    Ok(times)
 }
 
 #[cfg(test)]
@@ -183,10 +187,21 @@ mod tests {
                 .contains("the trace has 200")
         );
         assert!(refused(Replay { rate: Some(-1.0), ..as_it_is() }).contains("positive"));
+        assert!(refused(Replay { rate: Some(1e-9), ..as_it_is() }).contains("at 1e-9 requests a second"));
         assert!(refused(Replay { arrivals: Arrivals::Poisson, ..as_it_is() }).contains("positive"));
         assert!(
             refused(Replay { amount: Some(Amount::DurationS(1e-9)), ..as_it_is() }).contains("no requests")
         );
+    }
+
+    #[test]
+    fn a_trace_that_lasts_longer_than_any_run_is_refused() {
+        let mut trace = trace();
+        trace.requests[199].arrival_s = 1e10;
+        let error = replay_trace(&trace, &as_it_is()).unwrap_err().to_string();
+        assert!(error.contains("arrives 1.0e10 s after its start"), "{error}");
+        let cut = Replay { amount: Some(Amount::Requests(199)), ..as_it_is() };
+        assert!(replay_trace(&trace, &cut).is_ok());
     }
 
     #[test]

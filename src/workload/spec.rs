@@ -9,6 +9,9 @@ use super::trace::{SCHEMA, Trace, TraceHeader, TraceRequest};
 /// More requests than this are a mistake in rate or duration.
 pub const MOST_REQUESTS: u64 = 100_000_000;
 
+/// More seconds than this, 32 years, are a mistake in the rate too: clocks count nanoseconds in 64 bits.
+pub const MOST_SECONDS: f64 = 1e9;
+
 /// How much of a workload.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Amount {
@@ -58,6 +61,23 @@ pub enum WorkloadError {
         "the workload would have {0} requests, more than {MOST_REQUESTS}: lower the rate or the duration"
     )]
     TooMany(u64),
+    /// A rate at which requests take longer than any run.
+    #[error(
+        "at {rate:e} requests a second the workload lasts {seconds:.1e} s, more than {MOST_SECONDS:e}: raise the rate, or ask \
+         for less"
+    )]
+    TooSlow {
+        /// Requests a second.
+        rate: f64,
+        /// How long it would take.
+        seconds: f64,
+    },
+    /// A trace whose own times last longer than any run.
+    #[error(
+        "the trace's last request arrives {0:.1e} s after its start, more than {MOST_SECONDS:e}: times count from the trace's \
+         start, in seconds"
+    )]
+    TooLong(f64),
     /// No outputs.
     #[error("max_tokens is 0: every request must ask for at least one token")]
     NoOutput,
@@ -199,9 +219,13 @@ impl Times {
                 return Err(WorkloadError::NoRequests("0 requests were asked for".to_owned()));
             }
             Amount::Requests(n) if n > MOST_REQUESTS => return Err(WorkloadError::TooMany(n)),
-            Amount::Requests(n) => (n, f64::INFINITY),
+            Amount::Requests(n) => {
+                check_seconds(n as f64 / rate, rate)?;
+                (n, f64::INFINITY)
+            }
             Amount::DurationS(duration) => {
                 check_duration(duration)?;
+                check_seconds(duration, rate)?;
                 let expected = duration * rate;
                 if expected > MOST_REQUESTS as f64 {
                     return Err(WorkloadError::TooMany(expected as u64));
@@ -239,6 +263,11 @@ fn refuse_none(none: bool, rate: f64) -> Result<(), WorkloadError> {
         return Err(WorkloadError::NoRequests(format!("no arrival at {rate}/s falls in the duration")));
     }
     Ok(())
+}
+
+/// Refuses what lasts longer than any run.
+pub(super) fn check_seconds(seconds: f64, rate: f64) -> Result<(), WorkloadError> {
+    if seconds <= MOST_SECONDS { Ok(()) } else { Err(WorkloadError::TooSlow { rate, seconds }) }
 }
 
 pub(super) fn check_duration(duration: f64) -> Result<(), WorkloadError> {
@@ -355,6 +384,12 @@ mod tests {
         }
         assert!(refused(WorkloadSpec { amount: Amount::Requests(0), ..spec() }).contains("no requests"));
         assert!(refused(WorkloadSpec { amount: Amount::DurationS(1e12), ..spec() }).contains("more than"));
+        assert!(refused(WorkloadSpec { amount: Amount::DurationS(9e8), ..spec() }).contains("more than"));
+        for rate in [1e-9, 1e-300] {
+            assert!(
+                refused(WorkloadSpec { rate, ..spec() }).contains(&format!("at {rate:e} requests a second"))
+            );
+        }
         assert!(refused(WorkloadSpec { max_tokens: 0, ..spec() }).contains("at least one token"));
         assert!(refused(WorkloadSpec { arrivals: Arrivals::Trace, ..spec() }).contains("need a trace"));
         let empty = PromptPool { source: "nothing".to_owned(), prompts: Vec::new() };

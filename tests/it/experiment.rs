@@ -1,10 +1,12 @@
 //! Experiment files: what cells they resolve to, and what they refuse.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
-use lora_hbm::experiment::{Experiment, Shard};
-use lora_hbm::report::results::{ResultRow, Source};
+use lora_hbm::experiment::{Experiment, Shard, Simulator, Sources};
+use lora_hbm::profile::Profile;
+use lora_hbm::report::results::{ResultRow, Source, read_rows};
+use lora_hbm::workload::popularity::Popularity;
 
 fn parse(text: &str) -> Experiment {
     Experiment::parse(text, "test.toml").unwrap()
@@ -41,8 +43,8 @@ fn the_validation_of_the_demo_has_seven_budgets_five_times() {
 fn settings_left_out_have_the_defaults_of_the_commands() {
     let cell = &parse("[axes]\ngpu_loras = [2]").cells()[0].clone();
     assert_eq!((cell.engine.total_loras, cell.engine.max_r, cell.engine.max_num_seqs), (128, 8, 16));
-    assert_eq!((cell.workload.arrival_rate, cell.workload.num_requests), (Some(2.0), 200));
-    assert_eq!(cell.workload.max_tokens, 16);
+    assert_eq!((cell.workload.arrival_rate, cell.workload.num_requests), (Some(2.0), Some(200)));
+    assert_eq!((cell.workload.max_tokens, cell.workload.popularity), (Some(16), Some(Popularity::Uniform)));
 }
 
 #[test]
@@ -57,6 +59,59 @@ fn a_key_follows_from_the_settings_alone() {
     assert_ne!(plain, key("[engine]\ngpu_loras = 4\npolicy = \"fcfs\""));
     // Results of earlier versions are found again only while this holds.
     assert_eq!(plain, "a2aaec1a6e54887f");
+}
+
+/// Rows of a committed results file, by cell.
+fn committed(csv: &str) -> BTreeMap<String, ResultRow> {
+    let rows = read_rows(Path::new(env!("CARGO_MANIFEST_DIR")).join("plots").join(csv)).unwrap();
+    rows.into_iter().map(|row| (row.cell.clone().unwrap(), row)).collect()
+}
+
+#[test]
+fn committed_results_are_of_the_cells_of_their_experiments() {
+    for (csv, experiments) in [
+        ("h100-pilot/pilot.csv", &["h100-pilot.toml", "h100-pilot-repeats.toml"][..]),
+        ("h100-pilot/plan.csv", &["h100-plan.toml"]),
+        ("h100-ranks/h100-ranks.csv", &["h100-ranks.toml"]),
+        ("demo-validate/demo-validate.csv", &["demo-validate.toml"]),
+    ] {
+        let of_file: BTreeSet<String> = committed(csv).into_keys().collect();
+        let cells =
+            |name: &&str| shipped(name).cells().iter().map(|c| c.key().to_owned()).collect::<Vec<_>>();
+        let keys: BTreeSet<String> = experiments.iter().flat_map(cells).collect();
+        assert_eq!(of_file, keys, "{csv}");
+    }
+}
+
+#[test]
+fn the_pilot_s_loads_are_what_they_were_whatever_the_number_of_requests() {
+    let simulator = Simulator::new(Profile::named("h100-llama2-7b").unwrap()).unwrap();
+    let rows = committed("h100-pilot/pilot.csv");
+    for cell in shipped("h100-pilot.toml").cells() {
+        let rate = |requests: u64| {
+            let mut workload = cell.workload.clone();
+            workload.num_requests = Some(requests);
+            let burst = Sources::default().burst(&cell.engine, &workload, 11).unwrap();
+            cell.workload.rho.unwrap() * simulator.saturation_rate(&cell.at_full_budget(), &burst).unwrap()
+        };
+        let was = rows[cell.key()].arrival_rate.unwrap();
+        assert_eq!([rate(200), rate(10), rate(5000)], [was; 3]);
+    }
+}
+
+#[test]
+fn with_a_trace_what_is_not_set_is_the_trace_s() {
+    let cell = |more: &str| {
+        parse(&format!("[engine]\ngpu_loras = 2\n[workload]\ntrace = \"t.jsonl\"\n{more}")).cells()[0].clone()
+    };
+    let kept = cell("arrivals = \"trace\"").workload;
+    assert_eq!(
+        (kept.num_requests, kept.max_tokens, kept.popularity, kept.arrival_rate),
+        (None, None, None, None)
+    );
+    let set = cell("num_requests = 200\nmax_tokens = 16\npopularity = \"uniform\"");
+    assert_eq!((set.workload.num_requests, set.workload.max_tokens), (Some(200), Some(16)));
+    assert_ne!(set.key(), cell("").key(), "what is set goes before the trace's, so it is another cell");
 }
 
 #[test]
@@ -142,6 +197,9 @@ fn mistakes_are_named_with_a_remedy() {
             "unknown policy 'lifo': use one of skip, fcfs, affinity",
         ),
         ("[axes]\ngpu_loras = [2]\nregime = [\"tall\"]", "regime"),
+        ("[engine]\ngpu_loras = 2\nblock_size = 0", "block_size must be at least 1"),
+        ("[engine]\ngpu_loras = 2\nmax_skip_age = nan", "max_skip_age must be zero or more seconds, not NaN"),
+        ("[engine]\ngpu_loras = 2\ntotal_loras = 3000000000", "more than 1000000 adapters are a mistake"),
         ("[engine]\ngpu_loras = -2", "gpu_loras"),
         ("[engine]\ngpu_loras = 2\n[exclude]\nrank = 9", "leaves out no cell"),
         ("[engine]\ngpu_loras = 2\n[replicate]\nrepeats = 0", "repeats = 1 or more"),

@@ -87,8 +87,8 @@ fn speeds(simulator: &Simulator, engine: &EngineSettings, requests: u64) -> Resu
     let drawn = |e: WorkloadError| Failure::Failed(e.into());
     let pool = PromptPool::embedded(Regime::Short);
     let full = EngineSettings { gpu_loras: TOTAL_LORAS, ..engine.clone() };
-    let burst = Requests::new(&workload(1.0, requests, engine), &pool).map_err(drawn)?;
-    let saturation = simulator.saturation_rate_of(&full, burst).map_err(simulated)?;
+    let saturation =
+        simulator.saturation_rate_of(&full, &workload(1.0, requests, engine), &pool).map_err(simulated)?;
     let context = RunContext::new(Source::Simulated, TOTAL_LORAS, GPU_LORAS, Regime::Short.as_str());
     let bar = ui::bar((LOADS.len() * RUNS) as u64, "simulating");
     let mut speeds = Vec::new();

@@ -115,8 +115,8 @@ struct Runs<'a> {
 impl Runs<'_> {
     fn trace(&mut self, cell: &Cell, load: &Load) -> Result<Trace, Failure> {
         let workload = WorkloadSettings {
-            num_requests: load.requests,
-            max_tokens: load.max_tokens,
+            num_requests: Some(load.requests),
+            max_tokens: Some(load.max_tokens),
             ..cell.workload.clone()
         };
         Sources::default()
@@ -126,10 +126,11 @@ impl Runs<'_> {
 
     /// The highest rate that the full budget sustains.
     fn saturation_rate(&mut self, max_tokens: u32) -> Result<f64, Failure> {
-        let burst = Load::new(1.0, 200, max_tokens, 0);
         let full = &self.cells[self.cells.len() - 1];
-        let trace = self.trace(full, &burst)?;
-        self.simulator.saturation_rate(&full.engine, &trace).map_err(failed)
+        let workload = WorkloadSettings { max_tokens: Some(max_tokens), ..full.workload.clone() };
+        let burst = Sources::default().burst(&full.engine, &workload, SEEDS.start);
+        let burst = burst.map_err(|e| Failure::Failed(e.into()))?;
+        self.simulator.saturation_rate(&full.engine, &burst).map_err(failed)
     }
 
     /// As many requests at `rate` as there is time for.
