@@ -226,7 +226,7 @@ fn source(workload: &WorkloadSettings) -> Result<(Source, String), Failure> {
 }
 
 /// Whether there is something in a results file.
-fn is_begun(path: &std::path::Path) -> bool {
+pub(super) fn is_begun(path: &std::path::Path) -> bool {
     path.metadata().is_ok_and(|m| m.len() > 0)
 }
 

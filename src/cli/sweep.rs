@@ -125,8 +125,10 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
             other => failed(other),
         })?;
     }
-    // Before the run, not after it.
-    append_rows(&sweep.csv, &[]).map_err(Failure::failed)?;
+    if super::simulate::is_begun(&sweep.csv) {
+        // No rows: only a look at the header, before the run rather than after it.
+        append_rows(&sweep.csv, &[]).map_err(Failure::failed)?;
+    }
     let manifest_path = unclaimed_beside(named_by(&sweep.csv, source, shard), &manifest.started, &rows);
     sweep.manifest = manifest_path.file_name().map(|n| n.to_string_lossy().into_owned());
     manifest.write(&manifest_path).map_err(Failure::failed)?;
