@@ -132,16 +132,16 @@ pub fn calibrate(
         let mut bench = StepBench::new(&mut executor, limits, stream(options.seed, &name));
         let time = options.step_time / rooms.len() as u32;
         let mut show = |share: f64| progress("steps", (i as f64 + share) / rooms.len() as f64);
-        let (chosen, longest) = (1.0 - TRAFFIC, options.longest);
-        steps.extend(if on_gpu {
+        let longest = options.longest;
+        if on_gpu {
+            let chosen = 1.0 - TRAFFIC;
             let survey = Survey { time: time.mul_f64(chosen), longest, duty: options.duty, grid: i == 0 };
-            bench.survey(survey, |share| show(share * chosen))?
+            steps.extend(bench.survey(survey, |share| show(share * chosen))?);
+            let traffic = time.mul_f64(TRAFFIC);
+            steps.extend(bench.traffic(&config, traffic, longest, |share| show(chosen + share * TRAFFIC))?);
         } else {
-            bench.sample(time.mul_f64(chosen), longest, |share| show(share * chosen))?
-        });
-        steps.extend(
-            bench.traffic(&config, time.mul_f64(TRAFFIC), longest, |share| show(chosen + share * TRAFFIC))?,
-        );
+            steps.extend(bench.sample(time, longest, show)?);
+        }
         if i + 1 == rooms.len() {
             progress("swaps", 0.0);
             let source = rooms::swap_source(&loaded, slots);
@@ -268,7 +268,7 @@ fn fit_costs(terms: &[Term], counts: &DMatrix<f64>, measured: &DVector<f64>) -> 
     }
 }
 
-/// The share of the time for steps that goes to steps as traffic makes them, not as they were chosen.
+/// On a GPU, the share of the time for steps that goes to steps as traffic makes them, not as they were chosen.
 const TRAFFIC: f64 = 0.45;
 
 /// Rounds of [`fit_costs`].

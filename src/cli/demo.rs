@@ -140,9 +140,6 @@ fn with_load(load: &load::Load) -> Result<String, Failure> {
         workload.insert("num_requests".to_owned(), (load.requests as i64).into());
         workload.insert("max_tokens".to_owned(), i64::from(load.max_tokens).into());
     }
-    if let Some(toml::Value::Table(replicate)) = table.get_mut("replicate") {
-        replicate.insert("seeds".to_owned(), vec![load.seed as i64].into());
-    }
     toml::to_string(&table).map_err(Failure::failed)
 }
 

@@ -128,7 +128,9 @@ impl Server {
         let drain = async {
             let _ = stops.recv().await;
             state.start_draining();
-            tracing::info!("no new requests; {} are still running", state.in_flight());
+            if state.in_flight() > 0 {
+                tracing::info!("no new requests; {} are still running", state.in_flight());
+            }
             let until = Instant::now() + self.shutdown_timeout;
             // A closed channel is no second stop.
             let second = async {
