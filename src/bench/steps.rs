@@ -6,7 +6,8 @@ use lora_sched::Config;
 use serde::{Deserialize, Serialize};
 
 use super::{BenchError, Floors, Times};
-use crate::calibrate::StepBench;
+use crate::calibrate::{StepBench, StepSample};
+use crate::engine::executor::ExecutorError;
 
 /// What is measured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -74,6 +75,25 @@ fn slots(count: u32, adapters: u32) -> Vec<Option<u32>> {
     (0..count).map(|i| (adapters > 0).then(|| i % adapters)).collect()
 }
 
+/// Runs before those that count.
+const WARM_UP: usize = 2;
+
+/// Times of `runs` runs of a step, after `ahead` that do not count; none if it does not fit.
+fn timed(
+    ahead: usize,
+    runs: usize,
+    run: &mut impl FnMut() -> Result<Option<StepSample>, ExecutorError>,
+) -> Result<Option<Times>, BenchError> {
+    let mut ns = Vec::with_capacity(runs);
+    for i in 0..ahead + runs {
+        let Some(sample) = run()? else { break };
+        if i >= ahead {
+            ns.push(sample.ns);
+        }
+    }
+    Ok(Times::of(&ns))
+}
+
 pub(super) fn prefill(
     bench: &mut StepBench<'_>,
     grid: &StepGrid,
@@ -90,22 +110,16 @@ pub(super) fn prefill(
             }
             progress(&format!("prefill: {tokens} tokens, {adapters} adapters"));
             let slots = slots(prompts, adapters);
-            let mut timed = |ahead: usize, rest: Duration| {
-                let mut ns = Vec::with_capacity(grid.runs);
-                for run in 0..ahead + grid.runs {
-                    std::thread::sleep(rest);
-                    let Some(sample) = bench.prefills(tokens / prompts, &slots)? else { break };
-                    if run >= ahead {
-                        ns.push(sample.ns);
-                    }
-                }
-                Ok::<_, BenchError>(Times::of(&ns))
-            };
-            let Some(times) = timed(2, Duration::ZERO)? else { continue };
+            let mut run = || bench.prefills(tokens / prompts, &slots);
+            let Some(times) = timed(WARM_UP, grid.runs, &mut run)? else { continue };
             // Attention of shorter prompts is less work: the floor is that of one prompt alone.
             let alone = prompts == 1;
             let rest = Duration::from_secs_f64(grid.rest_s);
-            let rested = if alone && !rest.is_zero() { timed(1, rest)? } else { None };
+            let mut after_rest = || {
+                std::thread::sleep(rest);
+                run()
+            };
+            let rested = if alone && !rest.is_zero() { timed(1, grid.runs, &mut after_rest)? } else { None };
             let floor_ms = alone.then(|| floors.prefill_ms(tokens)).flatten();
             let sustained_floor_ms = alone.then(|| floors.prefill_sustained_ms(tokens)).flatten();
             rows.push(PrefillRow { tokens, prompts, adapters, times, rested, floor_ms, sustained_floor_ms });
@@ -129,17 +143,14 @@ pub(super) fn decode(
                 let mut fits = true;
                 for (place, slot) in (0..).zip(slots(batch, adapters)) {
                     // The steps that are timed end at `context`, all in the same blocks.
-                    let begin = context.saturating_sub(grid.runs as u32 + 2).max(1);
+                    let begin = context.saturating_sub((WARM_UP + grid.runs) as u32).max(1);
                     fits = fits && bench.bring_to(place, begin, slot)?;
                 }
-                let mut ns = Vec::with_capacity(grid.runs);
-                for run in 0..if fits { grid.runs + 2 } else { 0 } {
-                    let Some(sample) = bench.decode(batch, |_, _| Ok(()))? else { break };
-                    if run >= 2 {
-                        ns.push(sample.ns);
-                    }
+                if !fits {
+                    continue;
                 }
-                let Some(times) = Times::of(&ns) else { continue };
+                let mut run = || bench.decode(batch, |_, _| Ok(()));
+                let Some(times) = timed(WARM_UP, grid.runs, &mut run)? else { continue };
                 let bytes = config.adapters[..adapters as usize].iter().map(|a| a.bytes).sum();
                 let floor_ms = floors.decode_ms(batch, context, bytes);
                 rows.push(DecodeRow { batch, context, adapters, times, floor_ms });

@@ -129,7 +129,6 @@ impl<'a> StepBench<'a> {
 
     fn try_form(&mut self, parts: &[Part]) -> bool {
         self.plan.clear();
-        self.feed.clear();
         self.plan.step = self.steps;
         // Decodes stand first, as in the scheduler's plans.
         for wanted_decode in [true, false] {
@@ -164,13 +163,6 @@ impl<'a> StepBench<'a> {
                         self.plan.blocks.push(block);
                     }
                 }
-                if start == 0 {
-                    self.feed.begins.push((PlaceId(place), Sampling::default()));
-                }
-                if !decode {
-                    let vocab = limits.vocab_size as u32;
-                    self.feed.tokens.extend((0..tokens).map(|i| (start + i * 7 + place) % vocab));
-                }
                 p.tokens = start + tokens;
                 p.filled = p.filled.max(p.tokens);
                 self.plan.seqs.push(SeqStep {
@@ -185,7 +177,23 @@ impl<'a> StepBench<'a> {
                 });
             }
         }
+        self.fill_feed();
         !self.plan.seqs.is_empty()
+    }
+
+    /// What the planned sequences are fed: any tokens will do, since they cost alike.
+    fn fill_feed(&mut self) {
+        self.feed.clear();
+        let vocab = self.limits.vocab_size as u32;
+        for seq in &self.plan.seqs {
+            if seq.start == 0 {
+                self.feed.begins.push((seq.place, Sampling::default()));
+            }
+            if !seq.decode {
+                let token = |i: u32| (seq.start + i * 7 + seq.place.0) % vocab;
+                self.feed.tokens.extend((0..seq.len).map(token));
+            }
+        }
     }
 
     /// Runs the step that is formed. `beside` is called for every other completion meanwhile.

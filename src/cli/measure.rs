@@ -17,7 +17,7 @@ use crate::loadgen::{Health, LoadOutcome, SwapStats, prepare_for, saturated};
 use crate::report::files;
 use crate::report::manifest::{Manifest, stamped_beside};
 use crate::report::requests::append_requests;
-use crate::report::results::{self, ResultRow, RunContext, append_rows, rank_column};
+use crate::report::results::{self, ResultRow, RunContext, append_rows, check_takes_rows, rank_column};
 use crate::workload::spec::Amount;
 use crate::workload::trace::Trace;
 
@@ -94,9 +94,8 @@ pub fn run(args: &MeasureArgs, ctx: &Context) -> Result<(), Failure> {
     let measure = Measure::resolve(args, ctx)?;
     let out = measure.client.out.as_deref();
     measure.client.check(&[out, measure.settings.requests_out.as_deref()])?;
-    if let Some(path) = out.filter(|p| is_csv(p) && p.metadata().is_ok_and(|m| m.len() > 0)) {
-        // No rows: only a look at the header, before the run rather than after it.
-        append_rows(path, &[]).map_err(|e| Failure::Failed(e.into()))?;
+    if let Some(path) = out.filter(|p| is_csv(p)) {
+        check_takes_rows(path).map_err(|e| Failure::Failed(e.into()))?;
     }
     let mut manifest = measure.manifest()?;
     let measured = client::runtime()?.block_on(measure.run(ctx))?;

@@ -206,7 +206,7 @@ impl Probe {
 
     /// Appends in one write, after a line that tells this run from the ones before.
     fn save(&self, out: &Path, summaries: &[RateSummary]) -> Result<(), Failure> {
-        let there = out.metadata().is_ok_and(|m| m.len() > 0);
+        let there = files::is_begun(out);
         let text = if is_csv(out) {
             rates::csv(summaries, there)
         } else {

@@ -15,9 +15,9 @@ use super::workload::{Run, Source, WorkloadArgs, WorkloadSettings, amount};
 use crate::experiment::{Cell, EngineSettings, Simulator, is_saturated, lenient, seed_budgets};
 use crate::profile::{Kind, Profile};
 use crate::report::binds::Binds;
-use crate::report::files::check_writable;
+use crate::report::files::{check_writable, is_begun};
 use crate::report::manifest::{Manifest, unclaimed_beside};
-use crate::report::results::{ResultRow, RunContext, append_rows, read_rows};
+use crate::report::results::{ResultRow, RunContext, append_rows, check_takes_rows, read_rows};
 use crate::workload::arrivals::Arrivals;
 use crate::workload::spec::{Amount, Requests};
 
@@ -127,12 +127,8 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
         return Err(Failure::usage("--seeds is 0: it must be at least 1"));
     }
     if let Some(out) = &settings.out {
-        // Before the run, not after it.
         check_writable(out).map_err(|e| Failure::Failed(e.into()))?;
-        if is_begun(out) {
-            // No rows: only a look at the header.
-            append_rows_to(out, &[])?;
-        }
+        check_takes_rows(out).map_err(|e| Failure::Failed(e.into()))?;
     }
     let (source, said) = source(&workload)?;
     tracing::info!("{said}");
@@ -184,7 +180,7 @@ pub fn run(args: &SimulateArgs, ctx: &Context) -> Result<(), Failure> {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
         let named: Vec<ResultRow> =
             rows.iter().map(|row| ResultRow { manifest: name.clone(), ..row.clone() }).collect();
-        append_rows_to(out, &named)?;
+        append_rows(out, &named).map_err(|e| Failure::Failed(e.into()))?;
     }
     match ctx.format {
         OutputFormat::Json => {
@@ -223,15 +219,6 @@ fn source(workload: &WorkloadSettings) -> Result<(Source, String), Failure> {
 #[cfg(not(feature = "engine"))]
 fn source(workload: &WorkloadSettings) -> Result<(Source, String), Failure> {
     workload.source_without_text()
-}
-
-/// Whether there is something in a results file.
-pub(super) fn is_begun(path: &std::path::Path) -> bool {
-    path.metadata().is_ok_and(|m| m.len() > 0)
-}
-
-fn append_rows_to(path: &std::path::Path, rows: &[ResultRow]) -> Result<(), Failure> {
-    append_rows(path, rows).map_err(|e| Failure::Failed(e.into()))
 }
 
 /// The profile that a subcommand cannot do without. A what-if copy is said to be one.

@@ -16,7 +16,7 @@ use crate::report::cells::Cells;
 use crate::report::files::check_writable;
 use crate::report::machine::Gpu;
 use crate::report::manifest::{Dataset, Manifest, unclaimed_beside};
-use crate::report::results::{ResultRow, Source, append_rows};
+use crate::report::results::{ResultRow, Source, check_takes_rows};
 
 #[derive(Args, Debug, Serialize)]
 pub struct SweepArgs {
@@ -125,10 +125,7 @@ pub fn run(args: &SweepArgs, ctx: &Context) -> Result<(), Failure> {
             other => failed(other),
         })?;
     }
-    if super::simulate::is_begun(&sweep.csv) {
-        // No rows: only a look at the header, before the run rather than after it.
-        append_rows(&sweep.csv, &[]).map_err(Failure::failed)?;
-    }
+    check_takes_rows(&sweep.csv).map_err(Failure::failed)?;
     let manifest_path = unclaimed_beside(named_by(&sweep.csv, source, shard), &manifest.started, &rows);
     sweep.manifest = manifest_path.file_name().map(|n| n.to_string_lossy().into_owned());
     manifest.write(&manifest_path).map_err(Failure::failed)?;

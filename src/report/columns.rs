@@ -90,16 +90,7 @@ pub(crate) fn varying(rows: &[Row<'_>]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::results::{RunContext, Source};
-
-    fn row(cell: &str, settings: Option<&str>) -> ResultRow {
-        let run = RunContext {
-            cell: Some(cell.to_owned()),
-            settings: settings.map(str::to_owned),
-            ..RunContext::new(Source::Simulated, 4, 2, "short")
-        };
-        ResultRow::from_records(&[], &run)
-    }
+    use crate::report::settings::tests::row;
 
     #[test]
     fn settings_without_a_column_of_their_own_are_columns() {

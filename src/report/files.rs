@@ -66,6 +66,11 @@ pub fn check_writable(path: impl AsRef<Path>) -> Result<(), FileError> {
     try_it().map_err(|e| FileError::write(path, e))
 }
 
+/// Whether there is a file with something in it.
+pub fn is_begun(path: impl AsRef<Path>) -> bool {
+    path.as_ref().metadata().is_ok_and(|m| m.len() > 0)
+}
+
 /// Appends `bytes` in one write, so that rows of several writers never interleave. Creates the file
 /// and its folder where they are missing.
 pub fn append(path: impl AsRef<Path>, bytes: &[u8]) -> Result<(), FileError> {

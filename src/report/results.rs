@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::record::{PartsS, RequestRecord, Status};
 use super::stats::{Summary, mean};
 
-pub use file::{ResultsError, append_rows, read_rows, to_csv};
+pub use file::{ResultsError, append_rows, check_takes_rows, read_rows, to_csv};
 
 /// Where a row's numbers come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -69,7 +69,7 @@ impl Mixture {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::report::results::{RunContext, Source};
 
@@ -85,7 +85,7 @@ mod tests {
         assert!(split("default").is_empty());
     }
 
-    fn row(cell: &str, settings: Option<&str>) -> ResultRow {
+    pub(crate) fn row(cell: &str, settings: Option<&str>) -> ResultRow {
         let run = RunContext {
             cell: Some(cell.to_owned()),
             settings: settings.map(str::to_owned),

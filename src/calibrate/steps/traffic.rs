@@ -13,7 +13,7 @@ use rand::RngExt as _;
 use rand_distr::{Distribution as _, Exp1};
 
 use super::{StepBench, StepSample};
-use crate::engine::executor::{ExecutorError, Sampling};
+use crate::engine::executor::ExecutorError;
 
 /// Loads, as shares of what the device can do; none keeps a request waiting at all times, by which it is found what
 /// that is. Each pass goes through them in turn.
@@ -147,17 +147,7 @@ impl StepBench<'_> {
     /// Runs what a scheduler has planned.
     fn run_planned(&mut self) -> Result<StepSample, ExecutorError> {
         self.plan.step = self.steps;
-        self.feed.clear();
-        let vocab = self.limits.vocab_size as u32;
-        for seq in &self.plan.seqs {
-            if seq.start == 0 {
-                self.feed.begins.push((seq.place, Sampling::default()));
-            }
-            if !seq.decode {
-                let token = |i: u32| (seq.start + i * 7 + seq.place.0) % vocab;
-                self.feed.tokens.extend((0..seq.len).map(token));
-            }
-        }
+        self.fill_feed();
         self.run(|_, _| Ok(()))
     }
 }

@@ -16,7 +16,7 @@ use crate::engine::emulation::Emulation;
 use crate::engine::server::{Ended, Limits, Server, ServerInfo, ServerOptions};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::report::decision_log::DecisionLog;
-use crate::report::files::check_writable;
+use crate::report::files::{check_writable, is_begun};
 pub use flags::ServeArgs;
 use flags::{ServeSettings, seconds};
 
@@ -62,7 +62,7 @@ pub fn run(args: &ServeArgs, ctx: &Context) -> Result<(), Failure> {
 /// A decision log is one run's: an earlier one is kept. Asked before a model is loaded.
 fn check_new(log: &Path) -> Result<(), Failure> {
     check_writable(log).map_err(|e| Failure::Failed(e.into()))?;
-    if log.metadata().is_ok_and(|m| m.len() > 0) {
+    if is_begun(log) {
         return Err(Failure::usage(format!(
             "--decision-log {}: there is something in it already; name another file, or remove this one",
             log.display()

@@ -128,8 +128,9 @@ impl Server {
         let drain = async {
             let _ = stops.recv().await;
             state.start_draining();
-            if state.in_flight() > 0 {
-                tracing::info!("no new requests; {} are still running", state.in_flight());
+            let running = state.in_flight();
+            if running > 0 {
+                tracing::info!("no new requests; {running} are still running");
             }
             let until = Instant::now() + self.shutdown_timeout;
             // A closed channel is no second stop.

@@ -87,6 +87,12 @@ pub fn append_rows(path: impl AsRef<Path>, rows: &[ResultRow]) -> Result<(), Res
     Ok(files::append(path, text.as_bytes())?)
 }
 
+/// Whether a file that there is takes rows: asked before the work whose rows go there, not after it. Makes no file.
+pub fn check_takes_rows(path: impl AsRef<Path>) -> Result<(), ResultsError> {
+    // No rows are appended: it is a look at what stands there.
+    if files::is_begun(&path) { append_rows(path, &[]) } else { Ok(()) }
+}
+
 /// The last column, which older files lack.
 const SETTINGS: &str = "settings";
 
