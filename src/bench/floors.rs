@@ -23,6 +23,11 @@ impl Floors {
         Some(self.prefill_flops(tokens) / self.ceilings?.gemm_flops * 1e3)
     }
 
+    /// The same in the time that large products take for as many operations from idle.
+    pub fn prefill_from_idle_ms(&self, tokens: u32) -> Option<f64> {
+        Some(self.ceilings?.from_idle_s(self.prefill_flops(tokens))? * 1e3)
+    }
+
     /// The same at the rate that large products keep up: a device that is always busy runs at a lower clock.
     pub fn prefill_sustained_ms(&self, tokens: u32) -> Option<f64> {
         Some(self.prefill_flops(tokens) / self.ceilings?.gemm_sustained_flops? * 1e3)

@@ -48,6 +48,9 @@ pub struct PrefillRow {
     /// busy runs at a lower clock.
     #[serde(default)]
     pub rested: Option<Times>,
+    /// What the arithmetic alone would take from idle: as long as large products for as many operations.
+    #[serde(default)]
+    pub rested_floor_ms: Option<f64>,
     /// What the arithmetic alone would take at the best rate of a large product.
     pub floor_ms: Option<f64>,
     /// What it would take at the rate that large products keep up.
@@ -122,7 +125,17 @@ pub(super) fn prefill(
             let rested = if alone && !rest.is_zero() { timed(1, grid.runs, &mut after_rest)? } else { None };
             let floor_ms = alone.then(|| floors.prefill_ms(tokens)).flatten();
             let sustained_floor_ms = alone.then(|| floors.prefill_sustained_ms(tokens)).flatten();
-            rows.push(PrefillRow { tokens, prompts, adapters, times, rested, floor_ms, sustained_floor_ms });
+            let rested_floor_ms = rested.and_then(|_| floors.prefill_from_idle_ms(tokens));
+            rows.push(PrefillRow {
+                tokens,
+                prompts,
+                adapters,
+                times,
+                rested,
+                rested_floor_ms,
+                floor_ms,
+                sustained_floor_ms,
+            });
         }
     }
     Ok(rows)

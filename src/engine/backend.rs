@@ -28,11 +28,22 @@ pub struct LoraTarget {
     pub column: usize,
 }
 
+/// Which rows of the batch an operation's rows are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// All of them.
+    All,
+    /// Those that sample, in batch order.
+    Sampling,
+}
+
 /// What adapters may add to a linear layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Adapted<'a> {
     /// The decoder layer.
     pub layer: usize,
+    /// The rows that it is applied to.
+    pub rows: Rows,
     /// The modules that the linear layer is made of.
     pub targets: &'a [LoraTarget],
 }
@@ -236,6 +247,15 @@ pub trait Backend {
         width: usize,
         x: &Self::Wide,
         out: &mut Self::Wide,
+    ) -> Result<(), Self::Error>;
+
+    /// [`Backend::gather_samples`] of what flows into a product.
+    fn gather_sample_inputs(
+        &mut self,
+        samples: usize,
+        width: usize,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
     ) -> Result<(), Self::Error>;
 
     /// Chooses a token for each of `samples` rows of `logits` `[samples, vocab]`, which stay as they are, and

@@ -54,6 +54,8 @@ pub struct Batch {
     pub sample_plan: Vec<u32>,
     /// Rows by adapter; rows of the base model are in none.
     pub segments: Vec<Segment>,
+    /// The same of the rows that sample: row `j` is that of `sample_rows[j]`.
+    pub sample_segments: Vec<Segment>,
     /// Slots that may still be loading: layer `k` waits for layer `k` of each.
     pub loading: Vec<SlotId>,
     /// Scratch: plan indices in batch order.
@@ -115,6 +117,7 @@ impl Batch {
             sample_places: Vec::with_capacity(seqs),
             sample_plan: Vec::with_capacity(seqs),
             segments: Vec::with_capacity(seqs),
+            sample_segments: Vec::with_capacity(seqs),
             loading: Vec::with_capacity(seqs),
             order: Vec::with_capacity(seqs),
             feed_starts: Vec::with_capacity(seqs),
@@ -194,6 +197,7 @@ impl Batch {
         self.sample_places.clear();
         self.sample_plan.clear();
         self.segments.clear();
+        self.sample_segments.clear();
         self.loading.clear();
         self.order.clear();
         self.feed_starts.clear();
@@ -277,6 +281,13 @@ impl Batch {
                 }
                 _ => self.segments.push(Segment { slot, adapter, start: first, rows: seq.len }),
             }
+            if seq.samples {
+                let row = self.sample_rows.len() as u32 - 1;
+                match self.sample_segments.last_mut() {
+                    Some(last) if last.slot == slot && last.start + last.rows == row => last.rows += 1,
+                    _ => self.sample_segments.push(Segment { slot, adapter, start: row, rows: 1 }),
+                }
+            }
         }
         Ok(())
     }
@@ -332,6 +343,8 @@ mod tests {
         assert_eq!(batch.sample_rows, [0, 1, 4, 14]);
         let segments: Vec<_> = batch.segments.iter().map(|s| (s.slot.0, s.start, s.rows)).collect();
         assert_eq!(segments, [(0, 1, 1), (1, 2, 13)]);
+        let sampling: Vec<_> = batch.sample_segments.iter().map(|s| (s.slot.0, s.start, s.rows)).collect();
+        assert_eq!(sampling, [(0, 1, 1), (1, 2, 2)]);
         assert_eq!(batch.kv_rows[5..], [56, 57, 58, 59, 60, 61, 62, 63, 24, 25]);
         assert_eq!(batch.seq_blocks(3), [7, 3]);
     }

@@ -1,7 +1,9 @@
 //! What a device can do at best, measured: what floors are computed from.
 
+use std::time::Duration;
+
 use crate::module::{Grid, Module, arguments};
-use crate::{CudaError, Device, Draw, Gemm, Product, Stream, Uniform, Weight, bf16};
+use crate::{CudaError, Device, Draw, Event, Gemm, Product, Stream, Uniform, Weight, bf16};
 
 /// Bytes that are read, or copied, at a time.
 const READ_BYTES: usize = 4 << 30;
@@ -12,6 +14,20 @@ const SETTLING_S: f64 = 0.5;
 const SUSTAINED_S: f64 = 1.0;
 /// Sides of the square product.
 const SQUARE: usize = 8192;
+/// Rest before products are timed from idle, as seconds, and how often they are.
+const REST: Duration = Duration::from_millis(100);
+const IDLE_RUNS: usize = 5;
+/// Points of [`Ceilings::gemm_from_idle`].
+pub const BURSTS: usize = 8;
+
+/// How long products take that begin on an idle device.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Burst {
+    /// Their operations.
+    pub operations: f64,
+    /// Until the last has ended.
+    pub seconds: f64,
+}
 
 /// Rates of one device, the best of several runs each but for the sustained one.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,6 +36,9 @@ pub struct Ceilings {
     pub gemm_flops: f64,
     /// The same products one after another for a second and a half: what the device's power and cooling bear.
     pub gemm_sustained_flops: f64,
+    /// One such product, two, four and so on, one after another on a device that has done nothing for 100 ms: its
+    /// clock falls within milliseconds. The shortest of several runs each.
+    pub gemm_from_idle: [Burst; BURSTS],
     /// Device memory read, bytes a second.
     pub read_bytes_s: f64,
     /// Page-locked host memory to the device, bytes a second.
@@ -34,10 +53,11 @@ pub struct Ceilings {
 /// If memory is short or the device fails.
 pub fn ceilings(device: &Device) -> Result<Ceilings, CudaError> {
     let stream = device.stream()?;
-    let (gemm_flops, gemm_sustained_flops) = gemm(device, &stream)?;
+    let (gemm_flops, gemm_from_idle, gemm_sustained_flops) = gemm(device, &stream)?;
     Ok(Ceilings {
         gemm_flops,
         gemm_sustained_flops,
+        gemm_from_idle,
         read_bytes_s: read(device, &stream)?,
         pinned_bytes_s: copy(device, &stream, &device.pinned::<u32>(COPY_BYTES / 4)?)?,
         pageable_bytes_s: copy(device, &stream, &vec![1u32; COPY_BYTES / 4])?,
@@ -63,7 +83,7 @@ fn shortest(
     Ok(f64::from(best) * 1e-3)
 }
 
-fn gemm(device: &Device, stream: &Stream) -> Result<(f64, f64), CudaError> {
+fn gemm(device: &Device, stream: &Stream) -> Result<(f64, [Burst; BURSTS], f64), CudaError> {
     let draw = Draw::load(device)?;
     let from = |byte| Uniform { key: [byte; 32], skip: 0, bound: 1.0, centre: 0.0 };
     let mut values = device.buffer::<bf16>(SQUARE * SQUARE)?;
@@ -76,6 +96,8 @@ fn gemm(device: &Device, stream: &Stream) -> Result<(f64, f64), CudaError> {
     gemm.choose(device, stream, SQUARE, &[&weight], x.view(), &mut Product::Store(out.view_mut()))?;
     let mut product = || gemm.run(stream, SQUARE, &weight, x.view(), &mut Product::Store(out.view_mut()));
     let seconds = shortest(device, stream, &mut product)?;
+    let flops = 2.0 * (SQUARE as f64).powi(3);
+    let bursts = from_idle(device, stream, flops, &mut product)?;
     let (begin, end) = (device.event(true)?, device.event(true)?);
     let times = |of: f64| (of / seconds).ceil() as usize;
     (0..times(SETTLING_S)).try_for_each(|_| product())?;
@@ -84,8 +106,39 @@ fn gemm(device: &Device, stream: &Stream) -> Result<(f64, f64), CudaError> {
     stream.record(&end)?;
     end.synchronize()?;
     let sustained = f64::from(begin.milliseconds_to(&end)?) * 1e-3 / times(SUSTAINED_S) as f64;
-    let flops = 2.0 * (SQUARE as f64).powi(3);
-    Ok((flops / seconds, flops / sustained))
+    Ok((flops / seconds, bursts, flops / sustained))
+}
+
+/// Times of 1, 2, 4 … times `product`, of `flops` operations, from idle.
+fn from_idle(
+    device: &Device,
+    stream: &Stream,
+    flops: f64,
+    mut product: impl FnMut() -> Result<(), CudaError>,
+) -> Result<[Burst; BURSTS], CudaError> {
+    let count = |burst: usize| 1usize << burst;
+    let begin = device.event(true)?;
+    let ends: Vec<Event> = (0..BURSTS).map(|_| device.event(true)).collect::<Result<_, _>>()?;
+    let mut bursts = std::array::from_fn(|burst| Burst {
+        operations: flops * count(burst) as f64,
+        seconds: f64::INFINITY,
+    });
+    for _ in 0..IDLE_RUNS {
+        stream.synchronize()?;
+        std::thread::sleep(REST);
+        stream.record(&begin)?;
+        let mut done = 0;
+        for (burst, end) in ends.iter().enumerate() {
+            (done..count(burst)).try_for_each(|_| product())?;
+            done = count(burst);
+            stream.record(end)?;
+        }
+        stream.synchronize()?;
+        for (burst, end) in bursts.iter_mut().zip(&ends) {
+            burst.seconds = burst.seconds.min(f64::from(begin.milliseconds_to(end)?) * 1e-3);
+        }
+    }
+    Ok(bursts)
 }
 
 fn read(device: &Device, stream: &Stream) -> Result<f64, CudaError> {

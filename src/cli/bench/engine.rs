@@ -309,7 +309,12 @@ fn print_engine(report: &EngineReport) {
         println!(
             "ceilings: {:.0} TFLOP/s in a large bf16 product{}, {:.2} TB/s read, {:.1} GB/s from pinned memory, {:.1} GB/s from pageable",
             c.gemm_flops * 1e-12,
-            c.gemm_sustained_flops.map_or(String::new(), |f| format!(", {:.0} TFLOP/s sustained", f * 1e-12)),
+            // A product after another for as long as a long prompt takes, about.
+            c.gemm_from_idle.map_or(String::new(), |of| format!(
+                ", {:.0} over {:.0} ms from idle",
+                of[6].operations / of[6].seconds * 1e-12,
+                of[6].seconds * 1e3
+            )) + &c.gemm_sustained_flops.map_or(String::new(), |f| format!(", {:.0} sustained", f * 1e-12)),
             c.read_bytes_s * 1e-12,
             c.pinned_bytes_s * 1e-9,
             c.pageable_bytes_s * 1e-9
@@ -326,15 +331,20 @@ fn print_engine(report: &EngineReport) {
         "sustained",
         "× sustained",
         "from idle",
-        "× floor",
+        "floor from idle",
+        "× from idle",
     ]);
     for r in &report.prefill {
         let of = [r.tokens, r.prompts, r.adapters].map(|n| n.to_string());
         let [_, _, sustained, ratio] = cells(&r.times, r.sustained_floor_ms);
-        let [idle, _, _, of_idle] =
-            r.rested.as_ref().map_or_else(|| std::array::from_fn(|_| "–".into()), |t| cells(t, r.floor_ms));
+        let [idle, _, idle_floor, of_idle] = r
+            .rested
+            .as_ref()
+            .map_or_else(|| std::array::from_fn(|_| "–".into()), |t| cells(t, r.rested_floor_ms));
         table.add_row(
-            of.into_iter().chain(cells(&r.times, r.floor_ms)).chain([sustained, ratio, idle, of_idle]),
+            of.into_iter()
+                .chain(cells(&r.times, r.floor_ms))
+                .chain([sustained, ratio, idle, idle_floor, of_idle]),
         );
     }
     println!("{table}");

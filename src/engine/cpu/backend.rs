@@ -13,7 +13,7 @@ use super::memory::{committed, parallelism};
 use super::packed::Packed;
 use super::slots::Slots;
 use super::step::Step;
-use crate::engine::backend::{Adapted, Backend, BackendShape, HostMatrix, Norm, StepBackend};
+use crate::engine::backend::{Adapted, Backend, BackendShape, HostMatrix, Norm, Rows as Which, StepBackend};
 use crate::engine::batch::Batch;
 use crate::engine::device::{SeqSampler, StepError};
 use crate::engine::executor::{Sampling, TokenId, TokenLogprobs};
@@ -99,7 +99,11 @@ impl CpuBackend {
     /// Adds what the segments' adapters give to `out` `[n, width]`.
     fn lora(&mut self, adapted: Adapted<'_>, x: &[f32], width: usize, out: &mut [f32]) {
         let layer = adapted.layer;
-        for segment in &self.step.segments {
+        let segments = match adapted.rows {
+            Which::All => &self.step.segments,
+            Which::Sampling => &self.step.sample_segments,
+        };
+        for segment in segments {
             let (layout, rows) = (&segment.layout, segment.rows);
             let memory = self.slots.layer(segment.slot, layer);
             let base = layout.layer(layer).start;
@@ -342,6 +346,16 @@ impl Backend for CpuBackend {
             out.copy_from_slice(row(x, *from as usize, width));
         }
         Ok(())
+    }
+
+    fn gather_sample_inputs(
+        &mut self,
+        samples: usize,
+        width: usize,
+        x: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), StepError> {
+        self.gather_samples(samples, width, x, out)
     }
 
     fn sample(&mut self, samples: usize, logits: &Vec<f32>) -> Result<(), StepError> {

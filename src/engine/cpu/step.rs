@@ -32,6 +32,8 @@ pub(super) struct Step {
     pub sample_rows: Vec<u32>,
     pub sample_places: Vec<u32>,
     pub segments: Vec<ActiveSegment>,
+    /// Of the rows that sample.
+    pub sample_segments: Vec<ActiveSegment>,
     pub loads: Vec<Load>,
 }
 
@@ -49,6 +51,7 @@ impl Step {
             sample_rows: Vec::with_capacity(seqs),
             sample_places: Vec::with_capacity(seqs),
             segments: Vec::with_capacity(seqs),
+            sample_segments: Vec::with_capacity(seqs),
             loads: Vec::with_capacity(seqs),
         }
     }
@@ -85,14 +88,18 @@ impl Step {
         }
         self.loads.clear();
         self.loads.extend(batch.loading.iter().map(|slot| Load::new(*slot)));
-        self.segments.clear();
-        for segment in &batch.segments {
-            self.segments.push(ActiveSegment {
-                slot: segment.slot,
-                layout: wanted(segment, slots.held(segment.slot))?,
-                start: segment.start as usize,
-                rows: segment.rows as usize,
-            });
+        for (to, from) in
+            [(&mut self.segments, &batch.segments), (&mut self.sample_segments, &batch.sample_segments)]
+        {
+            to.clear();
+            for segment in from {
+                to.push(ActiveSegment {
+                    slot: segment.slot,
+                    layout: wanted(segment, slots.held(segment.slot))?,
+                    start: segment.start as usize,
+                    rows: segment.rows as usize,
+                });
+            }
         }
         Ok(())
     }

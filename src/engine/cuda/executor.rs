@@ -12,7 +12,7 @@ use super::slots::CudaSlots;
 use crate::engine::adapters::{HostPool, SlabMaker};
 use crate::engine::backend::BackendShape;
 use crate::engine::batch::BatchLimits;
-use crate::engine::device::{Ceilings, Compute, DeviceExecutor, LoadedModel, Parts, check_options};
+use crate::engine::device::{Burst, Ceilings, Compute, DeviceExecutor, LoadedModel, Parts, check_options};
 use crate::engine::model::{Decoder, ModelSpec, WeightError, Weights};
 use crate::engine::setup::HostMemory;
 use crate::report::machine::Gpu;
@@ -135,6 +135,11 @@ impl CudaDevice {
         Ok(Ceilings {
             gemm_flops: measured.gemm_flops,
             gemm_sustained_flops: Some(measured.gemm_sustained_flops),
+            gemm_from_idle: Some(
+                measured
+                    .gemm_from_idle
+                    .map(|burst| Burst { operations: burst.operations, seconds: burst.seconds }),
+            ),
             read_bytes_s: measured.read_bytes_s,
             pinned_bytes_s: measured.pinned_bytes_s,
             pageable_bytes_s: measured.pageable_bytes_s,

@@ -208,6 +208,7 @@ mod tests {
 
     use super::super::shape::{padded, parts};
     use super::*;
+    use crate::engine::model::narrows;
 
     fn limits(seqs: usize, rows: usize, longest: usize) -> BatchLimits {
         BatchLimits {
@@ -252,9 +253,14 @@ mod tests {
     /// What [`Composition::of`] makes of a batch, and its parts: sequences are ordered as the batch orders them.
     fn compose(seqs: &mut [Seq]) -> (Composition, Vec<Part>) {
         seqs.sort_by_key(|s| (s.0 > 1, s.2));
+        compose_in_order(seqs)
+    }
+
+    /// The same of sequences in the order that they have.
+    fn compose_in_order(seqs: &[Seq]) -> (Composition, Vec<Part>) {
         let mut segments: Vec<(u32, u32, u32)> = Vec::new();
         let mut at = 0;
-        for (rows, _, adapter) in seqs.iter() {
+        for (rows, _, adapter) in seqs {
             let rows = *rows as u32;
             if let Some(adapter) = *adapter {
                 match segments.last_mut() {
@@ -343,6 +349,11 @@ mod tests {
                     let segments: Vec<_> = large.iter().map(|p| of(p)).collect();
                     covers(&segments, shape.rows as u32, &mut covered);
                 }
+                // All sequences may sample: each is a row then, beside those of its adapter.
+                let each: Vec<Seq> = batch.iter().map(|s| (1, s.1, s.2)).collect();
+                let sampled = if shape.sampled > 0 { compose_in_order(&each).1.len() } else { 0 };
+                let adapted = key.adapters != Adapters::None;
+                assert_eq!(shape.sampled > 0, adapted && narrows(shape.rows, shape.samples));
                 let chunk_lens = || batch.iter().filter(|s| s.0 > 1).map(|s| s.0);
                 for (what, is, bound) in [
                     ("rows", of.rows, shape.rows),
@@ -351,6 +362,7 @@ mod tests {
                     ("longest", of.longest, shape.longest),
                     ("attention tiles", tiles(&mut chunk_lens(), PREFILL_ROWS), shape.attention_tiles),
                     ("small", parts.len() - large.len(), shape.small),
+                    ("sampled", sampled, shape.sampled),
                     ("covers", covered.len(), shape.covers),
                     ("large", large.len(), shape.large),
                     ("tiles", tiles(&mut large.iter().map(|p| p.rows as usize), TILE_ROWS), shape.lora_tiles),

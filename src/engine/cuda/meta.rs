@@ -12,9 +12,10 @@ use super::backend::CudaStepError;
 use super::graphs::{Adapters, GraphKey};
 use super::shape::{Composition, StepShape, parts, rounded};
 use super::slots::{CudaSlots, Resident};
-use crate::engine::batch::{Batch, BatchLimits};
-use crate::engine::device::{input_ids, wanted};
+use crate::engine::batch::{self, Batch, BatchLimits};
+use crate::engine::device::{StepError, input_ids, wanted};
 use crate::engine::executor::TokenId;
+use crate::engine::model::narrows;
 
 const SEGMENT_WORDS: usize = size_of::<Segment>() / 4;
 const TILE_WORDS: usize = 2;
@@ -30,6 +31,7 @@ pub(super) struct MetaLayout {
     sample_rows: Range<usize>,
     small: Range<usize>,
     large: Range<usize>,
+    sampled: Range<usize>,
     tables: Range<usize>,
     attention_tiles: Range<usize>,
     lora_tiles: Range<usize>,
@@ -40,12 +42,13 @@ pub(super) struct MetaLayout {
     words: usize,
 }
 
-/// Numbers at the beginning of the block.
-const COUNTS: usize = 4;
+/// Numbers at the beginning of the block, and room up to where 16 bytes begin.
+const COUNTS: usize = 8;
 const SINGLES: usize = 0;
 const SMALL: usize = 1;
 const ATTENTION_TILES: usize = 2;
 const LORA_TILES: usize = 3;
+const SAMPLED: usize = 4;
 
 impl MetaLayout {
     /// The layout for steps of up to `rows` rows; `limits` are rounded up.
@@ -67,6 +70,7 @@ impl MetaLayout {
             // No more than sequences: a part of a segment has one at least.
             small: array(seqs * SEGMENT_WORDS),
             large: array(seqs * SEGMENT_WORDS),
+            sampled: array(seqs * SEGMENT_WORDS),
             tables: array(seqs * blocks),
             attention_tiles: array(TILE_WORDS * max_tiles(rows, seqs, PREFILL_ROWS)),
             lora_tiles: array(TILE_WORDS * max_tiles(rows, seqs, TILE_ROWS)),
@@ -96,6 +100,7 @@ pub(super) struct Meta {
     lens: Vec<u32>,
     small: Vec<Segment>,
     large: Vec<Segment>,
+    sampled: Vec<Segment>,
     lora_tiles: Vec<Tile>,
     covers: Vec<Cover>,
     attention_tiles: Vec<[u32; 2]>,
@@ -119,6 +124,7 @@ impl Meta {
             lens: Vec::with_capacity(limits.max_num_seqs),
             small: Vec::with_capacity(limits.max_num_seqs),
             large: Vec::with_capacity(limits.max_num_seqs),
+            sampled: Vec::with_capacity(limits.max_num_seqs),
             lora_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, TILE_ROWS)),
             covers: Vec::with_capacity(max_covers(rows, limits.max_num_seqs)),
             attention_tiles: Vec::with_capacity(max_tiles(rows, limits.max_num_seqs, PREFILL_ROWS)),
@@ -167,8 +173,7 @@ impl Meta {
         self.large.clear();
         let adapters = graph.map_or(Adapters::Both, |key| key.adapters);
         for segment in &batch.segments {
-            let held = slots.resident(segment.slot).map(|resident| (resident.adapter, resident));
-            let resident = wanted(segment, held)?;
+            let resident = resident_of(segment, slots)?;
             for part in parts(segment.start, segment.rows, of.singles as u32) {
                 let of_its_size = if adapters.is_large(&part) { &mut self.large } else { &mut self.small };
                 of_its_size.push(on_device(&resident, part.start, part.rows));
@@ -192,6 +197,7 @@ impl Meta {
             small: self.small.len(),
             large: self.large.len(),
             lora_tiles: self.lora_tiles.len(),
+            sampled: 0,
             covers: 0,
         };
         host[SINGLES] = own.singles as u32;
@@ -206,7 +212,20 @@ impl Meta {
                 self.shape.covers = self.covers.len();
             }
         }
-        let own = StepShape { covers: self.covers.len(), ..own };
+        self.sampled.clear();
+        if narrows(self.shape.rows, self.shape.samples) {
+            for segment in &batch.sample_segments {
+                let resident = resident_of(segment, slots)?;
+                let parts = parts(segment.start, segment.rows, samples as u32);
+                self.sampled.extend(parts.map(|part| on_device(&resident, part.start, part.rows)));
+            }
+            if graph.is_none() {
+                self.shape.sampled = self.sampled.len();
+            }
+        }
+        put(host, &at.sampled, words(&self.sampled));
+        host[SAMPLED] = self.sampled.len() as u32;
+        let own = StepShape { covers: self.covers.len(), sampled: self.sampled.len(), ..own };
         if !self.shape.holds(&own) {
             let what = format!("{own:?} does not fit the graph's {:?}", self.shape);
             return Err(CudaError::Shape { kernel: "graph", what }.into());
@@ -250,6 +269,11 @@ impl Meta {
     /// `[1]` how many small segments there are.
     pub fn small_count(&self) -> View<'_, u32> {
         self.view(&(SMALL..SMALL + 1))
+    }
+
+    /// `[1]` how many segments of rows that sample there are.
+    pub fn sampled_count(&self) -> View<'_, u32> {
+        self.view(&(SAMPLED..SAMPLED + 1))
     }
 
     /// `[1]` how many tiles of attention there are.
@@ -298,6 +322,12 @@ impl Meta {
         self.view(&(start..start + SEGMENT_WORDS * self.shape.large)).cast()
     }
 
+    /// Segments of the rows that sample, whose rows are counted among those: room for the shape's.
+    pub fn sampled(&self) -> View<'_, Segment> {
+        let start = self.layout().sampled.start;
+        self.view(&(start..start + SEGMENT_WORDS * self.shape.sampled)).cast()
+    }
+
     /// Tiles of the segments of many rows: room for the shape's.
     pub fn lora_tiles(&self) -> View<'_, Tile> {
         let start = self.layout().lora_tiles.start;
@@ -338,6 +368,10 @@ fn max_tiles(rows: usize, seqs: usize, tile: usize) -> usize {
 /// Covers of `rows` rows, at most: each sequence's chunk may follow rows of no large segment, and so may the end.
 fn max_covers(rows: usize, seqs: usize) -> usize {
     rows.div_ceil(TILE_ROWS) + 2 * seqs + 1
+}
+
+fn resident_of(segment: &batch::Segment, slots: &CudaSlots) -> Result<Resident, StepError> {
+    wanted(segment, slots.resident(segment.slot).map(|resident| (resident.adapter, resident)))
 }
 
 fn on_device(resident: &Resident, start: u32, rows: u32) -> Segment {

@@ -3,6 +3,7 @@
 use lora_kernels::{PREFILL_ROWS, SMALL_ROWS, TILE_ROWS};
 
 use crate::engine::batch::{Batch, BatchLimits};
+use crate::engine::model::narrows;
 pub(super) use crate::profile::rounded_rows as rounded;
 
 /// Every shape up to `rows`.
@@ -54,6 +55,8 @@ pub(super) struct StepShape {
     pub large: usize,
     /// Tiles of large segments.
     pub lora_tiles: usize,
+    /// Segments of the rows that sample, where the [last layer's rest](narrows) is computed for them alone.
+    pub sampled: usize,
     /// Covers of all rows, where there may be large segments.
     pub covers: usize,
 }
@@ -128,6 +131,7 @@ impl StepShape {
                 s.small,
                 s.large,
                 s.lora_tiles,
+                s.sampled,
                 s.covers,
             ]
         };
@@ -145,6 +149,7 @@ impl StepShape {
         (small, large): (bool, bool),
     ) -> Self {
         let seqs = seqs.min(singles + chunks);
+        let adapted = small || large;
         let large = if large { chunks } else { 0 };
         Self {
             rows,
@@ -156,6 +161,7 @@ impl StepShape {
             small: if small { seqs } else { 0 },
             large,
             lora_tiles: most_tiles(rows, large, TILE_ROWS),
+            sampled: if adapted && narrows(rows, seqs) { seqs } else { 0 },
             // Rows without a large segment between chunks are chunks too; single rows and padding are two parts more.
             covers: if large > 0 { most_tiles(rows, chunks + 2, TILE_ROWS) } else { 0 },
         }

@@ -2,6 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
+/// How long work takes that begins on an idle device.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Burst {
+    /// Its operations.
+    pub operations: f64,
+    /// Until it is done.
+    pub seconds: f64,
+}
+
 /// Rates of a device, the best that it was seen to do.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ceilings {
@@ -9,10 +18,57 @@ pub struct Ceilings {
     pub gemm_flops: f64,
     /// Large matrix products one after another, as power and cooling bear them; none where it was not measured.
     pub gemm_sustained_flops: Option<f64>,
+    /// More and more large matrix products one after another from idle, the least time of each number: a device that has
+    /// rested begins at a clock that it does not keep. None where it was not measured.
+    #[serde(default)]
+    pub gemm_from_idle: Option<[Burst; 8]>,
     /// Device memory read, bytes a second.
     pub read_bytes_s: f64,
     /// Page-locked host memory to the device, bytes a second.
     pub pinned_bytes_s: f64,
     /// Ordinary host memory to the device, bytes a second.
     pub pageable_bytes_s: f64,
+}
+
+impl Ceilings {
+    /// Seconds in which large products that begin on an idle device do `operations`: between the measured points in
+    /// proportion, beyond the last at the rate since the one before. None where it was not measured.
+    pub fn from_idle_s(&self, operations: f64) -> Option<f64> {
+        let points = self.gemm_from_idle.as_ref()?;
+        let nothing = Burst { operations: 0.0, seconds: 0.0 };
+        let ends = std::iter::once(&nothing).chain(points);
+        let (from, to) = ends.zip(points).find(|(_, to)| to.operations >= operations).unwrap_or_else(|| {
+            let [.., from, to] = points;
+            (from, to)
+        });
+        let share = (operations - from.operations) / (to.operations - from.operations);
+        Some(from.seconds + share * (to.seconds - from.seconds))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_from_idle_takes_what_was_measured_and_between_and_beyond_in_proportion() {
+        // A rate of 4 at first, of 2 later.
+        let points = std::array::from_fn(|i| {
+            let operations = f64::from(1 << i);
+            Burst { operations, seconds: 1.0f64.mul_add(0.25, (operations - 1.0) * 0.5) }
+        });
+        let ceilings = Ceilings {
+            gemm_flops: 4.0,
+            gemm_sustained_flops: Some(2.0),
+            gemm_from_idle: Some(points),
+            read_bytes_s: 1.0,
+            pinned_bytes_s: 1.0,
+            pageable_bytes_s: 1.0,
+        };
+        for (operations, seconds) in [(0.5, 0.125), (1.0, 0.25), (3.0, 1.25), (128.0, 63.75), (200.0, 99.75)]
+        {
+            assert_eq!(ceilings.from_idle_s(operations), Some(seconds), "{operations} operations");
+        }
+        assert_eq!(Ceilings { gemm_from_idle: None, ..ceilings }.from_idle_s(1.0), None);
+    }
 }

@@ -11,7 +11,7 @@ mod reports;
 mod sample;
 mod step;
 
-pub use ceilings::Ceilings;
+pub use ceilings::{Burst, Ceilings};
 pub use executor::DeviceExecutor;
 pub use loaded::LoadedModel;
 pub use step::StepError;

@@ -6,7 +6,7 @@ use super::llama::Llama;
 use super::opt::Opt;
 use super::spec::{Family, ModelSpec};
 use super::weights::{WeightError, Weights};
-use crate::engine::backend::{Adapted, Backend, HostMatrix, LoraTarget, Norm};
+use crate::engine::backend::{Adapted, Backend, HostMatrix, LoraTarget, Norm, Rows};
 use crate::engine::batch::BatchLimits;
 
 /// A model on a device, with the buffers of its step.
@@ -48,6 +48,8 @@ pub(super) struct Workspace<B: Backend> {
     pub up: B::Buffer,
     /// `[rows, intermediate]`; empty for ReLU, which works in place.
     pub act: B::Buffer,
+    /// `[seqs, q]`: of rows that sample.
+    pub last_attended: B::Buffer,
     /// `[seqs, hidden]`: rows that sample.
     pub last: B::Wide,
     /// `[seqs, hidden]`: their norm.
@@ -65,6 +67,7 @@ pub struct WorkspaceElements {
     attended: usize,
     up: usize,
     act: usize,
+    last_attended: usize,
     last: usize,
     logits: usize,
 }
@@ -84,6 +87,7 @@ impl WorkspaceElements {
             attended: rows * spec.q_dim(),
             up: rows * up,
             act: rows * act,
+            last_attended: seqs * spec.q_dim(),
             last: seqs * spec.hidden,
             logits: seqs * spec.vocab_size,
         }
@@ -91,12 +95,39 @@ impl WorkspaceElements {
 
     /// Elements in the device's number format.
     pub fn narrow(&self) -> usize {
-        self.normed + self.qkv + self.attended + self.up + self.act + self.last
+        self.normed + self.qkv + self.attended + self.up + self.act + self.last_attended + self.last
     }
 
     /// Elements in f32.
     pub fn wide(&self) -> usize {
         self.residual + self.last + self.logits
+    }
+}
+
+/// Whether what follows the last layer's attention is computed for the rows that sample alone: nobody reads the
+/// others' results. Of `n` rows `samples` sample; where most do, as in a step of decodes, it would save less than
+/// gathering them costs.
+pub fn narrows(n: usize, samples: usize) -> bool {
+    2 * samples <= n
+}
+
+/// The rows that a part of a layer works on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    pub layer: usize,
+    pub n: usize,
+    pub rows: Rows,
+}
+
+impl Span {
+    /// All `n` rows.
+    pub fn all(layer: usize, n: usize) -> Self {
+        Self { layer, n, rows: Rows::All }
+    }
+
+    /// The `n` rows that sample.
+    pub fn sampling(layer: usize, n: usize) -> Self {
+        Self { layer, n, rows: Rows::Sampling }
     }
 }
 
@@ -110,6 +141,7 @@ impl<B: Backend> Workspace<B> {
             attended: b.buffer(sizes.attended)?,
             up: b.buffer(sizes.up)?,
             act: b.buffer(sizes.act)?,
+            last_attended: b.buffer(sizes.last_attended)?,
             last: b.wide(sizes.last)?,
             last_normed: b.buffer(sizes.last)?,
             logits: b.wide(sizes.logits)?,
@@ -248,53 +280,47 @@ impl<B: Backend> Linear<B> {
         &self.matrix
     }
 
+    fn adapted(&self, at: Span) -> Adapted<'_> {
+        Adapted { layer: at.layer, rows: at.rows, targets: &self.targets }
+    }
+
     /// `out = x · weightᵀ + bias + adapters`; `x` is `[n, inputs]`, `out` `[n, outputs]`.
-    pub fn forward(
-        &self,
-        b: &mut B,
-        layer: usize,
-        n: usize,
-        x: &B::Buffer,
-        out: &mut B::Buffer,
-    ) -> Result<(), B::Error> {
-        b.linear(n, &self.matrix, Adapted { layer, targets: &self.targets }, x, out)
+    pub fn forward(&self, b: &mut B, at: Span, x: &B::Buffer, out: &mut B::Buffer) -> Result<(), B::Error> {
+        b.linear(at.n, &self.matrix, self.adapted(at), x, out)
     }
 
     /// [`Linear::forward`] of queries, keys and values, then positions and the cache.
     pub fn forward_rope_kv(
         &self,
         b: &mut B,
-        layer: usize,
-        n: usize,
+        at: Span,
         x: &B::Buffer,
         qkv: &mut B::Buffer,
     ) -> Result<(), B::Error> {
-        b.linear_rope_kv(n, &self.matrix, Adapted { layer, targets: &self.targets }, x, qkv)
+        b.linear_rope_kv(at.n, &self.matrix, self.adapted(at), x, qkv)
     }
 
-    /// [`Linear::forward`] of gate and up into `gate_up`, then `out = silu(gate) · up`, `[n, outputs / 2]`.
+    /// [`Linear::forward`] of gate and up into `gate_up`, then `out = silu(gate) · up`, `[n, width]`.
     pub fn forward_silu_mul(
         &self,
         b: &mut B,
-        layer: usize,
-        (n, width): (usize, usize),
+        at: Span,
+        width: usize,
         x: &B::Buffer,
         gate_up: &mut B::Buffer,
         out: &mut B::Buffer,
     ) -> Result<(), B::Error> {
-        let adapted = Adapted { layer, targets: &self.targets };
-        b.linear_silu_mul(n, width, &self.matrix, adapted, x, gate_up, out)
+        b.linear_silu_mul(at.n, width, &self.matrix, self.adapted(at), x, gate_up, out)
     }
 
     /// `residual += x · weightᵀ + bias + adapters`; `x` is `[n, inputs]`, `residual` `[n, outputs]`.
     pub fn forward_add(
         &self,
         b: &mut B,
-        layer: usize,
-        n: usize,
+        at: Span,
         x: &B::Buffer,
         residual: &mut B::Wide,
     ) -> Result<(), B::Error> {
-        b.linear_add(n, &self.matrix, Adapted { layer, targets: &self.targets }, x, residual)
+        b.linear_add(at.n, &self.matrix, self.adapted(at), x, residual)
     }
 }

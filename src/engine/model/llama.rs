@@ -1,12 +1,14 @@
 //! The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-use super::decoder::{Destination, Linear, Loader, Workspace};
+use super::decoder::{Destination, Linear, Loader, Span, Workspace, narrows};
 use super::weights::WeightError;
-use crate::engine::backend::{Backend, Norm};
+use crate::engine::backend::{Backend, Norm, Rows};
 
 /// Weights of a Llama model.
 pub(super) struct Llama<B: Backend> {
     hidden: usize,
+    /// Width of attention's output.
+    attended: usize,
     intermediate: usize,
     embed: B::Buffer,
     layers: Vec<Layer<B>>,
@@ -41,6 +43,7 @@ impl<B: Backend> Llama<B> {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             hidden: spec.hidden,
+            attended: spec.q_dim(),
             intermediate: spec.intermediate,
             embed: loader.table("model.embed_tokens.weight", spec.vocab_size)?,
             layers,
@@ -63,23 +66,42 @@ impl<B: Backend> Llama<B> {
 
     /// One step over `n` rows, `samples` of which get logits.
     pub fn forward(&self, b: &mut B, w: &mut Workspace<B>, n: usize, samples: usize) -> Result<(), B::Error> {
-        let (h, width) = (self.hidden, self.intermediate);
+        let (h, narrow) = (self.hidden, narrows(n, samples));
         b.embed(n, h, &self.embed, &mut w.residual)?;
         for (i, layer) in self.layers.iter().enumerate() {
             b.await_adapters(i)?;
             b.rms_norm(n, &layer.input_norm, &w.residual, &mut w.normed)?;
-            layer.qkv.forward_rope_kv(b, i, n, &w.normed, &mut w.qkv)?;
+            layer.qkv.forward_rope_kv(b, Span::all(i, n), &w.normed, &mut w.qkv)?;
+            let last = i + 1 == self.layers.len();
+            if last && samples == 0 {
+                // The keys and values were all that is left to compute.
+                return Ok(());
+            }
             b.attention(i, n, &w.qkv, &mut w.attended)?;
-            layer.out.forward_add(b, i, n, &w.attended, &mut w.residual)?;
-            b.rms_norm(n, &layer.post_norm, &w.residual, &mut w.normed)?;
-            layer.gate_up.forward_silu_mul(b, i, (n, width), &w.normed, &mut w.up, &mut w.act)?;
-            layer.down.forward_add(b, i, n, &w.act, &mut w.residual)?;
+            if last && narrow {
+                b.gather_sample_inputs(samples, self.attended, &w.attended, &mut w.last_attended)?;
+                b.gather_samples(samples, h, &w.residual, &mut w.last)?;
+                self.rest(b, layer, Span::sampling(i, samples), w)?;
+            } else {
+                self.rest(b, layer, Span::all(i, n), w)?;
+            }
         }
-        if samples > 0 {
+        if !narrow {
             b.gather_samples(samples, h, &w.residual, &mut w.last)?;
-            b.rms_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
-            b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)?;
         }
-        Ok(())
+        b.rms_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
+        b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)
+    }
+
+    /// What follows a layer's attention.
+    fn rest(&self, b: &mut B, layer: &Layer<B>, at: Span, w: &mut Workspace<B>) -> Result<(), B::Error> {
+        let (attended, residual) = match at.rows {
+            Rows::All => (&w.attended, &mut w.residual),
+            Rows::Sampling => (&w.last_attended, &mut w.last),
+        };
+        layer.out.forward_add(b, at, attended, residual)?;
+        b.rms_norm(at.n, &layer.post_norm, residual, &mut w.normed)?;
+        layer.gate_up.forward_silu_mul(b, at, self.intermediate, &w.normed, &mut w.up, &mut w.act)?;
+        layer.down.forward_add(b, at, &w.act, residual)
     }
 }

@@ -13,7 +13,7 @@ mod spec;
 mod weights;
 
 pub use config::{ConfigError, parse};
-pub use decoder::{Decoder, Destination, DeviceModel, WorkspaceElements};
+pub use decoder::{Decoder, Destination, DeviceModel, WorkspaceElements, narrows};
 pub use generation::{GenerationConfig, GenerationConfigError, SamplingDefaults};
 pub use gguf::GgufWeights;
 pub use random::{Uniform, Values};

@@ -1,13 +1,15 @@
 //! The OPT family: learned positions, LayerNorm before each part, ReLU, biases.
 
-use super::decoder::{Destination, Linear, Loader, Workspace};
+use super::decoder::{Destination, Linear, Loader, Span, Workspace, narrows};
 use super::spec::OPT_POSITION_OFFSET;
 use super::weights::WeightError;
-use crate::engine::backend::{Backend, Norm};
+use crate::engine::backend::{Backend, Norm, Rows};
 
 /// Weights of an OPT model.
 pub(super) struct Opt<B: Backend> {
     hidden: usize,
+    /// Width of attention's output.
+    attended: usize,
     intermediate: usize,
     embed: B::Buffer,
     positions: B::Buffer,
@@ -47,6 +49,7 @@ impl<B: Backend> Opt<B> {
         let embed = format!("{root}.embed_tokens.weight");
         Ok(Self {
             hidden: spec.hidden,
+            attended: spec.q_dim(),
             intermediate: spec.intermediate,
             embed: loader.table(&embed, spec.vocab_size)?,
             positions: loader
@@ -71,26 +74,45 @@ impl<B: Backend> Opt<B> {
 
     /// One step over `n` rows, `samples` of which get logits.
     pub fn forward(&self, b: &mut B, w: &mut Workspace<B>, n: usize, samples: usize) -> Result<(), B::Error> {
-        let h = self.hidden;
+        let (h, narrow) = (self.hidden, narrows(n, samples));
         b.embed(n, h, &self.embed, &mut w.residual)?;
         b.add_positions(n, h, OPT_POSITION_OFFSET, &self.positions, &mut w.residual)?;
         for (i, layer) in self.layers.iter().enumerate() {
             b.await_adapters(i)?;
             b.layer_norm(n, &layer.attention_norm, &w.residual, &mut w.normed)?;
-            layer.qkv.forward(b, i, n, &w.normed, &mut w.qkv)?;
+            layer.qkv.forward(b, Span::all(i, n), &w.normed, &mut w.qkv)?;
             b.write_kv(i, n, &mut w.qkv)?;
+            let last = i + 1 == self.layers.len();
+            if last && samples == 0 {
+                // The keys and values were all that is left to compute.
+                return Ok(());
+            }
             b.attention(i, n, &w.qkv, &mut w.attended)?;
-            layer.out.forward_add(b, i, n, &w.attended, &mut w.residual)?;
-            b.layer_norm(n, &layer.final_norm, &w.residual, &mut w.normed)?;
-            layer.up.forward(b, i, n, &w.normed, &mut w.up)?;
-            b.relu(n, self.intermediate, &mut w.up)?;
-            layer.down.forward_add(b, i, n, &w.up, &mut w.residual)?;
+            if last && narrow {
+                b.gather_sample_inputs(samples, self.attended, &w.attended, &mut w.last_attended)?;
+                b.gather_samples(samples, h, &w.residual, &mut w.last)?;
+                self.rest(b, layer, Span::sampling(i, samples), w)?;
+            } else {
+                self.rest(b, layer, Span::all(i, n), w)?;
+            }
         }
-        if samples > 0 {
+        if !narrow {
             b.gather_samples(samples, h, &w.residual, &mut w.last)?;
-            b.layer_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
-            b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)?;
         }
-        Ok(())
+        b.layer_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
+        b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)
+    }
+
+    /// What follows a layer's attention.
+    fn rest(&self, b: &mut B, layer: &Layer<B>, at: Span, w: &mut Workspace<B>) -> Result<(), B::Error> {
+        let (attended, residual) = match at.rows {
+            Rows::All => (&w.attended, &mut w.residual),
+            Rows::Sampling => (&w.last_attended, &mut w.last),
+        };
+        layer.out.forward_add(b, at, attended, residual)?;
+        b.layer_norm(at.n, &layer.final_norm, residual, &mut w.normed)?;
+        layer.up.forward(b, at, &w.normed, &mut w.up)?;
+        b.relu(at.n, self.intermediate, &mut w.up)?;
+        layer.down.forward_add(b, at, &w.up, residual)
     }
 }

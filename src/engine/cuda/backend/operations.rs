@@ -10,11 +10,22 @@ use super::super::meta::Meta;
 use super::super::shape::rounded;
 use super::super::slabs::on_device;
 use super::{CudaBackend, CudaStepError};
-use crate::engine::backend::{Adapted, Backend, HostMatrix, LoraTarget, Norm};
+use crate::engine::backend::{Adapted, Backend, HostMatrix, LoraTarget, Norm, Rows};
 use crate::engine::model::Values;
 
 /// Modules that share an input, at most: query, key and value.
 const MOST_TARGETS: usize = 3;
+
+/// The adapters of the step's rows that sample.
+fn sampling_lora_step(meta: &Meta, max_rank: usize) -> LoraStep<'_> {
+    LoraStep {
+        small: meta.sampled(),
+        small_count: meta.sampled_count(),
+        large: meta.large().slice(0..0),
+        tiles: meta.lora_tiles().slice(0..0),
+        ..lora_step(meta, max_rank)
+    }
+}
 
 /// The adapters of the step's rows.
 fn lora_step(meta: &Meta, max_rank: usize) -> LoraStep<'_> {
@@ -39,6 +50,12 @@ fn kv_layer_mut(kv: &mut DeviceBuffer<bf16>, half: usize, layer: usize) -> KvCac
     let at = 2 * layer * half;
     let (keys, values) = kv.view_mut().split(at..at + half, at + half..at + 2 * half);
     KvCacheMut { keys, values }
+}
+
+/// Rows of a product over `n` rows. Those that sample come in any number; their buffers have room for the shape
+/// above it.
+fn product_rows(n: usize, rows: Rows) -> usize {
+    if rows == Rows::Sampling { rounded(n) } else { n }
 }
 
 impl CudaBackend {
@@ -86,20 +103,22 @@ impl CudaBackend {
         x: View<'_, bf16>,
         out: Out<'_>,
     ) -> Result<(), CudaStepError> {
-        let shape = self.meta.shape;
-        if shape.small == 0 && shape.large == 0 {
+        let step = match adapted.rows {
+            Rows::All => lora_step(&self.meta, self.max_rank),
+            Rows::Sampling => sampling_lora_step(&self.meta, self.max_rank),
+        };
+        if step.small.is_empty() && step.large.is_empty() {
             return Ok(());
         }
         let (targets, count) = self.targets(adapted);
-        let step = lora_step(&self.meta, self.max_rank);
         let scratch = &mut self.lora_scratch;
         self.lora.apply(&self.stream, scratch, &step, &targets[..count], inputs, x, width, out)?;
         self.mark("adapters", width)
     }
 
     /// Whether adapters' products are added by what reads their output next.
-    fn fuses(&self) -> bool {
-        self.meta.shape.large > 0 && self.lora.fuses(self.max_rank)
+    fn fuses(&self, rows: Rows) -> bool {
+        rows == Rows::All && self.meta.shape.large > 0 && self.lora.fuses(self.max_rank)
     }
 
     fn held(&mut self, values: Vec<Values>) -> Result<DeviceBuffer<bf16>, CudaError> {
@@ -220,6 +239,7 @@ impl Backend for CudaBackend {
         x: &DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
+        let n = product_rows(n, adapted.rows);
         self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::Store(out.view_mut()))?;
         self.mark("product", matrix.outputs)?;
         self.lora(adapted, matrix.inputs, matrix.outputs, x.view(), Out::Bf16(out.view_mut()))
@@ -233,6 +253,7 @@ impl Backend for CudaBackend {
         x: &DeviceBuffer<bf16>,
         residual: &mut DeviceBuffer<f32>,
     ) -> Result<(), CudaStepError> {
+        let n = product_rows(n, adapted.rows);
         self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::Add(residual.view_mut()))?;
         self.mark("product of", matrix.inputs)?;
         self.lora(adapted, matrix.inputs, matrix.outputs, x.view(), Out::F32(residual.view_mut()))
@@ -245,8 +266,7 @@ impl Backend for CudaBackend {
         x: &DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<f32>,
     ) -> Result<(), CudaStepError> {
-        // Sampling rows come in any number; their buffers have room for the shape above it.
-        let n = rounded(n);
+        let n = product_rows(n, Rows::Sampling);
         self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::StoreWide(out.view_mut()))?;
         self.mark("product", matrix.outputs)
     }
@@ -268,7 +288,7 @@ impl Backend for CudaBackend {
         x: &DeviceBuffer<bf16>,
         qkv: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
-        if !self.fuses() {
+        if !self.fuses(adapted.rows) {
             self.linear(n, matrix, adapted, x, qkv)?;
             return self.rope_and_write_kv(adapted.layer, n, qkv);
         }
@@ -352,7 +372,7 @@ impl Backend for CudaBackend {
         gate_up: &mut DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
-        if !self.fuses() {
+        if !self.fuses(adapted.rows) {
             self.linear(n, matrix, adapted, x, gate_up)?;
             return self.silu_mul(n, width, gate_up, out);
         }
@@ -381,6 +401,18 @@ impl Backend for CudaBackend {
     ) -> Result<(), CudaStepError> {
         let rows = self.meta.sample_rows();
         Ok(self.elementwise.gather(&self.stream, samples, width, rows, x.view(), out.view_mut())?)
+    }
+
+    fn gather_sample_inputs(
+        &mut self,
+        samples: usize,
+        width: usize,
+        x: &DeviceBuffer<bf16>,
+        out: &mut DeviceBuffer<bf16>,
+    ) -> Result<(), CudaStepError> {
+        // Two of them are one of the kernel's elements.
+        let (rows, x, out) = (self.meta.sample_rows(), x.view().cast::<f32>(), out.view_mut().cast::<f32>());
+        Ok(self.elementwise.gather(&self.stream, samples, width / 2, rows, x, out)?)
     }
 
     fn sample(&mut self, samples: usize, logits: &DeviceBuffer<f32>) -> Result<(), CudaStepError> {
