@@ -240,9 +240,10 @@ impl Backend for CudaBackend {
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
         let n = product_rows(n, adapted.rows);
-        self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::Store(out.view_mut()))?;
+        let x = x.view().slice(0..n * matrix.inputs);
+        self.gemm.run(&self.stream, n, matrix, x, &mut Product::Store(out.view_mut()))?;
         self.mark("product", matrix.outputs)?;
-        self.lora(adapted, matrix.inputs, matrix.outputs, x.view(), Out::Bf16(out.view_mut()))
+        self.lora(adapted, matrix.inputs, matrix.outputs, x, Out::Bf16(out.view_mut()))
     }
 
     fn linear_add(
@@ -254,9 +255,10 @@ impl Backend for CudaBackend {
         residual: &mut DeviceBuffer<f32>,
     ) -> Result<(), CudaStepError> {
         let n = product_rows(n, adapted.rows);
-        self.gemm.run(&self.stream, n, matrix, x.view(), &mut Product::Add(residual.view_mut()))?;
+        let x = x.view().slice(0..n * matrix.inputs);
+        self.gemm.run(&self.stream, n, matrix, x, &mut Product::Add(residual.view_mut()))?;
         self.mark("product of", matrix.inputs)?;
-        self.lora(adapted, matrix.inputs, matrix.outputs, x.view(), Out::F32(residual.view_mut()))
+        self.lora(adapted, matrix.inputs, matrix.outputs, x, Out::F32(residual.view_mut()))
     }
 
     fn linear_wide(
