@@ -136,10 +136,12 @@ pilot() {
 }
 
 repeats() {
-    experiment h100-pilot-repeats
+    for one in heavy repeats light; do
+        experiment "h100-pilot-$one"
+        say "repeats: $one"
+        (cd "$out" && hbm sweep "h100-pilot-$one.toml" --mode measured --profile profile.json --resume)
+    done
     cd "$out"
-    say "repeats"
-    hbm sweep h100-pilot-repeats.toml --mode measured --profile profile.json --resume
     judge
 }
 
