@@ -152,6 +152,23 @@ impl Manifest {
         self.complete = complete;
     }
 
+    /// Whether this run did all that `other` was asked for: one that was stopped and resumed is whole.
+    pub fn finished(&self, other: &Self) -> bool {
+        // How often it was resumed is no part of what was asked for.
+        fn asked(value: &Value) -> Value {
+            match value {
+                Value::Object(map) => map
+                    .iter()
+                    .filter(|(key, _)| *key != "resume")
+                    .map(|(k, v)| (k.clone(), asked(v)))
+                    .collect(),
+                Value::Array(items) => items.iter().map(asked).collect(),
+                plain => plain.clone(),
+            }
+        }
+        self.complete && self.command == other.command && asked(&self.config) == asked(&other.config)
+    }
+
     /// Writes it as a whole.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), ManifestError> {
         let mut text = serde_json::to_vec_pretty(self).map_err(ManifestError::Settings)?;
@@ -280,6 +297,18 @@ mod tests {
         manifest.end(true);
         manifest.write(&path).unwrap();
         assert_eq!(Manifest::read(&path).unwrap(), manifest);
+    }
+
+    #[test]
+    fn a_run_that_was_stopped_and_resumed_is_finished_by_the_last() {
+        let begun = |seed: u64, resume: bool| {
+            Manifest::begin("sweep", &json!([{"resume": resume, "seed": seed}]), &[]).unwrap()
+        };
+        let (stopped, mut last) = (begun(1, false), begun(1, true));
+        assert!(!last.finished(&stopped) && !stopped.finished(&stopped));
+        last.end(true);
+        assert!(last.finished(&stopped) && last.finished(&last));
+        assert!(!last.finished(&begun(2, false)), "another seed was asked for");
     }
 
     #[test]

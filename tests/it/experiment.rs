@@ -70,7 +70,10 @@ fn committed(csv: &str) -> BTreeMap<String, ResultRow> {
 #[test]
 fn committed_results_are_of_the_cells_of_their_experiments() {
     for (csv, experiments) in [
-        ("h100-pilot/pilot.csv", &["h100-pilot.toml", "h100-pilot-repeats.toml"][..]),
+        (
+            "h100-pilot/h100-pilot.csv",
+            &["h100-pilot.toml", "h100-pilot-heavy.toml", "h100-pilot-repeats.toml"][..],
+        ),
         ("h100-pilot/plan.csv", &["h100-plan.toml"]),
         ("h100-ranks/h100-ranks.csv", &["h100-ranks.toml"]),
         ("demo-validate/demo-validate.csv", &["demo-validate.toml"]),
@@ -86,7 +89,7 @@ fn committed_results_are_of_the_cells_of_their_experiments() {
 #[test]
 fn the_pilot_s_loads_are_what_they_were_whatever_the_number_of_requests() {
     let simulator = Simulator::new(Profile::named("h100-llama2-7b").unwrap()).unwrap();
-    let rows = committed("h100-pilot/pilot.csv");
+    let rows = committed("h100-pilot/h100-pilot.csv");
     for cell in shipped("h100-pilot.toml").cells() {
         let rate = |requests: u64| {
             let mut workload = cell.workload.clone();

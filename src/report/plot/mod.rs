@@ -185,7 +185,7 @@ pub fn footer(csv: &[PathBuf], rows: &[ResultRow]) -> String {
     if manifests.iter().any(|m| m.profile_kind == Some(Kind::BlackBox)) {
         parts.push("simulated with a black-box profile".to_owned());
     }
-    if manifests.iter().any(|m| !m.complete) {
+    if manifests.iter().any(|m| !manifests.iter().any(|other| other.finished(m))) {
         parts.push("incomplete run".to_owned());
     }
     parts.join(" · ")
