@@ -82,7 +82,7 @@ mod tests {
         let parts = plan.weights + plan.workspace + 8 * plan.slot + 64 * plan.kv_block;
         assert_eq!(plan.total(), parts);
         let rows = 4096 * (3 * 4096 + 3 * 4096 + 4096 + 3 * 11_008);
-        let last = 16 * (2 * 4096 + 32_000);
+        let last = 16 * (3 * 4096 + 32_000);
         let scratch = 4096 * (2 * 128 + 64) + 4096 * (16 + 11_008) + 4096 * 128;
         assert_eq!(plan.workspace, 4 * (rows + last + scratch));
     }
