@@ -3,7 +3,7 @@
 #
 #   scripts/reproduce.sh PART OUT         PART: engine, budgets, traces, serve, pilot, repeats, plan
 #
-# Each part takes two to ten minutes on an H100, starts from nothing but the program, and leaves its results in the folder
+# Each part takes two to eleven minutes on an H100, starts from nothing but the program, and leaves its results in the folder
 # OUT, with manifests; `repeats` goes on in the OUT of `pilot`. The first command that fails ends a part. Nothing here needs
 # cargo: carry the program, configs/ and this script.
 #
@@ -161,10 +161,11 @@ judge() {
 }
 
 plan() {
-    cp configs/experiments/h100-plan.toml "$out"
+    # The profile that the experiment's budgets are the answer of.
+    cp configs/experiments/h100-plan.toml plots/h100-pilot/earlier/profile.json "$out"
     cd "$out"
-    hbm plan --profile h100-llama2-7b --slo 'ttft_median<200ms' --rate 37 --max-tokens 16 | tee plan.txt
-    hbm sweep h100-plan.toml --mode measured --profile h100-llama2-7b --resume
+    hbm plan --profile profile.json --slo 'ttft_median<200ms' --rate 37 --max-tokens 16 | tee plan.txt
+    hbm sweep h100-plan.toml --mode measured --profile profile.json --resume
 }
 
 case $part in

@@ -18,7 +18,8 @@ impl Floors {
     }
 
     /// A prompt of `tokens`: the arithmetic of every linear layer, of causal attention, and of one row of
-    /// logits, at the rate of large products. Adapters (0.6 % at rank 16) are left out.
+    /// logits, at the rate of large products. Adapters (0.6 % at rank 16) are left out; what the engine does not
+    /// compute of the last layer is counted, as it is everywhere.
     pub fn prefill_ms(&self, tokens: u32) -> Option<f64> {
         Some(self.prefill_flops(tokens) / self.ceilings?.gemm_flops * 1e3)
     }

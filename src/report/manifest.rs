@@ -166,7 +166,10 @@ impl Manifest {
                 plain => plain.clone(),
             }
         }
-        self.complete && self.command == other.command && asked(&self.config) == asked(&other.config)
+        let fed = |of: &Self| {
+            (of.command.clone(), asked(&of.config), of.profile_sha256.clone(), of.dataset.clone())
+        };
+        self.complete && fed(self) == fed(other)
     }
 
     /// Writes it as a whole.

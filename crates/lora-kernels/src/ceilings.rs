@@ -17,8 +17,10 @@ const SQUARE: usize = 8192;
 /// Rest before products are timed from idle, as seconds, and how often they are.
 const REST: Duration = Duration::from_millis(100);
 const IDLE_RUNS: usize = 5;
+/// How many products the points of [`Ceilings::gemm_from_idle`] are of: close together where the clock begins to fall.
+const BURST: [usize; 16] = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128];
 /// Points of [`Ceilings::gemm_from_idle`].
-pub const BURSTS: usize = 8;
+pub const BURSTS: usize = BURST.len();
 
 /// How long products take that begin on an idle device.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -36,8 +38,8 @@ pub struct Ceilings {
     pub gemm_flops: f64,
     /// The same products one after another for a second and a half: what the device's power and cooling bear.
     pub gemm_sustained_flops: f64,
-    /// One such product, two, four and so on, one after another on a device that has done nothing for 100 ms: its
-    /// clock falls within milliseconds. The shortest of several runs each.
+    /// One such product, two and more, up to 128, one after another on a device that has done nothing for 100 ms: its
+    /// clock falls within tens of milliseconds. The shortest of several runs each.
     pub gemm_from_idle: [Burst; BURSTS],
     /// Device memory read, bytes a second.
     pub read_bytes_s: f64,
@@ -109,18 +111,17 @@ fn gemm(device: &Device, stream: &Stream) -> Result<(f64, [Burst; BURSTS], f64),
     Ok((flops / seconds, bursts, flops / sustained))
 }
 
-/// Times of 1, 2, 4 … times `product`, of `flops` operations, from idle.
+/// Times of 1, 2 and more times `product`, of `flops` operations, from idle.
 fn from_idle(
     device: &Device,
     stream: &Stream,
     flops: f64,
     mut product: impl FnMut() -> Result<(), CudaError>,
 ) -> Result<[Burst; BURSTS], CudaError> {
-    let count = |burst: usize| 1usize << burst;
     let begin = device.event(true)?;
     let ends: Vec<Event> = (0..BURSTS).map(|_| device.event(true)).collect::<Result<_, _>>()?;
     let mut bursts = std::array::from_fn(|burst| Burst {
-        operations: flops * count(burst) as f64,
+        operations: flops * BURST[burst] as f64,
         seconds: f64::INFINITY,
     });
     for _ in 0..IDLE_RUNS {
@@ -128,9 +129,9 @@ fn from_idle(
         std::thread::sleep(REST);
         stream.record(&begin)?;
         let mut done = 0;
-        for (burst, end) in ends.iter().enumerate() {
-            (done..count(burst)).try_for_each(|_| product())?;
-            done = count(burst);
+        for (count, end) in BURST.into_iter().zip(&ends) {
+            (done..count).try_for_each(|_| product())?;
+            done = count;
             stream.record(end)?;
         }
         stream.synchronize()?;

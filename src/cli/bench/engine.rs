@@ -310,10 +310,10 @@ fn print_engine(report: &EngineReport) {
             "ceilings: {:.0} TFLOP/s in a large bf16 product{}, {:.2} TB/s read, {:.1} GB/s from pinned memory, {:.1} GB/s from pageable",
             c.gemm_flops * 1e-12,
             // A product after another for as long as a long prompt takes, about.
-            c.gemm_from_idle.map_or(String::new(), |of| format!(
+            c.from_idle_within(0.1).map_or(String::new(), |burst| format!(
                 ", {:.0} over {:.0} ms from idle",
-                of[6].operations / of[6].seconds * 1e-12,
-                of[6].seconds * 1e3
+                burst.operations / burst.seconds * 1e-12,
+                burst.seconds * 1e3
             )) + &c.gemm_sustained_flops.map_or(String::new(), |f| format!(", {:.0} sustained", f * 1e-12)),
             c.read_bytes_s * 1e-12,
             c.pinned_bytes_s * 1e-9,
