@@ -290,6 +290,7 @@ fn fit_swaps(times: &SwapTimes) -> SwapCosts {
         bytes_per_s: alone,
         busy_bytes_per_s: beside,
         step_slowdown: (median(times.steps.iter().map(|p| p.1 as f64 / p.0 as f64)) - 1.0).max(0.0),
+        reading_s: 0.0,
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! Every step, copy, host gap and way through the front end of a log is one [`Sample`], of what the simulator would have
 //! charged for it and what it took. What decided when things began plays no part: a step is charged by what it
-//! computed, however the run came to it. Two things do come from the run itself ([`LogTimes`]): how long copies and
-//! steps were under way side by side, and how long a step waited for an adapter, which is no cost of the step.
+//! computed, however the run came to it. Three things do come from the run itself ([`LogTimes`]): how long copies and
+//! steps were under way side by side, how long a step waited for an adapter, which is no cost of the step, and whether
+//! it read one that was under way, which is.
 
 mod report;
 
@@ -85,8 +86,8 @@ impl Residuals {
     }
 
     fn add_step(&mut self, step: &StepTime) {
-        let StepTime { shape, running, took: measured, stalled, beside, held, .. } = *step;
-        let work = self.cost.step_ns(&shape);
+        let StepTime { shape, running, took: measured, stalled, beside, held, reading } = *step;
+        let work = self.cost.step_ns(&shape) + if reading { self.cost.reading_ns } else { 0 };
         let predicted = work as f64 / rate_beside(beside, measured, 1.0 + self.cost.step_slowdown);
         self.waited += stalled + held.unwrap_or(0);
         let kind = match (shape.prefills > 0, shape.decodes > 0, beside > 0) {
@@ -243,6 +244,33 @@ mod tests {
         let report = report(&round(), &lines);
         assert_eq!(sums(&report, ResidualKind::Waited), (1, 1_200 * US, 1_200 * US));
         assert!((report.waited_s - 800e-6).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_step_that_reads_an_adapter_under_way_is_charged_for_it() {
+        let mut profile = round();
+        profile.swap.reading_s = 300e-6;
+        profile.swap.step_slowdown = 0.5;
+        let profile = profile.signed();
+        let with = |line: LogLine, slots: &[u32], held: bool| match line {
+            LogLine::Step { step, formed, submitted, started, ended, done, seqs, .. } => {
+                let (loading, waited) = (slots.to_vec(), held);
+                LogLine::Step { step, formed, submitted, started, ended, done, seqs, loading, waited }
+            }
+            other => other,
+        };
+        // 1.2 ms and 0.3 ms of work, a third of 0.6 ms beside the copy lost, of which 0.2 ms more were waited.
+        let lines = [
+            swap(0, 0, 800 * US, 800 * US),
+            step_done(1_900 * US, 0, &[(0, 200 * US)]),
+            with(step(0, 0, 1_900 * US, Some(0)), &[0], false),
+            // The copy was waited for before this one was submitted, and that one reads nothing that is under way.
+            with(step(1, 2_000 * US, 3_200 * US, Some(0)), &[0], true),
+            step(2, 4_000 * US, 5_200 * US, Some(0)),
+        ];
+        let report = report(&profile, &lines);
+        assert_eq!(sums(&report, ResidualKind::Waited), (2, 2_900 * US, 2_900 * US));
+        assert_eq!(sums(&report, ResidualKind::Prompts), (1, 1_200 * US, 1_200 * US));
     }
 
     #[test]
