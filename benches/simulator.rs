@@ -53,7 +53,13 @@ fn floors() -> Profile {
             features: features.map(str::to_owned).to_vec(),
             coef_ns: vec![4_300_000.0, 300.0, 17_090.0, 0.69, 170.7, 26_000.0],
         },
-        swap: SwapCosts { fixed_s: 2e-5, bytes_per_s: 54e9, busy_bytes_per_s: 50e9, step_slowdown: 0.02 },
+        swap: SwapCosts {
+            fixed_s: 2e-5,
+            bytes_per_s: 54e9,
+            busy_bytes_per_s: 50e9,
+            step_slowdown: 0.02,
+            reading_s: 0.0,
+        },
         host: HostCosts {
             loop_s: 5e-5,
             front_s: 1e-4,

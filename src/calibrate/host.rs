@@ -2,14 +2,17 @@
 
 use std::sync::PoisonError;
 
+use nalgebra::{DMatrix, DVector};
 use serde::{Deserialize, Serialize};
 
+use super::{fit, median};
 use crate::engine::server::LocalServer;
 use crate::engine::setup::{Loaded, SetupError};
 use crate::loadgen::{Endpoint, EndpointError, LoadOptions, PrepareError, prepare, run_load};
+use crate::profile::HostCosts;
 use crate::report::decision_log::DecisionLog;
 use crate::report::record::Status;
-use crate::sim::Recorded;
+use crate::sim::{LogTimesError, Recorded};
 use crate::workload::trace::{SCHEMA, Trace, TraceHeader, TraceRequest};
 
 /// One request's host times, in nanoseconds.
@@ -49,6 +52,9 @@ pub enum HostError {
     /// The prompts.
     #[error(transparent)]
     Prepare(#[from] PrepareError),
+    /// What the engine logged.
+    #[error(transparent)]
+    Log(#[from] LogTimesError),
     /// A request that failed.
     #[error("a calibration request failed: {0}")]
     Request(String),
@@ -117,4 +123,21 @@ pub fn time_host(loaded: &Loaded, gpu_loras: usize, lengths: &[u32]) -> Result<H
         .map(|pair| pair[1].gap)
         .collect();
     Ok(times)
+}
+
+/// The front end by its prompts' bytes; of everything else the median.
+pub(super) fn fit_host(times: &HostTimes) -> HostCosts {
+    let rows = &times.requests;
+    let a = DMatrix::from_fn(rows.len(), 2, |r, c| if c == 0 { 1.0 } else { rows[r].prompt_bytes as f64 });
+    let b = DVector::from_fn(rows.len(), |r, _| rows[r].front_ns);
+    let front = fit::nnls(&a, &b);
+    let bytes: f64 = rows.iter().map(|r| r.prompt_bytes as f64).sum();
+    let tokens: f64 = rows.iter().map(|r| f64::from(r.prompt_tokens)).sum();
+    HostCosts {
+        loop_s: median(times.gaps.iter().map(|&g| g as f64 * 1e-9)),
+        front_s: front[0] * 1e-9,
+        tokenize_s_per_byte: front[1] * 1e-9,
+        deliver_s: median(rows.iter().map(|r| r.deliver_ns * 1e-9)),
+        bytes_per_token: bytes / tokens.max(1.0),
+    }
 }

@@ -1,12 +1,14 @@
 //! From micro-benchmarks of a running executor to a [`Profile`].
 //!
 //! Steps of random compositions, swaps alone and beside steps, and single requests over HTTP are
-//! timed; a non-negative fit turns them into costs. Nothing here looks at a run that it will predict.
+//! timed, on a GPU also the engine while it serves; a non-negative fit turns them into costs. Nothing
+//! here looks at a run that it will predict.
 
 mod black_box;
 pub mod fit;
 mod host;
 mod rooms;
+mod served;
 mod steps;
 mod swaps;
 mod terms;
@@ -21,14 +23,19 @@ pub use black_box::{
     BlackBoxCalibration, BlackBoxError, BlackBoxOptions, BlackBoxSample, calibrate_black_box,
 };
 pub use host::{HostError, HostSample, HostTimes};
+pub use served::ReadingSample;
 pub use steps::{StepBench, StepLimits, StepSample, Survey};
 pub use swaps::{SwapSample, SwapTimes};
+
+use host::fit_host;
+use served::{Traffic, fit_reading, time_served};
+use swaps::fit_swaps;
 
 use crate::engine::executor::{Executor as _, ExecutorError};
 use crate::engine::setup::{EngineSettings, Loaded, SetupError};
 use crate::profile::{
-    AdapterCosts, CostModel, EngineFacts, Holdout, HostCosts, Kind, Profile, ProfileError, Quantiles,
-    SCHEMA_VERSION, StepCosts, SwapCosts, Term,
+    AdapterCosts, CostModel, EngineFacts, Holdout, Kind, Profile, ProfileError, Quantiles, SCHEMA_VERSION,
+    StepCosts, Term,
 };
 use crate::report::machine::{Machine, machine};
 use crate::report::manifest::Tool;
@@ -90,6 +97,10 @@ pub enum Sample {
     },
     /// A swap.
     Swap(SwapSample),
+    /// A swap of an engine that served.
+    ServedSwap(SwapSample),
+    /// A step of one that read an adapter under way.
+    Reading(ReadingSample),
     /// A step without and with swaps beside it.
     StepPair {
         /// Without.
@@ -134,11 +145,9 @@ pub fn calibrate(
         let mut show = |share: f64| progress("steps", (i as f64 + share) / rooms.len() as f64);
         let longest = options.longest;
         if on_gpu {
-            let chosen = 1.0 - TRAFFIC;
-            let survey = Survey { time: time.mul_f64(chosen), longest, duty: options.duty, grid: i == 0 };
-            steps.extend(bench.survey(survey, |share| show(share * chosen))?);
-            let traffic = time.mul_f64(TRAFFIC);
-            steps.extend(bench.traffic(&config, traffic, longest, |share| show(chosen + share * TRAFFIC))?);
+            let time = time.mul_f64(1.0 - TRAFFIC);
+            let survey = Survey { time, longest, duty: options.duty, grid: i == 0 };
+            steps.extend(bench.survey(survey, &mut show)?);
         } else {
             steps.extend(bench.sample(time, longest, show)?);
         }
@@ -147,6 +156,17 @@ pub fn calibrate(
             let source = rooms::swap_source(&loaded, slots);
             swap_times = swaps::time_swaps(&mut bench, &source, options.longest.min(512))?;
         }
+    }
+
+    let mut readings = Vec::new();
+    if on_gpu {
+        progress("traffic", 0.0);
+        let time = options.step_time.mul_f64(TRAFFIC);
+        let traffic = Traffic { time, longest: options.longest, seed: options.seed };
+        let served = time_served(&loaded, rooms[0], traffic, |share| progress("traffic", share))?;
+        steps.extend(served.steps);
+        swap_times.served = served.swaps;
+        readings = served.readings;
     }
 
     progress("host", 0.0);
@@ -206,14 +226,20 @@ pub fn calibrate(
     samples.extend(swap_times.samples.iter().copied().map(Sample::Swap));
     let pair = |&(alone_ns, beside_ns): &(u64, u64)| Sample::StepPair { alone_ns, beside_ns };
     samples.extend(swap_times.steps.iter().map(pair));
+    samples.extend(swap_times.served.iter().copied().map(Sample::ServedSwap));
+    samples.extend(readings.iter().copied().map(Sample::Reading));
     samples.extend(host_times.requests.iter().copied().map(Sample::Host));
     samples.extend(host_times.gaps.iter().map(|&ns| Sample::Gap { ns }));
-    Ok(Calibration { profile: refit(profile, &steps)?, samples })
+    Ok(Calibration { profile: refit(profile, &steps, &readings)?, samples })
 }
 
 /// A profile with its step costs fitted to these steps, of which the held-out ones are not shown to the fit but
-/// judge it.
-pub fn refit(mut profile: Profile, steps: &[(bool, StepSample)]) -> Result<Profile, ProfileError> {
+/// judge it, and what it costs more to read an adapter under way to `readings`; with none of these it stays as it is.
+pub fn refit(
+    mut profile: Profile,
+    steps: &[(bool, StepSample)],
+    readings: &[ReadingSample],
+) -> Result<Profile, ProfileError> {
     let of = |held: bool| steps.iter().filter(|s| s.0 == held).map(|s| s.1).collect::<Vec<_>>();
     let (seen, unseen) = (of(false), of(true));
     let on_gpu = profile.engine.memory_bytes.is_some();
@@ -221,6 +247,9 @@ pub fn refit(mut profile: Profile, steps: &[(bool, StepSample)]) -> Result<Profi
     let cost = CostModel::new(&profile)?;
     profile.residuals = quantiles(&errors(&cost, &seen));
     profile.holdout = holdout(&errors(&cost, &unseen));
+    if !readings.is_empty() {
+        profile.swap.reading_s = fit_reading(&cost, readings);
+    }
     profile.tool = tool();
     Ok(profile.signed())
 }
@@ -268,8 +297,9 @@ fn fit_costs(terms: &[Term], counts: &DMatrix<f64>, measured: &DVector<f64>) -> 
     }
 }
 
-/// On a GPU, the share of the time for steps that goes to steps as traffic makes them, not as they were chosen.
-const TRAFFIC: f64 = 0.45;
+/// On a GPU, the share of the time for steps that goes to the engine as it serves, not to steps as they were chosen: what
+/// both have, serving decides, and the chosen ones are for what it rarely has.
+const TRAFFIC: f64 = 0.6;
 
 /// Rounds of [`fit_costs`].
 const ROUNDS: usize = 4;
@@ -278,35 +308,6 @@ const INTERRUPTED: f64 = 3.0;
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
     stats::median(&stats::sorted(&values.collect::<Vec<_>>())).unwrap_or(0.0)
-}
-
-fn fit_swaps(times: &SwapTimes) -> SwapCosts {
-    let of = |beside: bool| times.samples.iter().filter(move |s| s.beside_step == beside);
-    let rate = |beside| median(of(beside).map(|s| s.bytes as f64 / (s.copy_ns as f64 * 1e-9)));
-    let alone = rate(false);
-    let beside = if of(true).count() > 0 { rate(true) } else { alone };
-    SwapCosts {
-        fixed_s: median(of(false).map(|s| (s.ns - s.copy_ns) as f64 * 1e-9)),
-        bytes_per_s: alone,
-        busy_bytes_per_s: beside,
-        step_slowdown: (median(times.steps.iter().map(|p| p.1 as f64 / p.0 as f64)) - 1.0).max(0.0),
-    }
-}
-
-fn fit_host(times: &HostTimes) -> HostCosts {
-    let rows = &times.requests;
-    let a = DMatrix::from_fn(rows.len(), 2, |r, c| if c == 0 { 1.0 } else { rows[r].prompt_bytes as f64 });
-    let b = DVector::from_fn(rows.len(), |r, _| rows[r].front_ns);
-    let front = fit::nnls(&a, &b);
-    let bytes: f64 = rows.iter().map(|r| r.prompt_bytes as f64).sum();
-    let tokens: f64 = rows.iter().map(|r| f64::from(r.prompt_tokens)).sum();
-    HostCosts {
-        loop_s: median(times.gaps.iter().map(|&g| g as f64 * 1e-9)),
-        front_s: front[0] * 1e-9,
-        tokenize_s_per_byte: front[1] * 1e-9,
-        deliver_s: median(rows.iter().map(|r| r.deliver_ns * 1e-9)),
-        bytes_per_token: bytes / tokens.max(1.0),
-    }
 }
 
 /// Relative errors of the model: (predicted − measured) / measured.
@@ -350,7 +351,7 @@ mod tests {
     #[test]
     fn the_terms_fit_what_an_h100_took() {
         let (profile, steps) = earlier();
-        let fitted = refit(profile, &steps).unwrap();
+        let fitted = refit(profile, &steps, &[]).unwrap();
         assert!(fitted.holdout.samples > 100);
         // Without terms of their own for the two kinds of steps it was 4.8 %; the terms' last parts brought 3.5 to 2.9.
         assert!(fitted.holdout.mean_abs_error < 0.033, "{:?}", fitted.holdout);
@@ -383,7 +384,7 @@ mod tests {
             sample.shape.recent = 200 + i as u64 % 3 * 100;
             sample.ns += longer(&sample.shape);
         }
-        let cost = CostModel::new(&refit(profile, &steps).unwrap()).unwrap();
+        let cost = CostModel::new(&refit(profile, &steps, &[]).unwrap()).unwrap();
         let at = |recent| StepShape { recent, tokens: 640, prefills: 1, ..StepShape::default() };
         let found = cost.step_ns(&at(350)) - cost.step_ns(&at(200));
         let put_in = longer(&at(350));
@@ -393,7 +394,7 @@ mod tests {
     #[test]
     fn more_of_anything_never_costs_less() {
         let (profile, steps) = earlier();
-        let cost = CostModel::new(&refit(profile, &steps).unwrap()).unwrap();
+        let cost = CostModel::new(&refit(profile, &steps, &[]).unwrap()).unwrap();
         let prefill = |tokens: u64| StepShape {
             tokens,
             prefills: 1,

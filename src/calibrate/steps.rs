@@ -4,7 +4,6 @@
 mod checked;
 mod mixtures;
 mod survey;
-mod traffic;
 
 use lora_sched::{AdapterId, Config, PlaceId, RequestId, SeqStep, SlotId, StepPlan};
 use rand_chacha::ChaCha8Rng;

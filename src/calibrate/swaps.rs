@@ -3,8 +3,10 @@
 use lora_sched::{AdapterId, Nanos, SlotId, SwapKind, SwapPlan};
 use serde::{Deserialize, Serialize};
 
+use super::median;
 use super::steps::StepBench;
 use crate::engine::executor::{Completion, Executor, ExecutorError};
+use crate::profile::SwapCosts;
 
 /// One timed swap.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +37,8 @@ pub struct SwapTimes {
     pub samples: Vec<SwapSample>,
     /// Duration of the same step without and with copies beside it.
     pub steps: Vec<(Nanos, Nanos)>,
+    /// Swaps of an engine that served.
+    pub served: Vec<SwapSample>,
 }
 
 /// How often each is measured.
@@ -95,4 +99,68 @@ fn sample(
     let Completion::Swap { started, ended, .. } = completion else { return None };
     let ns = now.saturating_sub(begun);
     Some(SwapSample { bytes, ns, copy_ns: (ended - started).clamp(1, ns.max(1)), beside_step })
+}
+
+/// So many swaps of an engine that served tell what they take: then those that were timed apart are not asked. With
+/// fewer, both are.
+const ENOUGH: usize = 20;
+
+/// What it costs more to read an adapter under way is another matter: steps tell of it.
+pub(super) fn fit_swaps(times: &SwapTimes) -> SwapCosts {
+    let served = |beside| times.served.iter().filter(move |s| s.beside_step == beside);
+    let of = |beside| -> Vec<&SwapSample> {
+        let served: Vec<_> = served(beside).collect();
+        if served.len() >= ENOUGH {
+            return served;
+        }
+        served.into_iter().chain(times.samples.iter().filter(|s| s.beside_step == beside)).collect()
+    };
+    let rate =
+        |swaps: &[&SwapSample]| median(swaps.iter().map(|s| s.bytes as f64 / (s.copy_ns as f64 * 1e-9)));
+    let fixed = |swaps: &[&SwapSample]| median(swaps.iter().map(|s| (s.ns - s.copy_ns) as f64 * 1e-9));
+    let (alone, beside) = (of(false), of(true));
+    let bytes_per_s = rate(&alone);
+    let busy_bytes_per_s = if beside.is_empty() { bytes_per_s } else { rate(&beside) };
+    // Serving copies beside steps, and all of such a swap is charged at the slower rate.
+    let fixed_s = if served(true).count() >= ENOUGH {
+        fixed(&beside) * (busy_bytes_per_s / bytes_per_s).min(1.0)
+    } else {
+        fixed(&alone)
+    };
+    let step_slowdown = (median(times.steps.iter().map(|p| p.1 as f64 / p.0 as f64)) - 1.0).max(0.0);
+    SwapCosts { fixed_s, bytes_per_s, busy_bytes_per_s, step_slowdown, reading_s: 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Swaps of 1 MB, which take `fixed` ns besides the copy.
+    fn swaps(count: usize, fixed: u64, copy_ns: u64, beside_step: bool) -> Vec<SwapSample> {
+        vec![SwapSample { bytes: 1_000_000, ns: fixed + copy_ns, copy_ns, beside_step }; count]
+    }
+
+    fn close(found: f64, expected: f64) -> bool {
+        (found / expected - 1.0).abs() < 1e-9
+    }
+
+    #[test]
+    fn swaps_of_an_engine_that_served_count_instead_of_those_that_were_timed_apart() {
+        let samples = [swaps(40, 30_000, 100_000, false), swaps(30, 35_000, 110_000, true)].concat();
+        let steps = vec![(100, 102)];
+        let apart = SwapTimes { samples, steps, served: Vec::new() };
+        let costs = fit_swaps(&apart);
+        assert!(close(costs.fixed_s, 30e-6) && close(costs.bytes_per_s, 1e10), "{costs:?}");
+        assert!(close(costs.busy_bytes_per_s, 1e10 / 1.1), "{costs:?}");
+
+        // The whole of a swap beside a step is charged at the slower rate: 80 µs in all.
+        let served = SwapTimes { served: swaps(ENOUGH, 80_000, 125_000, true), ..apart.clone() };
+        let costs = fit_swaps(&served);
+        assert!(close(costs.bytes_per_s, 1e10) && close(costs.busy_bytes_per_s, 8e9), "{costs:?}");
+        assert!(close(costs.fixed_s * 1e10 / 8e9, 80e-6) && close(costs.step_slowdown, 0.02), "{costs:?}");
+
+        // Too few to stand alone: one of many changes no median.
+        let few = SwapTimes { served: swaps(1, 80_000, 125_000, true), ..apart.clone() };
+        assert_eq!(fit_swaps(&few), fit_swaps(&apart));
+    }
 }

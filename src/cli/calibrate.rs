@@ -159,6 +159,7 @@ fn print(profile: &Profile) {
     row("swap: rate alone", profile.swap.bytes_per_s / 1e9, "GB/s");
     row("swap: rate beside a step", profile.swap.busy_bytes_per_s / 1e9, "GB/s");
     row("step beside a swap: slower by", profile.swap.step_slowdown * 100.0, "%");
+    row("step that reads an adapter under way: more by", profile.swap.reading_s * 1e6, "µs");
     row("host: step to step", profile.host.loop_s * 1e6, "µs");
     row("host: front end", profile.host.front_s * 1e6, "µs");
     row("host: front end, a KB of prompt", profile.host.tokenize_s_per_byte * 1e9, "µs");

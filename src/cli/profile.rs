@@ -189,6 +189,12 @@ fn show(name: &str, profile: &Profile, ctx: &Context) -> Result<(), Failure> {
         let time = ui::seconds(seconds(cost.swap_ns(bytes)));
         table.add_row([format!("swap of rank {rank} ({:.1} MB)", bytes as f64 * 1e-6), time]);
     }
+    if profile.swap.reading_s > 0.0 {
+        table.add_row([
+            "reading an adapter under way: more by".to_owned(),
+            ui::seconds(profile.swap.reading_s),
+        ]);
+    }
     println!("{table}");
     let h = &profile.holdout;
     if !is_measured {

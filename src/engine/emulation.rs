@@ -125,7 +125,9 @@ struct ProfileCosts {
 impl Costs for ProfileCosts {
     fn step(&mut self, plan: &StepPlan, now: Nanos) -> Nanos {
         let rank = |adapter: u32| self.ranks.get(adapter as usize).copied().unwrap_or(0);
-        self.cost.step_ns(&StepShape::of(plan, now, rank, &mut self.history))
+        let alone = self.cost.step_ns(&StepShape::of(plan, now, rank, &mut self.history));
+        let reads_under_way = !plan.loading.is_empty() && !plan.wait_for_swaps;
+        alone + if reads_under_way { self.cost.reading_ns } else { 0 }
     }
 
     fn swap(&mut self, swap: &SwapPlan) -> Nanos {

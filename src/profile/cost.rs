@@ -34,6 +34,8 @@ pub struct CostModel {
     busy_ns_per_byte: f64,
     /// How much longer a step takes while a swap runs, as a fraction.
     pub step_slowdown: f64,
+    /// What a step takes more that reads an adapter whose copy is under way when it is submitted, besides waiting for it.
+    pub reading_ns: Nanos,
     /// Host time between a step's result and the next submission.
     pub loop_ns: Nanos,
     front_ns: Nanos,
@@ -76,6 +78,7 @@ impl CostModel {
             ns_per_byte: 1e9 / profile.swap.bytes_per_s,
             busy_ns_per_byte: 1e9 / profile.swap.busy_bytes_per_s,
             step_slowdown: profile.swap.step_slowdown,
+            reading_ns: ns(profile.swap.reading_s),
             loop_ns: ns(profile.host.loop_s),
             front_ns: ns(profile.host.front_s),
             front_ns_per_token: profile.host.tokenize_s_per_byte * profile.host.bytes_per_token * 1e9,

@@ -135,6 +135,15 @@ pub struct SwapCosts {
     pub busy_bytes_per_s: f64,
     /// How much slower a step runs while a swap does: 0.05 is 5 %.
     pub step_slowdown: f64,
+    /// What a step takes more that reads an adapter whose copy is under way, besides waiting for it. Profiles without it
+    /// were made before anything measured it; where it is 0 it is not written, so that their hashes hold.
+    #[serde(default, skip_serializing_if = "costs_nothing")]
+    pub reading_s: f64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn costs_nothing(cost: &f64) -> bool {
+    *cost == 0.0
 }
 
 /// Costs of the host around steps.
@@ -262,6 +271,7 @@ impl Profile {
         positive("swap.bytes_per_s", self.swap.bytes_per_s)?;
         positive("swap.busy_bytes_per_s", self.swap.busy_bytes_per_s)?;
         not_negative("swap.step_slowdown", self.swap.step_slowdown)?;
+        not_negative("swap.reading_s", self.swap.reading_s)?;
         not_negative("host.loop_s", self.host.loop_s)?;
         not_negative("host.front_s", self.host.front_s)?;
         not_negative("host.tokenize_s_per_byte", self.host.tokenize_s_per_byte)?;
@@ -392,7 +402,13 @@ pub(crate) mod tests {
                 features: vec!["step".to_owned(), "tokens:0-".to_owned()],
                 coef_ns: vec![1e6, 2e4],
             },
-            swap: SwapCosts { fixed_s: 0.0, bytes_per_s: 1e9, busy_bytes_per_s: 1e9, step_slowdown: 0.0 },
+            swap: SwapCosts {
+                fixed_s: 0.0,
+                bytes_per_s: 1e9,
+                busy_bytes_per_s: 1e9,
+                step_slowdown: 0.0,
+                reading_s: 0.0,
+            },
             host: HostCosts {
                 loop_s: 0.0,
                 front_s: 0.0,
@@ -435,6 +451,20 @@ pub(crate) mod tests {
         let missing = text.replace("\"swap\"", "\"swop\"");
         assert!(Profile::parse("p.json", &missing).unwrap_err().to_string().contains("swop"));
         assert!(round().expect_model("facebook/opt-125m").is_err());
+    }
+
+    #[test]
+    fn a_profile_from_before_there_was_a_cost_of_reading_keeps_its_hash() {
+        let before = serde_json::to_string(&round()).unwrap();
+        assert!(!before.contains("reading_s"));
+        assert_eq!(Profile::parse("before.json", &before).unwrap().swap.reading_s, 0.0);
+        let mut profile = round();
+        profile.swap.reading_s = 2e-4;
+        let profile = profile.signed();
+        let text = serde_json::to_string(&profile).unwrap();
+        assert_eq!(Profile::parse("p.json", &text).unwrap(), profile);
+        let edited = text.replace("\"reading_s\":0.0002", "\"reading_s\":0.0001");
+        assert!(Profile::parse("p.json", &edited).unwrap_err().to_string().contains("changed after"));
     }
 
     #[test]

@@ -80,6 +80,8 @@ impl Profile {
         copy.swap.bytes_per_s *= by.copy;
         copy.swap.busy_bytes_per_s *= by.copy;
         copy.swap.fixed_s /= by.host;
+        // Kernels that look whether a layer is there instead of running beside one another.
+        copy.swap.reading_s /= by.compute;
         copy.host.loop_s /= by.host;
         copy.host.front_s /= by.host;
         copy.host.tokenize_s_per_byte /= by.host;
@@ -105,12 +107,13 @@ mod tests {
     fn each_cost_follows_what_bounds_it() {
         let mut profile = round();
         profile.host.loop_s = 4e-5;
+        profile.swap.reading_s = 1e-4;
         let profile = profile.signed();
         let twice = profile.scaled(Scale { bandwidth: 2.0, ..SAME }).unwrap();
         assert_eq!(twice.step.coef_ns, [5e5, 2e4]);
         let half = profile.scaled(Scale { compute: 0.5, copy: 4.0, host: 2.0, ..SAME }).unwrap();
         assert_eq!(half.step.coef_ns, [1e6, 4e4]);
-        assert_eq!((half.swap.bytes_per_s, half.host.loop_s), (4e9, 2e-5));
+        assert_eq!((half.swap.bytes_per_s, half.host.loop_s, half.swap.reading_s), (4e9, 2e-5, 2e-4));
     }
 
     #[test]

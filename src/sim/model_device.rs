@@ -40,7 +40,7 @@ struct Step {
     shape: StepShape,
     /// Fixed-point cost of the shape.
     sum: u128,
-    /// Work without any slow-down.
+    /// Work without any slow-down; with what it takes more to read adapters under way.
     work: Nanos,
     /// While no copy is under way: when the step ends.
     ends: Nanos,
@@ -157,8 +157,11 @@ impl Device for ModelDevice {
         self.step.loading.clear();
         self.stalled.clear();
         if !self.copies.is_empty() {
-            self.step.left = self.step.work as f64;
-            self.wait_for_first_layers(plan);
+            let head = self.wait_for_first_layers(plan);
+            if !self.step.loading.is_empty() {
+                self.step.work += self.cost.reading_ns;
+            }
+            self.step.left = self.step.work as f64 + head;
         }
         self.running = true;
     }
@@ -269,8 +272,8 @@ impl ModelDevice {
     }
 
     /// Layer 0 waits for layer 0: the first slice of each copy that has not come that far, behind what is copied before
-    /// it.
-    fn wait_for_first_layers(&mut self, plan: &StepPlan) {
+    /// it. Gives the longest of these waits.
+    fn wait_for_first_layers(&mut self, plan: &StepPlan) -> f64 {
         let rate = if self.running { self.busy_rate } else { 1.0 };
         let mut head = 0.0f64;
         for (at, copy) in self.copies.iter().enumerate() {
@@ -290,7 +293,7 @@ impl ModelDevice {
             head = head.max((ahead + first_layer.max(0.0) * sharing as f64) / rate);
             self.step.loading.push(copy.slot);
         }
-        self.step.left += head;
+        head
     }
 }
 
@@ -429,5 +432,59 @@ mod tests {
             let ended = last.unwrap();
             assert!(ended.abs_diff(ends) <= 3, "{copies:?}: {ended}, expected {ends}");
         }
+    }
+
+    /// The device of [`copying`], on which a step takes half a millisecond more that reads an adapter under way.
+    fn reading(copies: &[(Nanos, u32)]) -> ModelDevice {
+        let mut device = copying(copies);
+        device.cost.reading_ns = MS / 2;
+        device
+    }
+
+    /// Goes on until the step has ended, and says when.
+    fn end_of_step(device: &mut ModelDevice) -> Nanos {
+        loop {
+            let (at, done) = device.next().unwrap();
+            device.complete(at, done);
+            if done == Done::Step {
+                return at;
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_that_reads_an_adapter_under_way_works_longer_besides_waiting() {
+        // Half a copy is over: no first layer to be waited for, and nothing that counts as a wait.
+        let mut device = reading(&[(0, 0)]);
+        device.submit_step(MS / 2, &prefill(vec![SlotId(0)]));
+        assert_eq!(end_of_step(&mut device), MS / 2 + 3 * MS + MS / 2);
+        assert_eq!(device.stalled(), [(SlotId(0), 0)]);
+        // From its start: a quarter of it is waited for, and only that is a wait.
+        let mut device = reading(&[(1, 0)]);
+        device.submit_step(1, &prefill(vec![SlotId(0)]));
+        assert_eq!(end_of_step(&mut device), 1 + MS / 4 + 3 * MS + MS / 2);
+        assert_eq!(device.stalled(), [(SlotId(0), MS / 4)]);
+        // Once, however many there are.
+        let mut device = reading(&[(0, 0), (0, 1)]);
+        device.submit_step(MS, &prefill(vec![SlotId(0), SlotId(1)]));
+        assert_eq!(end_of_step(&mut device), MS + 3 * MS + MS / 2);
+    }
+
+    #[test]
+    fn an_adapter_that_has_landed_or_that_the_step_does_not_read_costs_nothing_more() {
+        let mut device = reading(&[(0, 0)]);
+        device.complete(MS, Done::Swap(SlotId(0)));
+        // As a plan of `blocking` has it, whose step waited for the copy before it was submitted.
+        device.submit_step(MS, &prefill(vec![SlotId(0)]));
+        assert_eq!(end_of_step(&mut device), MS + 3 * MS);
+        let mut device = reading(&[(0, 0)]);
+        device.submit_step(0, &prefill(Vec::new()));
+        assert_eq!(end_of_step(&mut device), 3 * MS);
+        let mut device = reading(&[(0, 0), (0, 1)]);
+        while let Some((at, Done::Swap(SlotId(0)))) = device.next() {
+            device.complete(at, Done::Swap(SlotId(0)));
+        }
+        device.submit_step(2 * MS, &prefill(vec![SlotId(0)]));
+        assert_eq!(end_of_step(&mut device), 2 * MS + 3 * MS);
     }
 }

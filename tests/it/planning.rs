@@ -138,6 +138,7 @@ fn a_scaled_profile_is_marked_and_a_bad_one_refused_with_the_reason() {
     refuse("c.json", |p| p.step.features.clear(), "number of step features");
     refuse("d.json", |p| p.swap.step_slowdown = -0.1, "swap.step_slowdown is -0.1");
     refuse("e.json", |p| p.adapter.ranks.reverse(), "ranks");
+    refuse("f.json", |p| p.swap.reading_s = -1e-4, "swap.reading_s is -0.0001");
     program(&["profile", "check", "h9000"]).assert().code(1).stderr(contains("'h9000'"));
     for flag in ["--compute", "--copy"] {
         program(&["profile", "scale", "p.json", flag, "0", "-o", "z.json"])

@@ -232,6 +232,22 @@ fn waits_for_adapters_are_counted_apart_and_held_against_nobody() {
     assert!(all_off_by(&layered.of_kind(Waited), 0.0, ROUNDING), "{:?}", layered.of_kind(Waited));
     assert!(layered.of_kind(CopiesBesideSteps).count > 5);
     assert!(all_off_by(&layered.of_kind(CopiesBesideSteps), 0.0, ROUNDING), "{layered:#?}");
+    // What it takes more to read an adapter under way is no wait, and no cost where the step has waited before.
+    let mut reading = profile.clone();
+    reading.swap.reading_s = 7e-4;
+    let reading = reading.signed();
+    for mode in [SwapMode::Layered, SwapMode::Blocking] {
+        let run = log(&reading, &config(3, mode));
+        let right = report(&reading, &run);
+        let all = right.kinds.iter().filter(|k| k.residual.count > 0 && k.kind != Gaps);
+        assert!(all.clone().all(|k| all_off_by(&k.residual, 0.0, ROUNDING)), "{mode}: {right:#?}");
+        // A profile that does not know of it predicts too little, of steps that read one and of no others.
+        let without = report(&profile, &run);
+        let missed = without.of_kind(Waited).effect_s;
+        let layered = mode == SwapMode::Layered;
+        assert!(if layered { missed < -2e-3 } else { missed.abs() < 1e-6 }, "{mode}: {without:#?}");
+        assert!(all_off_by(&without.of_kind(Decodes), 0.0, ROUNDING), "{mode}: {without:#?}");
+    }
     let blocking = report(&profile, &log(&profile, &config(3, SwapMode::Blocking)));
     assert!(blocking.of_kind(Waited).count > 5, "{blocking:#?}");
     assert!(all_off_by(&blocking.of_kind(Waited), 0.0, ROUNDING), "{:?}", blocking.of_kind(Waited));
@@ -410,7 +426,9 @@ mod emulated {
     #[test]
     fn an_emulated_engine_takes_what_its_profile_says_and_the_hosts_own_time() {
         let terms = [("decode/decodes:0-", 4e5), ("mixed/tokens:0-", 2e4), ("mixed/hot_rows:0-", 40.0)];
-        let profile = machine(&terms, 3_000_000, 0);
+        let mut profile = machine(&terms, 3_000_000, 0);
+        profile.swap.reading_s = 5e-4;
+        let profile = profile.signed();
         for &mode in SwapMode::ALL {
             let config = Config { max_num_seqs: 4, max_model_len: 512, kv_blocks: 128, ..config(3, mode) };
             let emulation = Emulation::new(profile.clone(), config, Tokenizer::byte_level(), None, 7);

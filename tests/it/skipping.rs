@@ -39,6 +39,7 @@ struct Case {
     costs: Vec<(&'static str, f64)>,
     swap: Nanos,
     slowdown: f64,
+    reading_s: f64,
     gap: Nanos,
     inputs: Vec<Input>,
 }
@@ -86,6 +87,7 @@ fn case(seed: u64) -> Case {
         slowdown: if rng.random_bool(0.5) { 0.0 } else { 0.13 },
         gap: if rng.random_bool(0.3) { 0 } else { rng.random_range(0..80_000) },
         inputs: inputs(rng, &config, mean_gap),
+        reading_s: if rng.random_bool(0.5) { 0.0 } else { rng.random_range(0.0..9e-4) },
         config,
     }
 }
@@ -111,6 +113,7 @@ fn inputs(rng: &mut impl Rng, config: &Config, mean_gap: u64) -> Vec<Input> {
 fn run<const EVERY: bool>(case: &Case) -> (Seen<EVERY>, Totals, Scheduler) {
     let mut profile = machine(&case.costs, case.swap, case.gap);
     profile.swap.step_slowdown = case.slowdown;
+    profile.swap.reading_s = case.reading_s;
     let cost = CostModel::new(&profile.signed()).unwrap();
     let ranks = case.config.adapters.iter().map(|a| a.rank).collect();
     let mut device = ModelDevice::new(cost, ranks, case.config.swap_mode);

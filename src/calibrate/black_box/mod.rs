@@ -232,6 +232,7 @@ fn fit(options: &BlackBoxOptions, samples: &[BlackBoxSample]) -> Result<Profile,
             bytes_per_s: 1.0,
             busy_bytes_per_s: 1.0,
             step_slowdown: 0.0,
+            reading_s: 0.0,
         },
         host: HostCosts {
             loop_s: 0.0,

@@ -6,7 +6,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{load, save, show};
-use crate::calibrate::{Sample, StepSample, refit};
+use crate::calibrate::{ReadingSample, Sample, StepSample, refit};
 use crate::cli::calibrate;
 use crate::cli::failure::Failure;
 use crate::cli::settings::Context;
@@ -18,8 +18,8 @@ pub(super) struct RefitArgs {
     /// A profile file of `calibrate`, with its samples beside it
     #[serde(skip)]
     profile: PathBuf,
-    /// More calibrations of the same machine, made at other times: the steps are fitted together; swap and host costs are
-    /// the first one's
+    /// More calibrations of the same machine, made at other times: the steps are fitted together, with what they take
+    /// more to read an adapter under way; the other costs of swaps and those of the host are the first one's
     #[serde(skip)]
     others: Vec<PathBuf>,
     /// The profile to write. Of one calibration it names the same samples, so keep it beside them; of several, all their
@@ -45,11 +45,13 @@ pub(super) fn run(args: &RefitArgs, ctx: &Context) -> Result<(), Failure> {
         samples.extend(more);
     }
     let steps: Vec<(bool, StepSample)> = samples.iter().filter_map(step).collect();
+    let readings: Vec<ReadingSample> = samples.iter().filter_map(reading).collect();
     if !steps.iter().any(|(held_out, _)| !held_out) {
         return Err(Failure::failed("the samples have no step to fit: calibrate anew"));
     }
     check_writable(&out).map_err(Failure::failed)?;
-    let mut refitted = refit(profile, &steps).map_err(|e: ProfileError| Failure::Failed(e.into()))?;
+    let mut refitted =
+        refit(profile, &steps, &readings).map_err(|e: ProfileError| Failure::Failed(e.into()))?;
     if args.others.is_empty() {
         save(&refitted, &out)?;
     } else {
@@ -81,6 +83,13 @@ fn read(path: &Path) -> Result<(Profile, Vec<Sample>), Failure> {
 fn step(sample: &Sample) -> Option<(bool, StepSample)> {
     match sample {
         Sample::Step { held_out, sample } => Some((*held_out, *sample)),
+        _ => None,
+    }
+}
+
+fn reading(sample: &Sample) -> Option<ReadingSample> {
+    match sample {
+        Sample::Reading(sample) => Some(*sample),
         _ => None,
     }
 }

@@ -2,27 +2,20 @@
 //!
 //! Every step, copy, host gap and way through the front end of a log is one [`Sample`], of what the simulator would have
 //! charged for it and what it took. What decided when things began plays no part: a step is charged by what it
-//! computed, however the run came to it. Two things do come from the run itself: how long copies and steps were under
-//! way side by side, and how long a step waited for an adapter, which is no cost of the step.
+//! computed, however the run came to it. Three things do come from the run itself ([`LogTimes`]): how long copies and
+//! steps were under way side by side, how long a step waited for an adapter, which is no cost of the step, and whether
+//! it read one that was under way, which is.
 
 mod report;
-mod spans;
 
-use std::collections::HashMap;
-
-use lora_sched::{AdapterId, Nanos, PlaceId, RequestId, SeqStep, SlotId, StepPlan};
+use lora_sched::Nanos;
 
 pub use report::{KindResidual, RangeResidual, Residual, ResidualKind, ResidualReport};
-use spans::Spans;
 
+use super::log_times::{CopyTime, LogTimes, LogTimesError, StepTime, in_order, rate_beside};
 use super::recorded::gaps;
-use crate::profile::{CostModel, History, Profile, ProfileError, StepShape};
-use crate::report::decision_log::{LogHeader, LogLine, LoggedSeq};
-
-/// A log that costs cannot be held against.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}: this log is not whole; name one that `serve --decision-log` wrote")]
-pub struct ResidualError(String);
+use crate::profile::{CostModel, Profile, ProfileError};
+use crate::report::decision_log::{LogHeader, LogLine};
 
 /// One thing that took time, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,19 +49,6 @@ pub struct Residuals {
     waited: Nanos,
 }
 
-/// Copies that shared the copy engine, or one alone: none of the others can be told from the outside.
-#[derive(Clone, Copy, Debug)]
-struct Copies {
-    submitted: Nanos,
-    started: Nanos,
-    ended: Nanos,
-    done: Nanos,
-    /// What the whole of them would be charged with nothing beside them …
-    whole: Nanos,
-    /// … and their bytes alone.
-    bytes: Nanos,
-}
-
 impl Residuals {
     /// Nothing yet.
     ///
@@ -89,18 +69,13 @@ impl Residuals {
     ///
     /// # Errors
     /// If a line's times do not follow one another, or a step names what no line tells of.
-    pub fn add(&mut self, header: &LogHeader, lines: &[LogLine]) -> Result<(), ResidualError> {
+    pub fn add(&mut self, header: &LogHeader, lines: &[LogLine]) -> Result<(), LogTimesError> {
         if header.model != self.model && !self.other_models.contains(&header.model) {
             self.other_models.push(header.model.clone());
         }
-        let copies = self.copies(lines)?;
-        let copying = Spans::of(copies.iter().map(|c| (c.started, c.ended)));
-        self.add_steps(header, lines, &copying)?;
-        let stepping = Spans::of(lines.iter().filter_map(|line| match *line {
-            LogLine::Step { submitted, done, .. } => Some((submitted, done)),
-            _ => None,
-        }));
-        self.add_copies(&copies, &stepping);
+        let times = LogTimes::new(header, lines)?;
+        times.steps.iter().for_each(|step| self.add_step(step));
+        times.copies.iter().for_each(|copy| self.add_copy(copy));
         self.add_gaps(lines);
         self.add_front_end(lines)
     }
@@ -110,104 +85,41 @@ impl Residuals {
         ResidualReport::of(&self.other_models, &self.steps, &self.rest, self.waited)
     }
 
-    fn add_steps(
-        &mut self,
-        header: &LogHeader,
-        lines: &[LogLine],
-        copying: &Spans,
-    ) -> Result<(), ResidualError> {
-        let stalls = stalls(lines);
-        let mut ranks: HashMap<u32, u32> = (0..).zip(header.config.adapters.iter().map(|a| a.0)).collect();
-        // Kept for costs that do not look back as well: how busy the device was is shown either way.
-        let mut history = History::default();
-        let mut plan = StepPlan::default();
-        for line in lines {
-            if let LogLine::AddAdapter { adapter, rank, .. } = *line {
-                ranks.insert(adapter, rank);
-            }
-            let LogLine::Step { step, formed, submitted, done, seqs, waited, .. } = line else { continue };
-            in_order(&[*formed, *submitted, *done], || format!("step {step}"))?;
-            plan.seqs.clear();
-            for seq in seqs {
-                let seq = planned(seq).filter(|s| s.adapter.is_none_or(|(a, _)| ranks.contains_key(&a.0)));
-                plan.seqs.push(seq.ok_or_else(|| unheard_of(*step))?);
-            }
-            let rank = |adapter: u32| ranks.get(&adapter).copied().unwrap_or(0);
-            let shape = StepShape::of(&plan, *submitted, rank, &mut history);
-
-            let took = done - submitted;
-            let stalled = stalls.get(step).copied().unwrap_or(0).min(took);
-            let measured = took - stalled;
-            // As long as a step waits for a copy, one is under way.
-            let beside = copying.within(*submitted, *done).saturating_sub(stalled);
-            let alone = self.cost.step_ns(&shape);
-            let predicted = side_by_side(alone, beside, measured, 1.0 + self.cost.step_slowdown);
-            self.waited += stalled + if *waited { submitted - formed } else { 0 };
-            let kind = match (shape.prefills > 0, shape.decodes > 0, beside > 0) {
-                _ if *waited || stalled > 0 => ResidualKind::Waited,
-                (false, false, _) => return Err(ResidualError(format!("step {step} computes nothing"))),
-                (false, true, false) => ResidualKind::Decodes,
-                (false, true, true) => ResidualKind::DecodesBesideCopies,
-                (true, false, false) => ResidualKind::Prompts,
-                (true, false, true) => ResidualKind::PromptsBesideCopies,
-                (true, true, false) => ResidualKind::Mixed,
-                (true, true, true) => ResidualKind::MixedBesideCopies,
-            };
-            let running = seqs.len() as u64;
-            let sample = Sample { predicted, measured };
-            self.steps.push(StepSample { kind, recent: shape.recent, running, sample });
-        }
-        Ok(())
+    fn add_step(&mut self, step: &StepTime) {
+        let StepTime { shape, running, took: measured, stalled, beside, held, reading } = *step;
+        let work = self.cost.step_ns(&shape) + if reading { self.cost.reading_ns } else { 0 };
+        let predicted = work as f64 / rate_beside(beside, measured, 1.0 + self.cost.step_slowdown);
+        self.waited += stalled + held.unwrap_or(0);
+        let kind = match (shape.prefills > 0, shape.decodes > 0, beside > 0) {
+            _ if held.is_some() || stalled > 0 => ResidualKind::Waited,
+            (false, _, false) => ResidualKind::Decodes,
+            (false, _, true) => ResidualKind::DecodesBesideCopies,
+            (true, false, false) => ResidualKind::Prompts,
+            (true, false, true) => ResidualKind::PromptsBesideCopies,
+            (true, true, false) => ResidualKind::Mixed,
+            (true, true, true) => ResidualKind::MixedBesideCopies,
+        };
+        let sample = Sample { predicted, measured };
+        self.steps.push(StepSample { kind, recent: shape.recent, running, sample });
     }
 
-    /// Copies in order of their first bytes; those whose bytes moved at the same time are one.
-    fn copies(&self, lines: &[LogLine]) -> Result<Vec<Copies>, ResidualError> {
-        let mut copies = Vec::new();
-        for line in lines {
-            if let LogLine::Swap { adapter, bytes, submitted, started, ended, done, .. } = *line {
-                in_order(&[submitted, started, ended, done], || format!("a swap of adapter {adapter}"))?;
-                let (whole, bytes) = (self.cost.swap_ns(bytes), self.cost.bytes_ns(bytes));
-                copies.push(Copies { submitted, started, ended, done, whole, bytes });
-            }
-        }
-        copies.sort_by_key(|c| (c.started, c.ended));
-        let mut runs: Vec<Copies> = Vec::new();
-        for copy in copies {
-            match runs.last_mut() {
-                Some(run) if copy.started < run.ended => {
-                    run.submitted = run.submitted.min(copy.submitted);
-                    run.ended = run.ended.max(copy.ended);
-                    run.done = run.done.max(copy.done);
-                    run.whole += copy.whole;
-                    run.bytes += copy.bytes;
-                }
-                _ => runs.push(copy),
-            }
-        }
-        Ok(runs)
-    }
-
-    fn add_copies(&mut self, copies: &[Copies], stepping: &Spans) {
+    fn add_copy(&mut self, copy: &CopyTime) {
         let factor = self.cost.busy_swap_factor();
-        let mut before = 0;
-        for copy in copies {
-            let sample = |alone, from: Nanos, to: Nanos| {
-                let measured = to - from;
-                let predicted = side_by_side(alone, stepping.within(from, to), measured, factor);
-                Sample { predicted, measured }
-            };
-            // Copies go one after another: what came before is no cost of this one.
-            let turn = copy.submitted.max(before).min(copy.done);
-            let kinds = if stepping.within(turn, copy.done) > 0 {
-                [ResidualKind::CopiesBesideSteps, ResidualKind::BytesBesideSteps]
-            } else {
-                [ResidualKind::Copies, ResidualKind::Bytes]
-            };
-            let (whole, bytes) =
-                (sample(copy.whole, turn, copy.done), sample(copy.bytes, copy.started, copy.ended));
-            self.rest.extend(kinds.into_iter().zip([whole, bytes]));
-            before = before.max(copy.done);
-        }
+        let sample = |alone: Nanos, beside, measured| {
+            let predicted = alone as f64 / rate_beside(beside, measured, factor);
+            Sample { predicted, measured }
+        };
+        let kinds = if copy.beside > 0 {
+            [ResidualKind::CopiesBesideSteps, ResidualKind::BytesBesideSteps]
+        } else {
+            [ResidualKind::Copies, ResidualKind::Bytes]
+        };
+        let whole = copy.bytes.iter().map(|&bytes| self.cost.swap_ns(bytes)).sum();
+        let bytes = copy.bytes.iter().map(|&bytes| self.cost.bytes_ns(bytes)).sum();
+        // What came before it is no cost of a copy.
+        let whole = sample(whole, copy.beside, copy.done - copy.turn);
+        let bytes = sample(bytes, copy.beside_bytes, copy.ended - copy.started);
+        self.rest.extend(kinds.into_iter().zip([whole, bytes]));
     }
 
     /// From one step to the next where that was planned as soon as the first had ended. A step that waited for a copy
@@ -227,7 +139,7 @@ impl Residuals {
         }
     }
 
-    fn add_front_end(&mut self, lines: &[LogLine]) -> Result<(), ResidualError> {
+    fn add_front_end(&mut self, lines: &[LogLine]) -> Result<(), LogTimesError> {
         for line in lines {
             if let LogLine::Arrive { t, id, received, prompt_tokens, refused: None, .. } = *line {
                 in_order(&[received, t], || format!("request {id}"))?;
@@ -239,61 +151,13 @@ impl Residuals {
     }
 }
 
-/// What `alone` comes to if something that slows it by `factor` was there for `beside` of the `measured` time. The share
-/// of the time is taken from the run, not the time itself: a step that is predicted longer had more of it beside a copy.
-fn side_by_side(alone: Nanos, beside: Nanos, measured: Nanos, factor: f64) -> f64 {
-    let share = if measured == 0 { 0.0 } else { beside.min(measured) as f64 / measured as f64 };
-    alone as f64 / (1.0 - share + share / factor)
-}
-
-/// How long each step waited for layers. Several slots are waited for at the same time: the longest wait is what the
-/// step lost.
-fn stalls(lines: &[LogLine]) -> HashMap<u64, Nanos> {
-    let longest = |line: &LogLine| match line {
-        LogLine::StepDone { step, stalled, .. } => {
-            stalled.iter().map(|s| s.1).max().map(|longest| (*step, longest))
-        }
-        _ => None,
-    };
-    lines.iter().filter_map(longest).collect()
-}
-
-/// A sequence as the plan had it; none where an adapter has no slot.
-fn planned(
-    &LoggedSeq(id, adapter, slot, start, len, decode, samples, blocks): &LoggedSeq,
-) -> Option<SeqStep> {
-    if adapter.is_some() != slot.is_some() {
-        return None;
-    }
-    Some(SeqStep {
-        id: RequestId(id),
-        place: PlaceId(0),
-        adapter: adapter.map(AdapterId).zip(slot.map(SlotId)),
-        start,
-        len,
-        decode,
-        samples,
-        new_blocks: 0..blocks,
-    })
-}
-
-fn unheard_of(step: u64) -> ResidualError {
-    ResidualError(format!("step {step} names an adapter that neither the header nor a line tells of"))
-}
-
-fn in_order(times: &[Nanos], what: impl FnOnce() -> String) -> Result<(), ResidualError> {
-    if times.is_sorted() {
-        return Ok(());
-    }
-    Err(ResidualError(format!("{} has times that do not follow one another", what())))
-}
-
 #[cfg(test)]
 mod tests {
     use lora_sched::Config;
 
     use super::*;
     use crate::profile::tests::round;
+    use crate::report::decision_log::LoggedSeq;
 
     const US: Nanos = 1_000;
 
@@ -380,6 +244,33 @@ mod tests {
         let report = report(&round(), &lines);
         assert_eq!(sums(&report, ResidualKind::Waited), (1, 1_200 * US, 1_200 * US));
         assert!((report.waited_s - 800e-6).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_step_that_reads_an_adapter_under_way_is_charged_for_it() {
+        let mut profile = round();
+        profile.swap.reading_s = 300e-6;
+        profile.swap.step_slowdown = 0.5;
+        let profile = profile.signed();
+        let with = |line: LogLine, slots: &[u32], held: bool| match line {
+            LogLine::Step { step, formed, submitted, started, ended, done, seqs, .. } => {
+                let (loading, waited) = (slots.to_vec(), held);
+                LogLine::Step { step, formed, submitted, started, ended, done, seqs, loading, waited }
+            }
+            other => other,
+        };
+        // 1.2 ms and 0.3 ms of work, a third of 0.6 ms beside the copy lost, of which 0.2 ms more were waited.
+        let lines = [
+            swap(0, 0, 800 * US, 800 * US),
+            step_done(1_900 * US, 0, &[(0, 200 * US)]),
+            with(step(0, 0, 1_900 * US, Some(0)), &[0], false),
+            // The copy was waited for before this one was submitted, and that one reads nothing that is under way.
+            with(step(1, 2_000 * US, 3_200 * US, Some(0)), &[0], true),
+            step(2, 4_000 * US, 5_200 * US, Some(0)),
+        ];
+        let report = report(&profile, &lines);
+        assert_eq!(sums(&report, ResidualKind::Waited), (2, 2_900 * US, 2_900 * US));
+        assert_eq!(sums(&report, ResidualKind::Prompts), (1, 1_200 * US, 1_200 * US));
     }
 
     #[test]

@@ -236,6 +236,7 @@ pub fn machine(costs: &[(&str, f64)], swap: Nanos, gap: Nanos) -> Profile {
             bytes_per_s: 1e30,
             busy_bytes_per_s: 1e30,
             step_slowdown: 0.0,
+            reading_s: 0.0,
         },
         host: HostCosts {
             loop_s: gap as f64 * 1e-9,
