@@ -5,7 +5,7 @@
 #
 # Each part takes two to eleven minutes on an H100, starts from nothing but the program, and leaves its results in the folder
 # OUT, with manifests; `repeats` goes on in the OUT of `pilot`. The first command that fails ends a part. Nothing here needs
-# cargo: carry the program, configs/ and this script.
+# cargo: carry the program, configs/ and this script (for `plan` the first pilot's profile too, from plots/).
 #
 #   PROGRAM=target/release/lora-hbm       the program, built with --features cuda
 #   DEVICE=cuda                           cpu: to try the script itself

@@ -14,7 +14,7 @@ const SETTLING_S: f64 = 0.5;
 const SUSTAINED_S: f64 = 1.0;
 /// Sides of the square product.
 const SQUARE: usize = 8192;
-/// Rest before products are timed from idle, as seconds, and how often they are.
+/// Rest before products that are timed from idle, and how often they are.
 const REST: Duration = Duration::from_millis(100);
 const IDLE_RUNS: usize = 5;
 /// How many products the points of [`Ceilings::gemm_from_idle`] are of: close together where the clock begins to fall.

@@ -63,7 +63,7 @@ mod tests {
         // A rate of 4 at first, of 2 later.
         let points = std::array::from_fn(|i| {
             let operations = (i + 1) as f64;
-            Burst { operations, seconds: 1.0f64.mul_add(0.25, (operations - 1.0) * 0.5) }
+            Burst { operations, seconds: 0.25 + (operations - 1.0) * 0.5 }
         });
         let ceilings = Ceilings {
             gemm_flops: 4.0,
