@@ -110,6 +110,15 @@ fn the_foot_names_machine_and_program_of_the_manifests_that_rows_name() {
     manifest.write(dir.path().join("results.measured.manifest.json")).unwrap();
     let svg = draw();
     assert!(svg.contains(&manifest.tool.describe()) && svg.contains("incomplete run"), "{svg}");
+
+    // Stopped, and resumed to its end: the last rows name the run that ended.
+    let mut resumed = Manifest::begin("sweep", &serde_json::json!({}), &[]).unwrap();
+    resumed.end(true);
+    resumed.write(dir.path().join("resumed.manifest.json")).unwrap();
+    rows.iter_mut()
+        .for_each(|r| (r.manifest, r.repeat) = (Some("resumed.manifest.json".to_owned()), Some(1)));
+    append_rows(dir.path().join("results.csv"), &rows).unwrap();
+    assert!(!draw().contains("incomplete run"));
 }
 
 #[test]
