@@ -131,6 +131,60 @@ impl Span {
     }
 }
 
+/// A family's layers, in the parts that a step is made of.
+pub(super) trait Stack<B: Backend> {
+    /// Layers.
+    fn layers(&self) -> usize;
+
+    /// Widths of a row of the hidden state and of attention's output.
+    fn widths(&self) -> (usize, usize);
+
+    /// Tokens to the residual stream.
+    fn embed(&self, b: &mut B, w: &mut Workspace<B>, n: usize) -> Result<(), B::Error>;
+
+    /// A layer up to its queries, with its keys and values in the cache.
+    fn project(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error>;
+
+    /// What follows a layer's attention, on `attended` and `residual` or, of the rows that sample, on their copies.
+    fn rest(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error>;
+
+    /// The rows that sample to their logits.
+    fn head(&self, b: &mut B, w: &mut Workspace<B>, samples: usize) -> Result<(), B::Error>;
+}
+
+/// One step over `n` rows, `samples` of which get logits.
+fn forward<B: Backend>(
+    stack: &impl Stack<B>,
+    b: &mut B,
+    w: &mut Workspace<B>,
+    n: usize,
+    samples: usize,
+) -> Result<(), B::Error> {
+    let ((hidden, attended), narrow) = (stack.widths(), narrows(n, samples));
+    stack.embed(b, w, n)?;
+    for layer in 0..stack.layers() {
+        let (at, last) = (Span::all(layer, n), layer + 1 == stack.layers());
+        b.await_adapters(layer)?;
+        stack.project(b, w, at)?;
+        if last && samples == 0 {
+            // The keys and values were all that is left to compute.
+            return Ok(());
+        }
+        b.attention(layer, n, &w.qkv, &mut w.attended)?;
+        if last && narrow {
+            b.gather_sample_inputs(samples, attended, &w.attended, &mut w.last_attended)?;
+            b.gather_samples(samples, hidden, &w.residual, &mut w.last)?;
+            stack.rest(b, w, Span::sampling(layer, samples))?;
+        } else {
+            stack.rest(b, w, at)?;
+        }
+    }
+    if !narrow {
+        b.gather_samples(samples, hidden, &w.residual, &mut w.last)?;
+    }
+    stack.head(b, w, samples)
+}
+
 impl<B: Backend> Workspace<B> {
     fn new(b: &mut B, spec: &ModelSpec, limits: &BatchLimits) -> Result<Self, B::Error> {
         let sizes = WorkspaceElements::new(spec, limits);
@@ -182,8 +236,8 @@ impl<B: Backend> Decoder<B> {
     /// Runs one step of `n` rows up to the logits of `samples` of them: keys and values go to the cache.
     pub fn forward(&mut self, b: &mut B, n: usize, samples: usize) -> Result<(), B::Error> {
         match &self.model.0 {
-            Layers::Llama(model) => model.forward(b, &mut self.work, n, samples),
-            Layers::Opt(model) => model.forward(b, &mut self.work, n, samples),
+            Layers::Llama(model) => forward(model, b, &mut self.work, n, samples),
+            Layers::Opt(model) => forward(model, b, &mut self.work, n, samples),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-use super::decoder::{Destination, Linear, Loader, Span, Workspace, narrows};
+use super::decoder::{Destination, Linear, Loader, Span, Stack, Workspace};
 use super::weights::WeightError;
 use crate::engine::backend::{Backend, Norm, Rows};
 
@@ -63,38 +63,29 @@ impl<B: Backend> Llama<B> {
             (Destination::Wide, vec![&self.head]),
         ]
     }
+}
 
-    /// One step over `n` rows, `samples` of which get logits.
-    pub fn forward(&self, b: &mut B, w: &mut Workspace<B>, n: usize, samples: usize) -> Result<(), B::Error> {
-        let (h, narrow) = (self.hidden, narrows(n, samples));
-        b.embed(n, h, &self.embed, &mut w.residual)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            b.await_adapters(i)?;
-            b.rms_norm(n, &layer.input_norm, &w.residual, &mut w.normed)?;
-            layer.qkv.forward_rope_kv(b, Span::all(i, n), &w.normed, &mut w.qkv)?;
-            let last = i + 1 == self.layers.len();
-            if last && samples == 0 {
-                // The keys and values were all that is left to compute.
-                return Ok(());
-            }
-            b.attention(i, n, &w.qkv, &mut w.attended)?;
-            if last && narrow {
-                b.gather_sample_inputs(samples, self.attended, &w.attended, &mut w.last_attended)?;
-                b.gather_samples(samples, h, &w.residual, &mut w.last)?;
-                self.rest(b, layer, Span::sampling(i, samples), w)?;
-            } else {
-                self.rest(b, layer, Span::all(i, n), w)?;
-            }
-        }
-        if !narrow {
-            b.gather_samples(samples, h, &w.residual, &mut w.last)?;
-        }
-        b.rms_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
-        b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)
+impl<B: Backend> Stack<B> for Llama<B> {
+    fn layers(&self) -> usize {
+        self.layers.len()
     }
 
-    /// What follows a layer's attention.
-    fn rest(&self, b: &mut B, layer: &Layer<B>, at: Span, w: &mut Workspace<B>) -> Result<(), B::Error> {
+    fn widths(&self) -> (usize, usize) {
+        (self.hidden, self.attended)
+    }
+
+    fn embed(&self, b: &mut B, w: &mut Workspace<B>, n: usize) -> Result<(), B::Error> {
+        b.embed(n, self.hidden, &self.embed, &mut w.residual)
+    }
+
+    fn project(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error> {
+        let layer = &self.layers[at.layer];
+        b.rms_norm(at.n, &layer.input_norm, &w.residual, &mut w.normed)?;
+        layer.qkv.forward_rope_kv(b, at, &w.normed, &mut w.qkv)
+    }
+
+    fn rest(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error> {
+        let layer = &self.layers[at.layer];
         let (attended, residual) = match at.rows {
             Rows::All => (&w.attended, &mut w.residual),
             Rows::Sampling => (&w.last_attended, &mut w.last),
@@ -103,5 +94,10 @@ impl<B: Backend> Llama<B> {
         b.rms_norm(at.n, &layer.post_norm, residual, &mut w.normed)?;
         layer.gate_up.forward_silu_mul(b, at, self.intermediate, &w.normed, &mut w.up, &mut w.act)?;
         layer.down.forward_add(b, at, &w.act, residual)
+    }
+
+    fn head(&self, b: &mut B, w: &mut Workspace<B>, samples: usize) -> Result<(), B::Error> {
+        b.rms_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
+        b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)
     }
 }

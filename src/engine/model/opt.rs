@@ -1,6 +1,6 @@
 //! The OPT family: learned positions, LayerNorm before each part, ReLU, biases.
 
-use super::decoder::{Destination, Linear, Loader, Span, Workspace, narrows};
+use super::decoder::{Destination, Linear, Loader, Span, Stack, Workspace};
 use super::spec::OPT_POSITION_OFFSET;
 use super::weights::WeightError;
 use crate::engine::backend::{Backend, Norm, Rows};
@@ -71,40 +71,31 @@ impl<B: Backend> Opt<B> {
             (Destination::Wide, vec![&self.head]),
         ]
     }
+}
 
-    /// One step over `n` rows, `samples` of which get logits.
-    pub fn forward(&self, b: &mut B, w: &mut Workspace<B>, n: usize, samples: usize) -> Result<(), B::Error> {
-        let (h, narrow) = (self.hidden, narrows(n, samples));
-        b.embed(n, h, &self.embed, &mut w.residual)?;
-        b.add_positions(n, h, OPT_POSITION_OFFSET, &self.positions, &mut w.residual)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            b.await_adapters(i)?;
-            b.layer_norm(n, &layer.attention_norm, &w.residual, &mut w.normed)?;
-            layer.qkv.forward(b, Span::all(i, n), &w.normed, &mut w.qkv)?;
-            b.write_kv(i, n, &mut w.qkv)?;
-            let last = i + 1 == self.layers.len();
-            if last && samples == 0 {
-                // The keys and values were all that is left to compute.
-                return Ok(());
-            }
-            b.attention(i, n, &w.qkv, &mut w.attended)?;
-            if last && narrow {
-                b.gather_sample_inputs(samples, self.attended, &w.attended, &mut w.last_attended)?;
-                b.gather_samples(samples, h, &w.residual, &mut w.last)?;
-                self.rest(b, layer, Span::sampling(i, samples), w)?;
-            } else {
-                self.rest(b, layer, Span::all(i, n), w)?;
-            }
-        }
-        if !narrow {
-            b.gather_samples(samples, h, &w.residual, &mut w.last)?;
-        }
-        b.layer_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
-        b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)
+impl<B: Backend> Stack<B> for Opt<B> {
+    fn layers(&self) -> usize {
+        self.layers.len()
     }
 
-    /// What follows a layer's attention.
-    fn rest(&self, b: &mut B, layer: &Layer<B>, at: Span, w: &mut Workspace<B>) -> Result<(), B::Error> {
+    fn widths(&self) -> (usize, usize) {
+        (self.hidden, self.attended)
+    }
+
+    fn embed(&self, b: &mut B, w: &mut Workspace<B>, n: usize) -> Result<(), B::Error> {
+        b.embed(n, self.hidden, &self.embed, &mut w.residual)?;
+        b.add_positions(n, self.hidden, OPT_POSITION_OFFSET, &self.positions, &mut w.residual)
+    }
+
+    fn project(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error> {
+        let layer = &self.layers[at.layer];
+        b.layer_norm(at.n, &layer.attention_norm, &w.residual, &mut w.normed)?;
+        layer.qkv.forward(b, at, &w.normed, &mut w.qkv)?;
+        b.write_kv(at.layer, at.n, &mut w.qkv)
+    }
+
+    fn rest(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error> {
+        let layer = &self.layers[at.layer];
         let (attended, residual) = match at.rows {
             Rows::All => (&w.attended, &mut w.residual),
             Rows::Sampling => (&w.last_attended, &mut w.last),
@@ -114,5 +105,10 @@ impl<B: Backend> Opt<B> {
         layer.up.forward(b, at, &w.normed, &mut w.up)?;
         b.relu(at.n, self.intermediate, &mut w.up)?;
         layer.down.forward_add(b, at, &w.up, residual)
+    }
+
+    fn head(&self, b: &mut B, w: &mut Workspace<B>, samples: usize) -> Result<(), B::Error> {
+        b.layer_norm(samples, &self.norm, &w.last, &mut w.last_normed)?;
+        b.linear_wide(samples, &self.head, &w.last_normed, &mut w.logits)
     }
 }
