@@ -6,9 +6,10 @@ use lora_sched::SlotId;
 
 use super::slots::{Load, Slots};
 use crate::engine::adapters::AdapterLayout;
-use crate::engine::batch::{Batch, BatchLimits};
+use crate::engine::batch::{Batch, BatchLimits, Segment};
 use crate::engine::device::{StepError, input_ids, wanted};
 use crate::engine::executor::TokenId;
+use crate::engine::model::narrows;
 
 /// A segment of the running step with its adapter's offset table.
 pub(super) struct ActiveSegment {
@@ -32,7 +33,7 @@ pub(super) struct Step {
     pub sample_rows: Vec<u32>,
     pub sample_places: Vec<u32>,
     pub segments: Vec<ActiveSegment>,
-    /// Of the rows that sample.
+    /// Of the rows that sample, where the last layer's rest is computed for them alone.
     pub sample_segments: Vec<ActiveSegment>,
     pub loads: Vec<Load>,
 }
@@ -88,19 +89,25 @@ impl Step {
         }
         self.loads.clear();
         self.loads.extend(batch.loading.iter().map(|slot| Load::new(*slot)));
-        for (to, from) in
-            [(&mut self.segments, &batch.segments), (&mut self.sample_segments, &batch.sample_segments)]
-        {
-            to.clear();
-            for segment in from {
-                to.push(ActiveSegment {
-                    slot: segment.slot,
-                    layout: wanted(segment, slots.held(segment.slot))?,
-                    start: segment.start as usize,
-                    rows: segment.rows as usize,
-                });
-            }
+        activate(&mut self.segments, &batch.segments, slots)?;
+        self.sample_segments.clear();
+        if narrows(batch.rows(), batch.sample_rows.len()) {
+            activate(&mut self.sample_segments, &batch.sample_segments, slots)?;
         }
         Ok(())
     }
+}
+
+/// Looks up what the slots of `segments` hold.
+fn activate(to: &mut Vec<ActiveSegment>, segments: &[Segment], slots: &Slots) -> Result<(), StepError> {
+    to.clear();
+    for segment in segments {
+        to.push(ActiveSegment {
+            slot: segment.slot,
+            layout: wanted(segment, slots.held(segment.slot))?,
+            start: segment.start as usize,
+            rows: segment.rows as usize,
+        });
+    }
+    Ok(())
 }
