@@ -20,6 +20,21 @@ pub struct Segment {
     pub rows: u32,
 }
 
+impl Segment {
+    /// Whether `next` goes on behind it in the same slot.
+    fn reaches(&self, next: &Self) -> bool {
+        self.slot == next.slot && self.start + self.rows == next.start
+    }
+}
+
+/// Adds `next` to the last of `segments` if that reaches it.
+fn append(segments: &mut Vec<Segment>, next: Segment) {
+    match segments.last_mut() {
+        Some(last) if last.reaches(&next) => last.rows += next.rows,
+        _ => segments.push(next),
+    }
+}
+
 /// One step's rows. A row is one token; the rows of a sequence are consecutive and in order.
 /// Sequences of one row come first, and within both parts they are ordered by slot, so that an
 /// adapter's rows form at most two [`Segment`]s and need no gathering.
@@ -269,24 +284,17 @@ impl Batch {
             self.sample_plan.push(index as u32);
         }
         if let Some((adapter, slot)) = seq.adapter {
-            match self.segments.last_mut() {
-                Some(last) if last.slot == slot && last.start + last.rows == first => {
-                    if last.adapter != adapter {
-                        return Err(PlanError {
-                            step: plan.step,
-                            what: format!("adapters {} and {adapter} both in slot {slot}", last.adapter),
-                        });
-                    }
-                    last.rows += seq.len;
-                }
-                _ => self.segments.push(Segment { slot, adapter, start: first, rows: seq.len }),
+            let rows = Segment { slot, adapter, start: first, rows: seq.len };
+            if let Some(last) = self.segments.last().filter(|l| l.reaches(&rows) && l.adapter != adapter) {
+                return Err(PlanError {
+                    step: plan.step,
+                    what: format!("adapters {} and {adapter} both in slot {slot}", last.adapter),
+                });
             }
+            append(&mut self.segments, rows);
             if seq.samples {
                 let row = self.sample_rows.len() as u32 - 1;
-                match self.sample_segments.last_mut() {
-                    Some(last) if last.slot == slot && last.start + last.rows == row => last.rows += 1,
-                    _ => self.sample_segments.push(Segment { slot, adapter, start: row, rows: 1 }),
-                }
+                append(&mut self.sample_segments, Segment { start: row, rows: 1, ..rows });
             }
         }
         Ok(())

@@ -12,6 +12,7 @@ use crate::engine::batch::BatchLimits;
 /// A model on a device, with the buffers of its step.
 pub struct Decoder<B: Backend> {
     model: Arc<DeviceModel<B>>,
+    spec: ModelSpec,
     work: Workspace<B>,
 }
 
@@ -133,19 +134,13 @@ impl Span {
 
 /// A family's layers, in the parts that a step is made of.
 pub(super) trait Stack<B: Backend> {
-    /// Layers.
-    fn layers(&self) -> usize;
-
-    /// Widths of a row of the hidden state and of attention's output.
-    fn widths(&self) -> (usize, usize);
-
     /// Tokens to the residual stream.
     fn embed(&self, b: &mut B, w: &mut Workspace<B>, n: usize) -> Result<(), B::Error>;
 
     /// A layer up to its queries, with its keys and values in the cache.
     fn project(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error>;
 
-    /// What follows a layer's attention, on `attended` and `residual` or, of the rows that sample, on their copies.
+    /// What follows a layer's attention.
     fn rest(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error>;
 
     /// The rows that sample to their logits.
@@ -157,13 +152,14 @@ fn forward<B: Backend>(
     stack: &impl Stack<B>,
     b: &mut B,
     w: &mut Workspace<B>,
+    spec: &ModelSpec,
     n: usize,
     samples: usize,
 ) -> Result<(), B::Error> {
-    let ((hidden, attended), narrow) = (stack.widths(), narrows(n, samples));
+    let narrow = narrows(n, samples);
     stack.embed(b, w, n)?;
-    for layer in 0..stack.layers() {
-        let (at, last) = (Span::all(layer, n), layer + 1 == stack.layers());
+    for layer in 0..spec.layers {
+        let (at, last) = (Span::all(layer, n), layer + 1 == spec.layers);
         b.await_adapters(layer)?;
         stack.project(b, w, at)?;
         if last && samples == 0 {
@@ -172,20 +168,40 @@ fn forward<B: Backend>(
         }
         b.attention(layer, n, &w.qkv, &mut w.attended)?;
         if last && narrow {
-            b.gather_sample_inputs(samples, attended, &w.attended, &mut w.last_attended)?;
-            b.gather_samples(samples, hidden, &w.residual, &mut w.last)?;
+            b.gather_sample_inputs(samples, spec.q_dim(), &w.attended, &mut w.last_attended)?;
+            b.gather_samples(samples, spec.hidden, &w.residual, &mut w.last)?;
             stack.rest(b, w, Span::sampling(layer, samples))?;
         } else {
             stack.rest(b, w, at)?;
         }
     }
     if !narrow {
-        b.gather_samples(samples, hidden, &w.residual, &mut w.last)?;
+        b.gather_samples(samples, spec.hidden, &w.residual, &mut w.last)?;
     }
     stack.head(b, w, samples)
 }
 
+/// The buffers of what follows attention.
+pub(super) struct Rest<'a, B: Backend> {
+    /// Attention's output, and the residual stream: of all rows, or the copies of those that sample.
+    pub attended: &'a B::Buffer,
+    pub residual: &'a mut B::Wide,
+    /// Room for all rows.
+    pub normed: &'a mut B::Buffer,
+    pub up: &'a mut B::Buffer,
+    pub act: &'a mut B::Buffer,
+}
+
 impl<B: Backend> Workspace<B> {
+    /// What follows attention works on these, for these rows.
+    pub fn rest(&mut self, rows: Rows) -> Rest<'_, B> {
+        let (attended, residual) = match rows {
+            Rows::All => (&self.attended, &mut self.residual),
+            Rows::Sampling => (&self.last_attended, &mut self.last),
+        };
+        Rest { attended, residual, normed: &mut self.normed, up: &mut self.up, act: &mut self.act }
+    }
+
     fn new(b: &mut B, spec: &ModelSpec, limits: &BatchLimits) -> Result<Self, B::Error> {
         let sizes = WorkspaceElements::new(spec, limits);
         Ok(Self {
@@ -230,14 +246,14 @@ impl<B: Backend> Decoder<B> {
         spec: &ModelSpec,
         limits: &BatchLimits,
     ) -> Result<Self, B::Error> {
-        Ok(Self { model, work: Workspace::new(b, spec, limits)? })
+        Ok(Self { model, spec: spec.clone(), work: Workspace::new(b, spec, limits)? })
     }
 
     /// Runs one step of `n` rows up to the logits of `samples` of them: keys and values go to the cache.
     pub fn forward(&mut self, b: &mut B, n: usize, samples: usize) -> Result<(), B::Error> {
         match &self.model.0 {
-            Layers::Llama(model) => forward(model, b, &mut self.work, n, samples),
-            Layers::Opt(model) => forward(model, b, &mut self.work, n, samples),
+            Layers::Llama(model) => forward(model, b, &mut self.work, &self.spec, n, samples),
+            Layers::Opt(model) => forward(model, b, &mut self.work, &self.spec, n, samples),
         }
     }
 

@@ -1,14 +1,12 @@
 //! The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-use super::decoder::{Destination, Linear, Loader, Span, Stack, Workspace};
+use super::decoder::{Destination, Linear, Loader, Rest, Span, Stack, Workspace};
 use super::weights::WeightError;
-use crate::engine::backend::{Backend, Norm, Rows};
+use crate::engine::backend::{Backend, Norm};
 
 /// Weights of a Llama model.
 pub(super) struct Llama<B: Backend> {
     hidden: usize,
-    /// Width of attention's output.
-    attended: usize,
     intermediate: usize,
     embed: B::Buffer,
     layers: Vec<Layer<B>>,
@@ -43,7 +41,6 @@ impl<B: Backend> Llama<B> {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             hidden: spec.hidden,
-            attended: spec.q_dim(),
             intermediate: spec.intermediate,
             embed: loader.table("model.embed_tokens.weight", spec.vocab_size)?,
             layers,
@@ -66,14 +63,6 @@ impl<B: Backend> Llama<B> {
 }
 
 impl<B: Backend> Stack<B> for Llama<B> {
-    fn layers(&self) -> usize {
-        self.layers.len()
-    }
-
-    fn widths(&self) -> (usize, usize) {
-        (self.hidden, self.attended)
-    }
-
     fn embed(&self, b: &mut B, w: &mut Workspace<B>, n: usize) -> Result<(), B::Error> {
         b.embed(n, self.hidden, &self.embed, &mut w.residual)
     }
@@ -86,14 +75,11 @@ impl<B: Backend> Stack<B> for Llama<B> {
 
     fn rest(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error> {
         let layer = &self.layers[at.layer];
-        let (attended, residual) = match at.rows {
-            Rows::All => (&w.attended, &mut w.residual),
-            Rows::Sampling => (&w.last_attended, &mut w.last),
-        };
+        let Rest { attended, residual, normed, up, act } = w.rest(at.rows);
         layer.out.forward_add(b, at, attended, residual)?;
-        b.rms_norm(at.n, &layer.post_norm, residual, &mut w.normed)?;
-        layer.gate_up.forward_silu_mul(b, at, self.intermediate, &w.normed, &mut w.up, &mut w.act)?;
-        layer.down.forward_add(b, at, &w.act, residual)
+        b.rms_norm(at.n, &layer.post_norm, residual, normed)?;
+        layer.gate_up.forward_silu_mul(b, at, self.intermediate, normed, up, act)?;
+        layer.down.forward_add(b, at, act, residual)
     }
 
     fn head(&self, b: &mut B, w: &mut Workspace<B>, samples: usize) -> Result<(), B::Error> {

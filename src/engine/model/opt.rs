@@ -1,15 +1,13 @@
 //! The OPT family: learned positions, LayerNorm before each part, ReLU, biases.
 
-use super::decoder::{Destination, Linear, Loader, Span, Stack, Workspace};
+use super::decoder::{Destination, Linear, Loader, Rest, Span, Stack, Workspace};
 use super::spec::OPT_POSITION_OFFSET;
 use super::weights::WeightError;
-use crate::engine::backend::{Backend, Norm, Rows};
+use crate::engine::backend::{Backend, Norm};
 
 /// Weights of an OPT model.
 pub(super) struct Opt<B: Backend> {
     hidden: usize,
-    /// Width of attention's output.
-    attended: usize,
     intermediate: usize,
     embed: B::Buffer,
     positions: B::Buffer,
@@ -49,7 +47,6 @@ impl<B: Backend> Opt<B> {
         let embed = format!("{root}.embed_tokens.weight");
         Ok(Self {
             hidden: spec.hidden,
-            attended: spec.q_dim(),
             intermediate: spec.intermediate,
             embed: loader.table(&embed, spec.vocab_size)?,
             positions: loader
@@ -74,14 +71,6 @@ impl<B: Backend> Opt<B> {
 }
 
 impl<B: Backend> Stack<B> for Opt<B> {
-    fn layers(&self) -> usize {
-        self.layers.len()
-    }
-
-    fn widths(&self) -> (usize, usize) {
-        (self.hidden, self.attended)
-    }
-
     fn embed(&self, b: &mut B, w: &mut Workspace<B>, n: usize) -> Result<(), B::Error> {
         b.embed(n, self.hidden, &self.embed, &mut w.residual)?;
         b.add_positions(n, self.hidden, OPT_POSITION_OFFSET, &self.positions, &mut w.residual)
@@ -96,15 +85,12 @@ impl<B: Backend> Stack<B> for Opt<B> {
 
     fn rest(&self, b: &mut B, w: &mut Workspace<B>, at: Span) -> Result<(), B::Error> {
         let layer = &self.layers[at.layer];
-        let (attended, residual) = match at.rows {
-            Rows::All => (&w.attended, &mut w.residual),
-            Rows::Sampling => (&w.last_attended, &mut w.last),
-        };
+        let Rest { attended, residual, normed, up, .. } = w.rest(at.rows);
         layer.out.forward_add(b, at, attended, residual)?;
-        b.layer_norm(at.n, &layer.final_norm, residual, &mut w.normed)?;
-        layer.up.forward(b, at, &w.normed, &mut w.up)?;
-        b.relu(at.n, self.intermediate, &mut w.up)?;
-        layer.down.forward_add(b, at, &w.up, residual)
+        b.layer_norm(at.n, &layer.final_norm, residual, normed)?;
+        layer.up.forward(b, at, normed, up)?;
+        b.relu(at.n, self.intermediate, up)?;
+        layer.down.forward_add(b, at, up, residual)
     }
 
     fn head(&self, b: &mut B, w: &mut Workspace<B>, samples: usize) -> Result<(), B::Error> {

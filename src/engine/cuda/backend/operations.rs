@@ -16,26 +16,25 @@ use crate::engine::model::Values;
 /// Modules that share an input, at most: query, key and value.
 const MOST_TARGETS: usize = 3;
 
-/// The adapters of the step's rows that sample.
-fn sampling_lora_step(meta: &Meta, max_rank: usize) -> LoraStep<'_> {
-    LoraStep {
-        small: meta.sampled(),
-        small_count: meta.sampled_count(),
-        large: meta.large().slice(0..0),
-        tiles: meta.lora_tiles().slice(0..0),
-        ..lora_step(meta, max_rank)
-    }
-}
-
-/// The adapters of the step's rows.
-fn lora_step(meta: &Meta, max_rank: usize) -> LoraStep<'_> {
-    LoraStep {
+/// The adapters of these of the step's rows. Each row that samples is a single one among those.
+fn lora_step(meta: &Meta, max_rank: usize, rows: Rows) -> LoraStep<'_> {
+    let all = LoraStep {
         small: meta.small(),
         small_count: meta.small_count(),
         large: meta.large(),
         tiles: meta.lora_tiles(),
         tile_count: meta.lora_tile_count(),
         max_rank,
+    };
+    match rows {
+        Rows::All => all,
+        Rows::Sampling => LoraStep {
+            small: meta.sampled(),
+            small_count: meta.sampled_count(),
+            large: all.large.slice(0..0),
+            tiles: all.tiles.slice(0..0),
+            ..all
+        },
     }
 }
 
@@ -103,10 +102,7 @@ impl CudaBackend {
         x: View<'_, bf16>,
         out: Out<'_>,
     ) -> Result<(), CudaStepError> {
-        let step = match adapted.rows {
-            Rows::All => lora_step(&self.meta, self.max_rank),
-            Rows::Sampling => sampling_lora_step(&self.meta, self.max_rank),
-        };
+        let step = lora_step(&self.meta, self.max_rank, adapted.rows);
         if step.small.is_empty() && step.large.is_empty() {
             return Ok(());
         }
@@ -305,7 +301,7 @@ impl Backend for CudaBackend {
             kv_rows: self.meta.kv_rows(),
             cache: kv_layer_mut(&mut self.kv, half, adapted.layer),
         };
-        let step = lora_step(&self.meta, self.max_rank);
+        let step = lora_step(&self.meta, self.max_rank, adapted.rows);
         let (stream, scratch, covers) = (&self.stream, &mut self.lora_scratch, self.meta.covers());
         let (targets, inputs) = (&targets[..count], matrix.inputs);
         self.lora.apply_rope_kv(stream, scratch, &step, covers, targets, inputs, x, qkv.view_mut(), rope)?;
@@ -382,7 +378,7 @@ impl Backend for CudaBackend {
         self.gemm.run(&self.stream, n, matrix, x, &mut Product::Store(gate_up.view_mut()))?;
         self.mark("product", matrix.outputs)?;
         let (targets, count) = self.targets(adapted);
-        let step = lora_step(&self.meta, self.max_rank);
+        let step = lora_step(&self.meta, self.max_rank, adapted.rows);
         let (stream, scratch, covers) = (&self.stream, &mut self.lora_scratch, self.meta.covers());
         let (targets, inputs) = (&targets[..count], matrix.inputs);
         let (gate_up, act) = (gate_up.view_mut(), out.view_mut());
