@@ -23,6 +23,10 @@ const PATIENCE: Duration = Duration::from_micros(20);
 /// The same for a copy's last piece, which requests wait for.
 const IMPATIENCE: Duration = Duration::from_micros(5);
 
+/// For so long after its last copy the thread looks for another before it sleeps: who waits for several adapters asks
+/// for the next one at once, and a thread takes 10 µs and more to wake.
+const LOOKOUT: Duration = Duration::from_micros(50);
+
 /// A piece on the copy stream, and the copy as it was then.
 struct Issued {
     copy: Copy,
@@ -63,7 +67,7 @@ fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), C
     let mut started = vec![0; slots.len()];
     loop {
         let next = match issued.len() {
-            0 => match queue.next() {
+            0 => match soon(queue).or_else(|| queue.next()) {
                 Some(copy) => {
                     free_since = reports.now();
                     Some(copy)
@@ -101,6 +105,18 @@ fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), C
             reports.swap(copy.completion(free_since));
         }
         issued.pop_front();
+    }
+}
+
+/// A copy that is asked for within [`LOOKOUT`].
+fn soon(queue: &CopyQueue) -> Option<Copy> {
+    let until = Instant::now() + LOOKOUT;
+    loop {
+        let copy = queue.try_next();
+        if copy.is_some() || Instant::now() >= until {
+            return copy;
+        }
+        std::hint::spin_loop();
     }
 }
 

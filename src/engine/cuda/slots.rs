@@ -93,7 +93,7 @@ const PREFETCHED_AT_ONCE: usize = 4;
 enum Pieces {
     /// Into pieces of as many layers each.
     Even(usize),
-    /// Where steps wait for single layers: into one, one, two, four and so on. Everybody waits for the first layer;
+    /// Where steps wait for single layers: into one, three, nine and so on. Everybody waits for the first layer;
     /// later ones mostly are there before they are needed, since a copy of a common rank is several times as fast as
     /// what computes with it.
     Growing,
@@ -121,7 +121,8 @@ impl Pieces {
     fn at(self, first: usize) -> (usize, usize) {
         match self {
             Self::Even(layers) => (first / layers, layers),
-            Self::Growing => first.checked_ilog2().map_or((0, 1), |log| (log as usize + 1, first)),
+            // Pieces begin at 0, 1, 4, 13: at half of what a power of three is above one.
+            Self::Growing => ((2 * first + 1).ilog(3) as usize, 2 * first + 1),
         }
     }
 
