@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The measured figures of docs/performance.md and docs/experiment.md, on the GPU of this machine.
 #
-#   scripts/reproduce.sh PART OUT         PART: engine, budgets, traces, serve, pilot, repeats, plan
+#   scripts/reproduce.sh PART OUT         PART: engine, budgets, idle, traces, chunks, serve, pilot, repeats, plan
 #
 # Each part takes two to eleven minutes on an H100, starts from nothing but the program, and leaves its results in the folder
 # OUT, with manifests; `repeats` goes on in the OUT of `pilot`. The first command that fails ends a part. Nothing here needs
@@ -56,10 +56,29 @@ budgets() {
     done
 }
 
+trace() { hbm bench trace "configs/traces/$1.jsonl" --model "$model" --max-r 16 --device "$device" "${@:2}"; }
+
+# What it costs a request that comes alone that its adapter has to be copied in.
+idle() {
+    for run in $(few "1" "1 2"); do
+        say "idle, run $run"
+        for one in resident nonresident; do
+            trace "idle-$one" --budgets 2 -o "$out/idle-$one-run$run.json"
+        done
+    done
+}
+
+# The time to the first token against the gaps between later ones.
+chunks() {
+    for tokens in 512 1024 2048 4096; do
+        say "steps of up to $tokens tokens"
+        trace peer-long-r3 --budgets 32 --max-num-batched-tokens "$tokens" -o "$out/chunk-$tokens.json"
+    done
+}
+
 traces() {
     for run in $(few "1" "1 2"); do
         say "traces, run $run"
-        trace() { hbm bench trace "configs/traces/$1.jsonl" --model "$model" --max-r 16 --device "$device" "${@:2}"; }
         trace peer-short-r8 --budgets 2,8,32,128 -o "$out/trace-r8-run$run.json"
         trace peer-short-r40 --budgets 32,128 -o "$out/trace-r40-run$run.json"
         with_server "$model" 32
@@ -169,7 +188,10 @@ plan() {
 }
 
 case $part in
-engine | budgets | traces | serve | pilot | repeats | plan) "$part" ;;
-*) echo "there is no part '$part': engine, budgets, traces, serve, pilot, repeats or plan" >&2 && exit 2 ;;
+engine | budgets | idle | traces | chunks | serve | pilot | repeats | plan) "$part" ;;
+*)
+    echo "there is no part '$part': engine, budgets, idle, traces, chunks, serve, pilot, repeats or plan" >&2
+    exit 2
+    ;;
 esac
 say done
