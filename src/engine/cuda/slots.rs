@@ -65,8 +65,6 @@ struct Held {
     what: Option<(AdapterId, Arc<AdapterLayout>)>,
     /// The slot's table, on its way to the device.
     table: PinnedBuffer<i32>,
-    /// `[pieces]` how many layers there are with each, on their way likewise.
-    counts: PinnedBuffer<u32>,
 }
 
 /// What a step needs to know of a slot that it reads.
@@ -158,9 +156,8 @@ impl CudaSlots {
         let table_len = spec.layers * spec.modules().len();
         let slot = || {
             let events = (0..most).map(|_| device.event(false));
-            let held = Held { what: None, table: device.pinned(table_len)?, counts: device.pinned(most)? };
             Ok(Slot {
-                held: Mutex::new(held),
+                held: Mutex::new(Held { what: None, table: device.pinned(table_len)? }),
                 copied_before: AtomicU32::new(0),
                 issued: AtomicUsize::new(0),
                 landed: AtomicUsize::new(0),
@@ -201,8 +198,8 @@ impl CudaSlots {
     pub unsafe fn issue(&self, slot: SlotId, adapter: &HostAdapter, piece: &Piece) -> Result<(), CudaError> {
         let Piece { number, layers } = piece;
         let (index, slot) = (slot.0 as usize, &self.slots[slot.0 as usize]);
-        let mut held = relock(&slot.held);
         if layers.start == 0 && !adapter.layout.is_full() {
+            let mut held = relock(&slot.held);
             for (to, part) in held.table.iter_mut().zip(adapter.layout.parts()) {
                 *to = part.map_or(NOT_ADAPTED, |p| (p.offset / PART_UNIT) as i32);
             }
@@ -222,12 +219,8 @@ impl CudaSlots {
         // keeps the source and the readers away.
         unsafe { self.copy_stream.copy_in_at(from, at.address()) }?;
         let copied = slot.copied_before.load(Ordering::Acquire).wrapping_add(layers.end as u32);
-        held.counts[*number] = copied;
-        // By a copy, which the copy engine makes when the one before it has been made: it does not pause as it does for
-        // a write of the stream's own.
-        // SAFETY: the slot's own count, which is written again for its next load only.
-        unsafe { self.copy_stream.copy_in_at(&held.counts[*number..=*number], self.arrival(index)) }?;
-        drop(held);
+        // SAFETY: the slot's own count.
+        unsafe { self.copy_stream.write_word(self.arrival(index), copied) }?;
         self.copy_stream.record(&slot.events[*number])?;
         slot.issued.store(layers.end, Ordering::Release);
         if layers.end == self.layers {
