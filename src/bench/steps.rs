@@ -104,14 +104,18 @@ pub(super) fn prefill(
     progress: &mut impl FnMut(&str),
 ) -> Result<Vec<PrefillRow>, BenchError> {
     let mut rows = Vec::new();
+    // Several adapters need as many prompts; what they cost shows beside as many of one adapter.
+    let of = |&adapters: &u32| match adapters {
+        0 | 1 => vec![(1, adapters)],
+        several => vec![(several, 1), (several, several)],
+    };
+    let mixtures: Vec<(u32, u32)> = grid.adapters.iter().flat_map(of).collect();
     for &tokens in &grid.prompts {
-        for &adapters in &grid.adapters {
-            // Several adapters need as many prompts.
-            let prompts = adapters.max(1);
+        for &(prompts, adapters) in &mixtures {
             if tokens % prompts != 0 {
                 continue;
             }
-            progress(&format!("prefill: {tokens} tokens, {adapters} adapters"));
+            progress(&format!("prefill: {tokens} tokens, {prompts} prompts, {adapters} adapters"));
             let slots = slots(prompts, adapters);
             let mut run = || bench.prefills(tokens / prompts, &slots);
             let Some(times) = timed(WARM_UP, grid.runs, &mut run)? else { continue };

@@ -23,11 +23,13 @@ fn engine_times_every_shape_that_fits_and_says_how() {
     let of = |key: &str, part: &str| -> Vec<u64> {
         report[part].as_array().unwrap().iter().map(|r| r[key].as_u64().unwrap()).collect()
     };
-    assert_eq!(of("tokens", "prefill"), [16, 16, 16, 32, 32, 32]);
-    assert_eq!(of("prompts", "prefill"), [1, 1, 2, 1, 1, 2]);
+    assert_eq!(of("tokens", "prefill"), [16, 16, 16, 16, 32, 32, 32, 32]);
+    assert_eq!(of("prompts", "prefill"), [1, 1, 2, 2, 1, 1, 2, 2]);
+    assert_eq!(of("adapters", "prefill"), [0, 1, 1, 2, 0, 1, 1, 2]);
     let rested: Vec<_> =
         report["prefill"].as_array().unwrap().iter().map(|r| r["rested"]["runs"].as_u64()).collect();
-    assert_eq!(rested, [Some(2), Some(2), None, Some(2), Some(2), None], "prompts that come alone");
+    let alone = [Some(2), Some(2), None, None];
+    assert_eq!(rested, [alone, alone].concat(), "prompts that come alone");
     // One sequence has one adapter at most.
     assert_eq!(of("adapters", "decode"), [0, 1, 0, 1, 2]);
     let beside: Vec<_> = report["swaps"].as_array().unwrap().iter().map(|r| &r["beside"]).collect();
