@@ -3,7 +3,7 @@
 #
 #   scripts/reproduce.sh PART OUT         PART: engine, budgets, idle, traces, chunks, serve, pilot, repeats, plan
 #
-# Each part takes two to eleven minutes on an H100, starts from nothing but the program, and leaves its results in the folder
+# Each part takes one to eleven minutes on an H100, starts from nothing but the program, and leaves its results in the folder
 # OUT, with manifests; `repeats` goes on in the OUT of `pilot`. The first command that fails ends a part. Nothing here needs
 # cargo: carry the program, configs/ and this script (for `plan` the first pilot's profile too, from plots/).
 #
