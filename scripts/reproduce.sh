@@ -70,7 +70,7 @@ idle() {
 
 # The time to the first token against the gaps between later ones.
 chunks() {
-    for tokens in 512 1024 2048 4096; do
+    for tokens in $(few 512 "512 1024 2048 4096"); do
         say "steps of up to $tokens tokens"
         trace peer-long-r3 --budgets 32 --max-num-batched-tokens "$tokens" -o "$out/chunk-$tokens.json"
     done

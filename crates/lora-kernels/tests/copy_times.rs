@@ -22,7 +22,7 @@ enum Count {
 
 #[test]
 #[ignore = "needs an NVIDIA GPU: prints times"]
-fn k_copy_times() {
+fn copy_times() {
     let (device, _) = device();
     let stream = device.stream().unwrap();
     let from = device.pinned::<u8>(BYTES).unwrap();
