@@ -4,8 +4,8 @@
 #   scripts/reproduce.sh PART OUT         PART: engine, budgets, idle, traces, chunks, serve, pilot, repeats, plan
 #
 # Each part takes one to eleven minutes on an H100, starts from nothing but the program, and leaves its results in the folder
-# OUT, with manifests; `repeats` goes on in the OUT of `pilot`. The first command that fails ends a part. Nothing here needs
-# cargo: carry the program, configs/ and this script (for `plan` the first pilot's profile too, from plots/).
+# OUT, with manifests; `repeats` and `plan` go on in the OUT of `pilot`. The first command that fails ends a part. Nothing here
+# needs cargo: carry the program, configs/ and this script.
 #
 #   PROGRAM=target/release/lora-hbm       the program, built with --features cuda
 #   DEVICE=cuda                           cpu: to try the script itself
@@ -137,9 +137,9 @@ serve() {
     done
 }
 
-experiment() { # one of configs/experiments, of this device and model, in $out
+experiment() { # NAME [REQUESTS]: one of configs/experiments, of this device and model, in $out
     sed -e "s|^model = .*|model = \"$model\"|" -e "s|^device = .*|device = \"$device\"|" \
-        -e "s|^num_requests = .*|num_requests = $(few 8 200)|" -e 's|^\[output\]|&\ndecisions = "decisions"|' \
+        -e "s|^num_requests = .*|num_requests = $(few 8 "${2:-200}")|" -e 's|^\[output\]|&\ndecisions = "decisions"|' \
         "configs/experiments/$1.toml" >"$out/$1.toml"
 }
 
@@ -155,7 +155,7 @@ pilot() {
 }
 
 repeats() {
-    for one in heavy repeats light; do
+    for one in heavy repeats; do
         experiment "h100-pilot-$one"
         say "repeats: $one"
         (cd "$out" && hbm sweep "h100-pilot-$one.toml" --mode measured --profile profile.json --resume)
@@ -180,11 +180,16 @@ judge() {
 }
 
 plan() {
-    # The profile that the experiment's budgets are the answer of.
-    cp configs/experiments/h100-plan.toml plots/h100-pilot/earlier/profile.json "$out"
+    # The costs are those that `pilot` found, in the same OUT, or of the profile that comes with the program.
+    profile=h100-llama2-7b
+    if [ -e "$out/profile.json" ]; then profile=$out/profile.json; fi
+    out=$out/plan
+    mkdir -p "$out"
+    experiment h100-plan 2000
     cd "$out"
-    hbm plan --profile profile.json --slo 'ttft_median<200ms' --rate 37 --max-tokens 16 | tee plan.txt
-    hbm sweep h100-plan.toml --mode measured --profile profile.json --resume
+    hbm plan --profile "$profile" --slo 'ttft_median<200ms' --rate 35 --max-tokens 16 | tee plan.txt
+    hbm sweep h100-plan.toml --mode simulated --profile "$profile"
+    hbm sweep h100-plan.toml --mode measured --profile "$profile" --resume
 }
 
 case $part in
