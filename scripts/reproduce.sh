@@ -4,8 +4,8 @@
 #   scripts/reproduce.sh PART OUT         PART: engine, budgets, idle, traces, chunks, serve, pilot, repeats, plan
 #
 # Each part takes one to eleven minutes on an H100, starts from nothing but the program, and leaves its results in the folder
-# OUT, with manifests; `repeats` and `plan` go on in the OUT of `pilot`. The first command that fails ends a part. Nothing here
-# needs cargo: carry the program, configs/ and this script.
+# OUT, with manifests; `repeats` and `plan` go on in the OUT of `pilot`, and a `pilot` or `repeats` that was stopped where it
+# stopped. The first command that fails ends a part. Nothing here needs cargo: carry the program, configs/ and this script.
 #
 #   PROGRAM=target/release/lora-hbm       the program, built with --features cuda
 #   DEVICE=cuda                           cpu: to try the script itself
@@ -146,10 +146,12 @@ experiment() { # NAME [REQUESTS]: one of configs/experiments, of this device and
 pilot() {
     experiment h100-pilot
     cd "$out"
-    say "calibrate"
-    hbm calibrate --model "$model" --max-r 16 --device "$device" --seconds "$(few 5 100)" -o profile.json
+    if [ ! -e profile.json ]; then
+        say "calibrate"
+        hbm calibrate --model "$model" --max-r 16 --device "$device" --seconds "$(few 5 100)" -o profile.json
+    fi
     say "predict, then measure"
-    hbm sweep h100-pilot.toml --mode simulated --profile profile.json
+    hbm sweep h100-pilot.toml --mode simulated --profile profile.json --resume
     hbm sweep h100-pilot.toml --mode measured --profile profile.json --resume
     judge
 }
