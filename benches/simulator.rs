@@ -64,6 +64,8 @@ fn floors() -> Profile {
             loop_s: 5e-5,
             front_s: 1e-4,
             tokenize_s_per_byte: 1e-8,
+            handover_s: 0.0,
+            handover_bytes: 0.0,
             deliver_s: 5e-5,
             bytes_per_token: 4.0,
         },

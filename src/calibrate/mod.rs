@@ -170,7 +170,8 @@ pub fn calibrate(
     }
 
     progress("host", 0.0);
-    let lengths: Vec<u32> = [16, 256, 1024].iter().map(|&n: &u32| n.min(options.longest).max(2)).collect();
+    let lengths: Vec<u32> =
+        [16, 64, 192, 448, 1024].iter().map(|&n: &u32| n.min(options.longest).max(2)).collect();
     let fewest = rooms.iter().copied().min().unwrap_or(most) - 1;
     let host_times = host::time_host(&loaded, fewest.max(1), &lengths)?;
 

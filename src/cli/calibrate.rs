@@ -163,6 +163,7 @@ fn print(profile: &Profile) {
     row("host: step to step", profile.host.loop_s * 1e6, "µs");
     row("host: front end", profile.host.front_s * 1e6, "µs");
     row("host: front end, a KB of prompt", profile.host.tokenize_s_per_byte * 1e9, "µs");
+    row("host: front end, a prompt that is handed over", profile.host.handover_s * 1e6, "µs");
     row("host: delivery", profile.host.deliver_s * 1e6, "µs");
     println!("{table}");
     println!(

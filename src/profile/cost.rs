@@ -40,6 +40,9 @@ pub struct CostModel {
     pub loop_ns: Nanos,
     front_ns: Nanos,
     front_ns_per_token: f64,
+    handover_ns: Nanos,
+    /// Prompts of as many tokens and more are handed over.
+    handover_tokens: f64,
     /// From a first token to its first byte.
     pub deliver_ns: Nanos,
     /// Transformer layers, for `layered` swaps.
@@ -82,6 +85,9 @@ impl CostModel {
             loop_ns: ns(profile.host.loop_s),
             front_ns: ns(profile.host.front_s),
             front_ns_per_token: profile.host.tokenize_s_per_byte * profile.host.bytes_per_token * 1e9,
+            handover_ns: ns(profile.host.handover_s),
+            handover_tokens: profile.host.handover_bytes
+                / profile.host.bytes_per_token.max(f64::MIN_POSITIVE),
             deliver_ns: ns(profile.host.deliver_s),
             layers: u64::from(profile.engine.layers),
         })
@@ -132,7 +138,9 @@ impl CostModel {
 
     /// From a request's receipt to the queue.
     pub fn front_ns(&self, prompt_tokens: u32) -> Nanos {
-        self.front_ns + nearest(f64::from(prompt_tokens) * self.front_ns_per_token)
+        let tokens = f64::from(prompt_tokens);
+        let handover = if tokens >= self.handover_tokens { self.handover_ns } else { 0 };
+        self.front_ns + handover + nearest(tokens * self.front_ns_per_token)
     }
 }
 

@@ -156,6 +156,12 @@ pub struct HostCosts {
     pub front_s: f64,
     /// The same, for each byte of prompt.
     pub tokenize_s_per_byte: f64,
+    /// The same, once for a prompt of `handover_bytes` or more, which is tokenised on another thread.
+    #[serde(default, skip_serializing_if = "costs_nothing")]
+    pub handover_s: f64,
+    /// Bytes of prompt from which that is so.
+    #[serde(default, skip_serializing_if = "costs_nothing")]
+    pub handover_bytes: f64,
     /// From a first token to its first byte.
     pub deliver_s: f64,
     /// Prompt bytes for each prompt token.
@@ -275,6 +281,8 @@ impl Profile {
         not_negative("host.loop_s", self.host.loop_s)?;
         not_negative("host.front_s", self.host.front_s)?;
         not_negative("host.tokenize_s_per_byte", self.host.tokenize_s_per_byte)?;
+        not_negative("host.handover_s", self.host.handover_s)?;
+        not_negative("host.handover_bytes", self.host.handover_bytes)?;
         not_negative("host.deliver_s", self.host.deliver_s)?;
         not_negative("host.bytes_per_token", self.host.bytes_per_token)?;
         positive("engine.kv_block_bytes", self.engine.kv_block_bytes as f64)?;

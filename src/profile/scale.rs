@@ -85,6 +85,7 @@ impl Profile {
         copy.host.loop_s /= by.host;
         copy.host.front_s /= by.host;
         copy.host.tokenize_s_per_byte /= by.host;
+        copy.host.handover_s /= by.host;
         copy.host.deliver_s /= by.host;
         copy.kind = Kind::Scaled;
         copy.machine = serde_json::json!({

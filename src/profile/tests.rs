@@ -40,6 +40,8 @@ pub(crate) fn round() -> Profile {
             loop_s: 0.0,
             front_s: 0.0,
             tokenize_s_per_byte: 0.0,
+            handover_s: 0.0,
+            handover_bytes: 0.0,
             deliver_s: 0.0,
             bytes_per_token: 4.0,
         },
@@ -81,9 +83,9 @@ fn bad_profiles_are_refused_with_the_reason() {
 }
 
 #[test]
-fn a_profile_from_before_there_was_a_cost_of_reading_keeps_its_hash() {
+fn a_profile_from_before_there_were_costs_of_reading_and_handing_over_keeps_its_hash() {
     let before = serde_json::to_string(&round()).unwrap();
-    assert!(!before.contains("reading_s"));
+    assert!(!before.contains("reading_s") && !before.contains("handover"));
     assert_eq!(Profile::parse("before.json", &before).unwrap().swap.reading_s, 0.0);
     let mut profile = round();
     profile.swap.reading_s = 2e-4;
@@ -92,6 +94,20 @@ fn a_profile_from_before_there_was_a_cost_of_reading_keeps_its_hash() {
     assert_eq!(Profile::parse("p.json", &text).unwrap(), profile);
     let edited = text.replace("\"reading_s\":0.0002", "\"reading_s\":0.0001");
     assert!(Profile::parse("p.json", &edited).unwrap_err().to_string().contains("changed after"));
+}
+
+#[test]
+fn a_prompt_that_is_handed_over_takes_longer_at_once() {
+    let mut profile = round();
+    profile.host = HostCosts {
+        front_s: 1e-4,
+        tokenize_s_per_byte: 1e-8,
+        handover_s: 8e-5,
+        handover_bytes: 960.0,
+        ..profile.host
+    };
+    let cost = CostModel::new(&profile.signed()).unwrap();
+    assert_eq!([1, 239, 240, 1000].map(|tokens| cost.front_ns(tokens)), [100_040, 109_560, 189_600, 220_000]);
 }
 
 #[test]

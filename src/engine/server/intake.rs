@@ -23,6 +23,8 @@ pub(super) struct Received(pub(super) Instant);
 const INLINE_BYTES: usize = 1024;
 /// What a prompt or a message weighs beside its own bytes: a call, and what a template writes around it.
 const PIECE_BYTES: usize = 64;
+/// A prompt of as many bytes is tokenised on a blocking thread.
+pub const HANDED_OVER_BYTES: usize = INLINE_BYTES - PIECE_BYTES;
 /// Sequences that one request may ask for, over all its prompts.
 const MAX_SEQUENCES: usize = 1024;
 

@@ -24,6 +24,7 @@ mod sequences;
 mod state;
 
 pub use body::Limits;
+pub use intake::HANDED_OVER_BYTES;
 pub use listener::{BindError, Ended, Handle, Server, ServerOptions};
 pub use local::{LocalError, LocalServer};
 pub(super) use state::cycle;

@@ -242,6 +242,8 @@ pub fn machine(costs: &[(&str, f64)], swap: Nanos, gap: Nanos) -> Profile {
             loop_s: gap as f64 * 1e-9,
             front_s: 0.0,
             tokenize_s_per_byte: 0.0,
+            handover_s: 0.0,
+            handover_bytes: 0.0,
             deliver_s: 0.0,
             bytes_per_token: 4.0,
         },
