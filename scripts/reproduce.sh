@@ -190,7 +190,7 @@ plan() {
     experiment h100-plan 2000
     cd "$out"
     hbm plan --profile "$profile" --slo 'ttft_median<200ms' --rate 35 --max-tokens 16 | tee plan.txt
-    hbm sweep h100-plan.toml --mode simulated --profile "$profile"
+    hbm sweep h100-plan.toml --mode simulated --profile "$profile" --resume
     hbm sweep h100-plan.toml --mode measured --profile "$profile" --resume
 }
 
