@@ -104,8 +104,7 @@ pub fn time_host(loaded: &Loaded, gpu_loras: usize, lengths: &[u32]) -> Result<H
     let (first, rest) = prepared.split_at_mut(lengths.len());
     let mut took = Vec::with_capacity(first.len());
     for request in first.iter() {
-        let answers = ask(std::slice::from_ref(request))?;
-        took.push(answers.iter().filter_map(|(record, _)| record.latency_s).sum::<f64>());
+        took.extend(ask(std::slice::from_ref(request))?.iter().filter_map(|(record, _)| record.latency_s));
     }
     let mut at = 0.0;
     for (request, took) in rest.iter_mut().zip(took.iter().cycle()) {
@@ -113,28 +112,21 @@ pub fn time_host(loaded: &Loaded, gpu_loras: usize, lengths: &[u32]) -> Result<H
         at += LEAST_PAUSE.max(PAUSE * took);
     }
     let answers = ask(rest)?;
-    let sample = |(record, parts): &(RequestRecord, PartsS)| {
-        let body = rest.iter().find(|r| r.id == record.id).map(|r| &r.body[..]);
-        HostSample {
-            prompt_tokens: record.prompt_tokens,
-            prompt_bytes: body.map_or(0, prompt_bytes),
-            front_ns: parts.front * 1e9,
-            deliver_ns: parts.deliver * 1e9,
-        }
+    // Ids are places in the trace.
+    let sample = |(record, parts): &(RequestRecord, PartsS)| HostSample {
+        prompt_tokens: record.prompt_tokens,
+        prompt_bytes: prepared[record.id as usize].prompt_bytes,
+        front_ns: parts.front * 1e9,
+        deliver_ns: parts.deliver * 1e9,
     };
-    let mut times = HostTimes { requests: answers.iter().map(sample).collect(), gaps: Vec::new() };
+    let requests = answers.iter().map(sample).collect();
     let header = loaded.log_header(gpu_loras);
     server.stop();
     let lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
     let recorded = Recorded::new(&header, &lines).map_err(|e| HostError::Request(e.to_string()))?;
     // Between two decodes nothing but the host stands.
-    times.gaps = recorded
-        .steps
-        .windows(2)
-        .filter(|pair| pair[1].seqs.iter().all(|s| s.5))
-        .map(|pair| pair[1].gap)
-        .collect();
-    Ok(times)
+    let decodes = recorded.steps.windows(2).filter(|pair| pair[1].seqs.iter().all(|s| s.5));
+    Ok(HostTimes { requests, gaps: decodes.map(|pair| pair[1].gap).collect() })
 }
 
 /// A request that went well, and where its TTFT went.
@@ -143,12 +135,6 @@ fn answered(mut record: RequestRecord) -> Result<(RequestRecord, PartsS), HostEr
         (Status::Ok, Some(parts)) => Ok((record, parts)),
         _ => Err(HostError::Request(record.error.unwrap_or_else(|| "no TTFT parts".to_owned()))),
     }
-}
-
-/// Bytes of the prompt in the body of a request for `/generate`.
-fn prompt_bytes(body: &[u8]) -> u64 {
-    let body: Option<serde_json::Value> = serde_json::from_slice(body).ok();
-    body.as_ref().and_then(|b| b["prompt"].as_str()).map_or(0, |prompt| prompt.len() as u64)
 }
 
 /// The front end by its prompts' bytes, and whether they are handed over; of everything the median.
@@ -162,11 +148,10 @@ pub(super) fn fit_host(times: &HostTimes) -> HostCosts {
         lengths.values().map(|rows| median(rows.iter().map(|r| of(r)))).collect()
     };
     let (sizes, fronts) = (of_length(|r| r.prompt_bytes as f64), of_length(|r| r.front_ns));
-    let handed_over = |bytes: f64| bytes >= HANDED_OVER_BYTES as f64;
     let a = DMatrix::from_fn(sizes.len(), 3, |r, c| match c {
         0 => 1.0,
         1 => sizes[r],
-        _ => f64::from(u8::from(handed_over(sizes[r]))),
+        _ => f64::from(u8::from(sizes[r] >= HANDED_OVER_BYTES as f64)),
     });
     let front = fit::nnls(&a, &DVector::from_vec(fronts));
     let bytes: f64 = rows.iter().map(|r| r.prompt_bytes as f64).sum();

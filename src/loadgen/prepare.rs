@@ -72,6 +72,8 @@ pub struct PreparedRequest {
     pub scheduled_s: f64,
     /// Prompt length, BOS included.
     pub prompt_tokens: u32,
+    /// Bytes of the prompt's text.
+    pub prompt_bytes: u64,
     /// Output tokens asked for.
     pub max_tokens: u32,
     /// The adapter; none is the base model.
@@ -133,6 +135,7 @@ fn one(
         id: request.id,
         scheduled_s: request.arrival_s,
         prompt_tokens: request.prompt_tokens,
+        prompt_bytes: prompt.len() as u64,
         max_tokens: request.output_tokens,
         adapter: request.adapter,
         rank: request.rank,
