@@ -137,9 +137,9 @@ serve() {
     done
 }
 
-experiment() { # NAME [REQUESTS]: one of configs/experiments, of this device and model, in $out
+experiment() { # one of configs/experiments, of this device and model, in $out
     sed -e "s|^model = .*|model = \"$model\"|" -e "s|^device = .*|device = \"$device\"|" \
-        -e "s|^num_requests = .*|num_requests = $(few 8 "${2:-200}")|" -e 's|^\[output\]|&\ndecisions = "decisions"|' \
+        -e "${quick:+s|^num_requests = .*|num_requests = 8|}" -e 's|^\[output\]|&\ndecisions = "decisions"|' \
         "configs/experiments/$1.toml" >"$out/$1.toml"
 }
 
@@ -187,7 +187,7 @@ plan() {
     if [ -e "$out/profile.json" ]; then profile=$out/profile.json; fi
     out=$out/plan
     mkdir -p "$out"
-    experiment h100-plan 2000
+    experiment h100-plan
     cd "$out"
     hbm plan --profile "$profile" --slo 'ttft_median<200ms' --rate 35 --max-tokens 16 | tee plan.txt
     hbm sweep h100-plan.toml --mode simulated --profile "$profile" --resume
