@@ -72,6 +72,11 @@ __device__ __forceinline__ Bf16x8 pack(const float (&in)[8]) {
     return {make_uint4(v[0], v[1], v[2], v[3])};
 }
 
+__device__ __forceinline__ float round_bf16(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
+
+// x * sigmoid(x). A division that keeps the last bit takes ten instructions, more than all else.
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
 // The device's clock.
 __device__ __forceinline__ uint64_t nanoseconds() {
     uint64_t now;
@@ -138,6 +143,9 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// Asks for a line of what will be read soon.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p)); }
+
 // Memory that other blocks or kernels write while this kernel runs: from L2, and never moved before a fence or
 // a wait.
 __device__ __forceinline__ float4 load_fresh(const float4* p) {
@@ -161,3 +169,22 @@ __device__ __forceinline__ float load_fresh(const float* p) {
     asm volatile("ld.global.cg.f32 %0, [%1];\n" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
+
+#if __CUDA_ARCH__ >= 900
+// Waits until all threads of the block's cluster are here, and sees what they have written to their shared memory.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
+// What lies at `p`, in this block's shared memory, in that of the cluster's block `rank`.
+__device__ __forceinline__ float4 load_cluster(const float4* p, uint32_t rank) {
+    uint32_t at;
+    float4 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+#endif

@@ -137,7 +137,7 @@ extern "C" __global__ void silu_mul(const bf16* gate_up, bf16* out, uint32_t wid
     unpack(from[i], g);
     unpack(from[width / 8 + i], u);
 #pragma unroll
-    for (int j = 0; j < 8; j++) g[j] = g[j] / (1.f + __expf(-g[j])) * u[j];
+    for (int j = 0; j < 8; j++) g[j] = silu(g[j]) * u[j];
     reinterpret_cast<Bf16x8*>(out + row * width)[i] = pack(g);
 }
 

@@ -36,28 +36,29 @@ constexpr uint64_t LONGEST_WAIT_NS = 60'000'000'000;
 //
 // A wait in the kernels and not between them, so that steps which wait can be graphs as others are: what is waited
 // for is data. Spinning blocks hold back nothing that they wait for, since copies are not made by
-// multiprocessors. What runs before this kernel is waited for first, so that the time is what the step lost.
+// multiprocessors.
 __device__ __forceinline__ void await_arrival(const Segment& segment, const Target& target) {
     if (segment.arrival == nullptr) return;
+    const uint32_t wanted = segment.copied_before + target.layer + 1;
+    auto there = [&]() {
+        uint32_t copied;
+        asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(copied) : "l"(segment.arrival) : "memory");
+        return static_cast<int32_t>(copied - wanted) >= 0;
+    };
+    // Mostly it is, and the block goes on with what does not depend on what runs before it.
+    if (__syncthreads_or(threadIdx.x == 0 && there())) return;
+    // Before time is taken, so that it is what the step lost.
     wait_for_previous();
-    if (threadIdx.x == 0) {
-        const uint32_t wanted = segment.copied_before + target.layer + 1;
-        auto there = [&]() {
-            uint32_t copied;
-            asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(copied) : "l"(segment.arrival) : "memory");
-            return static_cast<int32_t>(copied - wanted) >= 0;
-        };
-        if (!there()) {
-            const uint64_t begun = nanoseconds();
-            uint64_t waited;
-            do {
-                __nanosleep(200);
-                waited = nanoseconds() - begun;
-                if (waited > LONGEST_WAIT_NS) __trap();
-            } while (!there());
-            // Blocks wait for the same moment: the first of them waits longest.
-            atomicMax(segment.arrival + 1 + target.layer, static_cast<uint32_t>(min(waited, uint64_t{0xffffffffu})));
-        }
+    if (threadIdx.x == 0 && !there()) {
+        const uint64_t begun = nanoseconds();
+        uint64_t waited;
+        do {
+            __nanosleep(200);
+            waited = nanoseconds() - begun;
+            if (waited > LONGEST_WAIT_NS) __trap();
+        } while (!there());
+        // Blocks wait for the same moment: the first of them waits longest.
+        atomicMax(segment.arrival + 1 + target.layer, static_cast<uint32_t>(min(waited, uint64_t{0xffffffffu})));
     }
     __syncthreads();
 }

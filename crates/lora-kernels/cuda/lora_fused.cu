@@ -24,13 +24,14 @@ constexpr uint32_t OUT_TILE = ROWS * 16;
 // Shared memory of one target's Bt and h, in elements.
 __device__ __forceinline__ uint32_t factors(uint32_t pitch) { return pitch * COLUMNS + ROWS * h_tile_pitch(pitch); }
 
-// A target's adapter, or null.
-__device__ __forceinline__ const bf16* part_of(const Segment* segments, const Cover& cover, const Target& target,
-                                               Segment& segment) {
-    if (cover.segment == NONE) return nullptr;
+// A cover's segment, when the targets' layer of its adapter is there; false where it has none. Every thread of a block
+// calls it, with the same cover.
+__device__ __forceinline__ bool find(const Segment* segments, const Cover& cover, const Targets& targets, Segment& segment) {
+    if (cover.segment == NONE) return false;
     segment = segments[cover.segment];
-    await_arrival(segment, target);
-    return lora_part(segment, target);
+    // A call's targets are of one layer.
+    await_arrival(segment, targets.of[0]);
+    return true;
 }
 
 }  // namespace
@@ -50,11 +51,12 @@ lora_expand_silu_mul(const Segment* segments, const Cover* covers, const __grid_
     if (cover.rows == 0) return wait_for_previous();
     const uint32_t column_0 = blockIdx.x * COLUMNS, columns = min(COLUMNS, inter - column_0);
     Segment segment;
+    const bool adapted = find(segments, cover, targets, segment);
     const bf16* parts[2];
 #pragma unroll
     for (int t = 0; t < 2; t++) {
         const Target& target = targets.of[t];
-        parts[t] = part_of(segments, cover, target, segment);
+        parts[t] = adapted ? lora_part(segment, target) : nullptr;
         load_out(shared + t * OUT_TILE, gate_up + static_cast<size_t>(cover.row) * 2 * inter + target.column + column_0,
                  cover.rows, columns, 2 * inter);
         if (parts[t] != nullptr) {
@@ -71,11 +73,25 @@ lora_expand_silu_mul(const Segment* segments, const Cover* covers, const __grid_
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
+    bf16* const tiles = reinterpret_cast<bf16*>(shared);
+    for (uint32_t column = 0; column < columns; column += 32) {
+        Sums sums[2];
 #pragma unroll
-    for (int t = 0; t < 2; t++) {
-        if (parts[t] == nullptr) continue;
-        const bf16* bt = of_targets + t * factors(pitch);
-        add_product(reinterpret_cast<bf16*>(shared + t * OUT_TILE), bt, bt + pitch * COLUMNS, whole_ranks(segment), columns);
+        for (int t = 0; t < 2; t++) {
+            const bf16* bt = of_targets + t * factors(pitch);
+            sums[t].load(tiles + t * OUT_TILE * 8, column);
+            if (parts[t] != nullptr) sums[t].add<bf16>(bt, bt + pitch * COLUMNS, whole_ranks(segment), column);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                // Rounded as the expand's output is.
+                const float g = round_bf16(sums[0].of[n][i]), u = round_bf16(sums[1].of[n][i]);
+                sums[0].of[n][i] = silu(g) * u;
+            }
+        }
+        sums[0].store(tiles, column);
     }
     // A warp reads only rows that it has worked on itself.
     __syncwarp();
@@ -83,20 +99,15 @@ lora_expand_silu_mul(const Segment* segments, const Cover* covers, const __grid_
     for (int i = 0; i < 8; i++) {
         const uint32_t row = warp * 16 + i * 2 + lane / 16, piece = lane % 16;
         if (row >= cover.rows || piece * 8 >= columns) continue;
-        const uint32_t at = OutTile<bf16>::piece(row, piece);
-        float g[8], u[8];
-        unpack({shared[at]}, g);
-        unpack({shared[OUT_TILE + at]}, u);
-#pragma unroll
-        for (int j = 0; j < 8; j++) g[j] = g[j] / (1.f + __expf(-g[j])) * u[j];
-        *reinterpret_cast<Bf16x8*>(act + static_cast<size_t>(cover.row + row) * inter + column_0 + piece * 8) = pack(g);
+        bf16* const to = act + static_cast<size_t>(cover.row + row) * inter + column_0 + piece * 8;
+        *reinterpret_cast<uint4*>(to) = shared[OutTile<bf16>::piece(row, piece)];
     }
 }
 
 namespace {
 
 // What rope_kv does, of queries, keys and values with their adapters' products added. Grid: column tiles of the
-// widest of them; covers; queries, keys, values. `a.qkv` keeps keys and values as they were.
+// widest of them; queries, keys, values; covers, of which those behind are padding and so come last. `a.qkv` keeps keys and values as they were.
 template <int HD>
 __device__ __forceinline__ void expand_rope_kv(const Segment* segments, const Cover* covers, const Targets& targets,
                                                uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h,
@@ -105,21 +116,33 @@ __device__ __forceinline__ void expand_rope_kv(const Segment* segments, const Co
     extern __shared__ uint4 shared[];
     bf16* const bt_tile = reinterpret_cast<bf16*>(shared + OUT_TILE);
     bf16* const h_tile = bt_tile + pitch * COLUMNS;
-    const Target& target = targets.of[blockIdx.z];
+    const Target& target = targets.of[blockIdx.y];
     const uint32_t column_0 = blockIdx.x * COLUMNS;
-    const Cover cover = covers[blockIdx.y];
+    const Cover cover = covers[blockIdx.z];
     if (column_0 >= target.outputs || cover.rows == 0) return wait_for_previous();
     const uint32_t columns = min(COLUMNS, target.outputs - column_0);
     const uint32_t width = (a.heads + 2 * a.kv_heads) * HD;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     bf16* const out = a.qkv + static_cast<size_t>(cover.row) * width + target.column + column_0;
     Segment segment;
-    const bf16* part = part_of(segments, cover, target, segment);
+    const bf16* part = find(segments, cover, targets, segment) ? lora_part(segment, target) : nullptr;
     load_out(shared, out, cover.rows, columns, width);
     if (part != nullptr) load_bt<bf16>(bt_tile, part, segment, inputs, target.outputs, column_0, columns);
+    // Eight lanes take a row: 8 elements of a head's first half each, and the 8 that they pair with.
+    constexpr uint32_t UNITS = HD / 16;
+    const uint32_t head = lane % 8 / UNITS, i = lane % UNITS, low_piece = head * (HD / 8) + i;
+    uint32_t kv_rows[4];
+    const float4* angles[4];
+#pragma unroll
+    for (int turn = 0; turn < 4; turn++) {
+        const uint32_t row = warp * 16 + turn * 4 + lane / 8;
+        kv_rows[turn] = row < cover.rows && low_piece * 8 < columns ? a.kv_rows[cover.row + row] : a.cache_rows;
+        angles[turn] = blockIdx.y < 2 && row < cover.rows ? angles_of<HD>(a, cover.row + row, i) : nullptr;
+        if (angles[turn] != nullptr) prefetch(angles[turn]);
+    }
     wait_for_previous();
     if (part != nullptr) {
-        load_h(h_tile, h + blockIdx.z * plane + static_cast<size_t>(cover.row) * pitch, cover.rows, whole_ranks(segment),
+        load_h(h_tile, h + blockIdx.y * plane + static_cast<size_t>(cover.row) * pitch, cover.rows, whole_ranks(segment),
                pitch);
     }
     copy_async_commit();
@@ -128,22 +151,16 @@ __device__ __forceinline__ void expand_rope_kv(const Segment* segments, const Co
     if (part != nullptr) add_product(reinterpret_cast<bf16*>(shared), bt_tile, h_tile, whole_ranks(segment), columns);
     __syncwarp();
 
-    // Eight lanes take a row: 8 elements of a head's first half each, and the 8 that they pair with.
-    constexpr uint32_t UNITS = HD / 16;
-    const uint32_t head = lane % 8 / UNITS, i = lane % UNITS, low_piece = head * (HD / 8) + i;
-    if (low_piece * 8 >= columns) return;
 #pragma unroll
     for (int turn = 0; turn < 4; turn++) {
-        const uint32_t row = warp * 16 + turn * 4 + lane / 8;
-        if (row >= cover.rows) continue;
-        const uint32_t kv_row = a.kv_rows[cover.row + row];
+        const uint32_t row = warp * 16 + turn * 4 + lane / 8, kv_row = kv_rows[turn];
         if (kv_row >= a.cache_rows) continue;
         Bf16x8 low = {shared[OutTile<bf16>::piece(row, low_piece)]};
         Bf16x8 high = {shared[OutTile<bf16>::piece(row, low_piece + UNITS)]};
-        if (blockIdx.z < 2) rotate<HD>(a, cover.row + row, i, low, high);
+        if (angles[turn] != nullptr) rotate(angles[turn], low, high);
         bf16* to = out + static_cast<size_t>(row) * width + low_piece * 8;
-        if (blockIdx.z > 0) {
-            to = in_cache<HD>(a, blockIdx.z == 1 ? a.keys : a.values, kv_row, column_0 / HD + head) + i * 8;
+        if (blockIdx.y > 0) {
+            to = in_cache<HD>(a, blockIdx.y == 1 ? a.keys : a.values, kv_row, column_0 / HD + head) + i * 8;
         }
         *reinterpret_cast<Bf16x8*>(to) = low;
         *reinterpret_cast<Bf16x8*>(to + HD / 2) = high;

@@ -72,38 +72,63 @@ __device__ __forceinline__ void load_h(bf16* tile, const bf16* h, uint32_t rows,
     }
 }
 
-// out += h . Bt for the 16 rows of each warp: the sums start from the tile and end in it.
-template <typename T>
-__device__ __forceinline__ void add_product(T* out_tile, const bf16* bt_tile, const bf16* h_tile, uint32_t ranks,
-                                            uint32_t columns) {
-    using Shape = OutTile<T>;
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
-    const uint32_t product_row = warp * 16 + group, tile_pitch = h_tile_pitch(ranks);
-    for (uint32_t column = 0; column < columns; column += 32) {
-        float c[4][4];
+// A thread's sums of 32 columns of its warp's 16 rows, as products leave them: for each 8 columns two of row `lane / 4` and
+// two of the row 8 below.
+struct Sums {
+    float of[4][4];
+
+    // From a tile of the output.
+    template <typename T>
+    __device__ __forceinline__ void load(const T* tile, uint32_t column) {
+        using Shape = OutTile<T>;
+        const uint32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, pair = column + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            const float2 top = load_pair(out_tile + Shape::element(product_row, column + n * 8 + quad * 2));
-            const float2 low = load_pair(out_tile + Shape::element(product_row + 8, column + n * 8 + quad * 2));
-            c[n][0] = top.x, c[n][1] = top.y, c[n][2] = low.x, c[n][3] = low.y;
+            const float2 top = load_pair(tile + Shape::element(row, pair + n * 8));
+            const float2 low = load_pair(tile + Shape::element(row + 8, pair + n * 8));
+            of[n][0] = top.x, of[n][1] = top.y, of[n][2] = low.x, of[n][3] = low.y;
         }
+    }
+
+    // Into it.
+    template <typename T>
+    __device__ __forceinline__ void store(T* tile, uint32_t column) const {
+        using Shape = OutTile<T>;
+        const uint32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, pair = column + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            store_pair(tile + Shape::element(row, pair + n * 8), make_float2(of[n][0], of[n][1]));
+            store_pair(tile + Shape::element(row + 8, pair + n * 8), make_float2(of[n][2], of[n][3]));
+        }
+    }
+
+    // sums += h . Bt; `T`: the output's type, by which Bt's tile is laid out.
+    template <typename T>
+    __device__ __forceinline__ void add(const bf16* bt_tile, const bf16* h_tile, uint32_t ranks, uint32_t column) {
+        const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile_pitch = h_tile_pitch(ranks);
         for (uint32_t rank = 0; rank < ranks; rank += UNIT) {
             uint32_t a[4];
             load_matrix_x4(a, h_tile + (warp * 16 + lane % 16) * tile_pitch + rank + lane / 16 * 8);
 #pragma unroll
             for (int pair = 0; pair < 2; pair++) {
                 uint32_t b[4];
-                load_matrix_x4_trans(b, bt_tile + Shape::bt(rank + lane % 16, column / 8 + pair * 2 + lane / 16));
+                load_matrix_x4_trans(b, bt_tile + OutTile<T>::bt(rank + lane % 16, column / 8 + pair * 2 + lane / 16));
                 const uint32_t b_first[2] = {b[0], b[1]}, b_second[2] = {b[2], b[3]};
-                mma_16816(c[pair * 2], a, b_first);
-                mma_16816(c[pair * 2 + 1], a, b_second);
+                mma_16816(of[pair * 2], a, b_first);
+                mma_16816(of[pair * 2 + 1], a, b_second);
             }
         }
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            store_pair(out_tile + Shape::element(product_row, column + n * 8 + quad * 2), make_float2(c[n][0], c[n][1]));
-            store_pair(out_tile + Shape::element(product_row + 8, column + n * 8 + quad * 2),
-                       make_float2(c[n][2], c[n][3]));
-        }
+    }
+};
+
+// out += h . Bt for the 16 rows of each warp: the sums start from the tile and end in it.
+template <typename T>
+__device__ __forceinline__ void add_product(T* out_tile, const bf16* bt_tile, const bf16* h_tile, uint32_t ranks,
+                                            uint32_t columns) {
+    for (uint32_t column = 0; column < columns; column += 32) {
+        Sums sums;
+        sums.load(out_tile, column);
+        sums.add<T>(bt_tile, h_tile, ranks, column);
+        sums.store(out_tile, column);
     }
 }

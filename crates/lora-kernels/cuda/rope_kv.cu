@@ -17,7 +17,7 @@ __device__ __forceinline__ void rope_kv(const RopeKvArguments& a) {
     bf16* from = a.qkv + size_t(row) * (a.heads + 2 * a.kv_heads) * HD + head * HD + i * 8;
     Bf16x8 low = *reinterpret_cast<const Bf16x8*>(from);
     Bf16x8 high = *reinterpret_cast<const Bf16x8*>(from + HD / 2);
-    if (ROTATE && head < a.heads + a.kv_heads) rotate<HD>(a, row, i, low, high);
+    if (ROTATE && head < a.heads + a.kv_heads) rotate(angles_of<HD>(a, row, i), low, high);
     bf16* to = from;
     if (head >= a.heads) {
         uint32_t kv_head = head - a.heads;

@@ -12,12 +12,16 @@ struct RopeKvArguments {
     uint32_t heads, kv_heads, block_shift, cache_rows, table_rows;
 };
 
-// Rotates 8 elements of a head's first half, from its `8 * i`th on, and the 8 that they pair with.
+// Cosines and sines for 8 elements of a row's heads, from their `8 * i`th on.
 template <int HD>
-__device__ __forceinline__ void rotate(const RopeKvArguments& a, uint32_t row, uint32_t i, Bf16x8& low, Bf16x8& high) {
+__device__ __forceinline__ const float4* angles_of(const RopeKvArguments& a, uint32_t row, uint32_t i) {
     // Positions are checked on the host: this keeps a broken one from reading elsewhere.
     uint32_t position = min(a.positions[row], a.table_rows - 1);
-    const float4* angles = reinterpret_cast<const float4*>(a.table + size_t(position) * HD) + i * 4;
+    return reinterpret_cast<const float4*>(a.table + size_t(position) * HD) + i * 4;
+}
+
+// Rotates 8 elements of a head's first half by their angles, and the 8 that they pair with.
+__device__ __forceinline__ void rotate(const float4* angles, Bf16x8& low, Bf16x8& high) {
     float x[8], y[8];
     unpack(low, x);
     unpack(high, y);

@@ -184,12 +184,47 @@ impl Stream {
         arguments: &mut [*mut c_void],
         overlap: bool,
     ) -> Result<(), CudaError> {
-        let Grid { blocks, threads, shared } = grid;
-        let mut attribute = sys::CUlaunchAttribute {
+        let attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_with(function, grid, overlap.then_some(attribute), arguments) }
+    }
+
+    /// Launches a kernel whose blocks form clusters of so many (from sm_90 on).
+    ///
+    /// # Safety
+    /// As [`Stream::launch`].
+    pub(crate) unsafe fn launch_clusters(
+        &self,
+        function: &Function,
+        grid: Grid,
+        (x, y, z): (u32, u32, u32),
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        let attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z },
+            },
+        };
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_with(function, grid, Some(attribute), arguments) }
+    }
+
+    /// # Safety
+    /// As [`Stream::launch`], and as the attribute asks for.
+    unsafe fn launch_with(
+        &self,
+        function: &Function,
+        grid: Grid,
+        mut attribute: Option<sys::CUlaunchAttribute>,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
+        let Grid { blocks, threads, shared } = grid;
         let config = sys::CUlaunchConfig {
             gridDimX: blocks.0,
             gridDimY: blocks.1,
@@ -199,8 +234,8 @@ impl Stream {
             blockDimZ: 1,
             sharedMemBytes: shared,
             hStream: self.raw(),
-            attrs: &mut attribute,
-            numAttrs: u32::from(overlap),
+            attrs: attribute.as_mut().map_or(std::ptr::null_mut(), std::ptr::from_mut),
+            numAttrs: u32::from(attribute.is_some()),
         };
         // SAFETY: the attribute outlives the call; the rest is as the caller promises.
         unsafe {

@@ -113,7 +113,24 @@ const CASES: &[Case] = &[
         small: 0,
         max_rank: 128,
     },
-    // So many tiles that the inputs are not split.
+    // So many tiles that a cluster's blocks have two groups of threads, and one.
+    Case {
+        inputs: 1032,
+        outputs: &[72, 40],
+        adapters: &[(16, false), (30, true)],
+        segments: &[(700, 0), (0, 0), (321, 1)],
+        small: 0,
+        max_rank: 0,
+    },
+    Case {
+        inputs: 520,
+        outputs: &[72],
+        adapters: &[(16, false)],
+        segments: &[(2100, 0)],
+        small: 0,
+        max_rank: 0,
+    },
+    // So many that the inputs are not split.
     Case {
         inputs: 136,
         outputs: &[72, 40],
@@ -325,7 +342,7 @@ fn trap() -> Segment {
 #[ignore = "needs an NVIDIA GPU"]
 fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
     let (device, stream) = device();
-    let lora = Lora::load(&device)?;
+    let own = Lora::load(&device)?;
     for (number, case) in CASES.iter().enumerate() {
         let setup = Setup::new(&device, &stream, case, number as u64)?;
         let bound = if setup.small.is_empty() { 0 } else { setup.small.len() + 3 };
@@ -357,37 +374,70 @@ fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
         let rows_of_small =
             |row: usize| setup.small.iter().any(|s| (s.start..s.start + s.rows).contains(&(row as u32)));
 
-        let mut got_bf16: Vec<Vec<bf16>> = Vec::new();
-        let mut got_f32: Vec<Vec<f32>> = Vec::new();
-        for overlap in [false, true, false] {
-            let lora = lora.clone().with_overlap(overlap);
-            let mut out = uploaded(&device, &stream, &base_bf16)?;
-            scratch.poison(&stream)?;
-            let to = Out::Bf16(out.view_mut());
-            lora.apply(&stream, &mut scratch, &step, &setup.targets, case.inputs, x.view(), setup.width, to)?;
-            let mut host = vec![bf16::NAN; elements];
-            out.download(&stream, &mut host)?;
-            got_bf16.push(host);
+        for (kernels, lora) in
+            [("the device's kernels", own.clone()), ("portable ones", own.clone().portable())]
+        {
+            let mut got_bf16: Vec<Vec<bf16>> = Vec::new();
+            let mut got_f32: Vec<Vec<f32>> = Vec::new();
+            for overlap in [false, true, false] {
+                let lora = lora.clone().with_overlap(overlap);
+                let mut out = uploaded(&device, &stream, &base_bf16)?;
+                scratch.poison(&stream)?;
+                let to = Out::Bf16(out.view_mut());
+                lora.apply(
+                    &stream,
+                    &mut scratch,
+                    &step,
+                    &setup.targets,
+                    case.inputs,
+                    x.view(),
+                    setup.width,
+                    to,
+                )?;
+                let mut host = vec![bf16::NAN; elements];
+                out.download(&stream, &mut host)?;
+                got_bf16.push(host);
 
-            let mut out = uploaded(&device, &stream, &base_f32)?;
-            scratch.poison(&stream)?;
-            let to = Out::F32(out.view_mut());
-            lora.apply(&stream, &mut scratch, &step, &setup.targets, case.inputs, x.view(), setup.width, to)?;
-            let mut host = vec![f32::NAN; elements];
-            out.download(&stream, &mut host)?;
-            got_f32.push(host);
-        }
-        let wide: Vec<f64> = got_bf16[0].iter().map(|v| v.to_f64()).collect();
-        let error_bf16 = setup.check(&format!("case {number}, bf16"), &wide, &base, &reference, |_| 5e-3);
-        let wide: Vec<f64> = got_f32[0].iter().map(|v| f64::from(*v)).collect();
-        // Small segments stay in f32; large ones round h.
-        let error_f32 = setup.check(&format!("case {number}, f32"), &wide, &base, &reference, |row| {
-            if rows_of_small(row) { 1e-4 } else { 5e-3 }
-        });
-        println!("case {number}: {} rows, worst row bf16 {error_bf16:.2e}, f32 {error_f32:.2e}", setup.rows);
-        for again in 1..3 {
-            assert!(got_bf16[again] == got_bf16[0], "case {number}, bf16: run {again} has other bits");
-            assert!(got_f32[again] == got_f32[0], "case {number}, f32: run {again} has other bits");
+                let mut out = uploaded(&device, &stream, &base_f32)?;
+                scratch.poison(&stream)?;
+                let to = Out::F32(out.view_mut());
+                lora.apply(
+                    &stream,
+                    &mut scratch,
+                    &step,
+                    &setup.targets,
+                    case.inputs,
+                    x.view(),
+                    setup.width,
+                    to,
+                )?;
+                let mut host = vec![f32::NAN; elements];
+                out.download(&stream, &mut host)?;
+                got_f32.push(host);
+            }
+            let wide: Vec<f64> = got_bf16[0].iter().map(|v| v.to_f64()).collect();
+            let error_bf16 =
+                setup.check(&format!("case {number}, {kernels}, bf16"), &wide, &base, &reference, |_| 5e-3);
+            let wide: Vec<f64> = got_f32[0].iter().map(|v| f64::from(*v)).collect();
+            // Small segments stay in f32; large ones round h.
+            let error_f32 =
+                setup.check(&format!("case {number}, {kernels}, f32"), &wide, &base, &reference, |row| {
+                    if rows_of_small(row) { 1e-4 } else { 5e-3 }
+                });
+            println!(
+                "case {number}, {kernels}: {} rows, worst row bf16 {error_bf16:.2e}, f32 {error_f32:.2e}",
+                setup.rows
+            );
+            for again in 1..3 {
+                assert!(
+                    got_bf16[again] == got_bf16[0],
+                    "case {number}, {kernels}, bf16: run {again} has other bits"
+                );
+                assert!(
+                    got_f32[again] == got_f32[0],
+                    "case {number}, {kernels}, f32: run {again} has other bits"
+                );
+            }
         }
     }
     Ok(())

@@ -176,7 +176,7 @@ impl Lora {
         let arguments = kernel.arguments(call.rows, qkv, Some(rotation), kv_rows, cache)?;
         self.shrink_large(stream, scratch, step, &call)?;
         let grid = Grid {
-            blocks: (call.widest.div_ceil(COLUMNS) as u32, covers.len() as u32, 3),
+            blocks: (call.widest.div_ceil(COLUMNS) as u32, 3, covers.len() as u32),
             threads: THREADS,
             shared: shared(1, call.pitch) as u32,
         };

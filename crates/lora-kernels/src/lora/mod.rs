@@ -22,7 +22,7 @@ use crate::stream::Stream;
 use crate::{CudaError, Device};
 use fused::Fused;
 use layout::RawTargets;
-use scratch::{LARGE_PARTS, PARTIAL_BLOCK, rank_pitch, small_splits};
+use scratch::{FULL_CHIP, LARGE_PARTS, PARTIAL_BLOCK, rank_pitch, small_splits};
 
 const NAME: &str = "lora";
 /// Ranks of a tensor-core product.
@@ -31,7 +31,11 @@ const UNIT: usize = 16;
 const GROUP_UNITS: usize = 4;
 const STAGE_INPUTS: usize = 64;
 const STAGES: usize = 4;
-/// Splits of the large shrink beyond which adding them up costs more than it saves.
+/// Threads of a block of the large shrink, or of one of its groups in a cluster; groups at most; stages of each.
+const GROUP_THREADS: usize = 128;
+const MAX_GROUPS: usize = 4;
+const GROUP_STAGES: usize = 3;
+/// Splits of the large shrink beyond which adding them up costs more than it saves: as many as a cluster's blocks.
 const MAX_LARGE_SPLITS: usize = 8;
 /// Columns and ranks of the small expand's tile.
 const SMALL_COLUMNS: usize = 256;
@@ -117,6 +121,8 @@ pub struct Lora {
     shrink_small: Function,
     expand_small: ByOut,
     shrink_large: Function,
+    /// Where the device is one that it is made for.
+    shrink_cluster: Option<Function>,
     expand_large: ByOut,
     fused: Fused,
     can_overlap: bool,
@@ -139,7 +145,13 @@ impl Lora {
                 f32: small.function("lora_expand_small_f32")?,
             },
             shrink_large: large
-                .function_with_shared("lora_shrink_large", shrink_large_shared(GROUP_UNITS) as u32)?,
+                .function_with_shared("lora_shrink_large", shrink_large_shared(STAGES, GROUP_UNITS) as u32)?,
+            shrink_cluster: if device.info().capability == (9, 0) {
+                let shared = shrink_large_shared(MAX_GROUPS * GROUP_STAGES, GROUP_UNITS) as u32;
+                Some(large.function_with_shared("lora_shrink_cluster", shared)?)
+            } else {
+                None
+            },
             expand_large: ByOut {
                 bf16: expand("lora_expand_large_bf16", size_of::<bf16>())?,
                 f32: expand("lora_expand_large_f32", size_of::<f32>())?,
@@ -156,6 +168,12 @@ impl Lora {
     pub fn with_overlap(mut self, overlap: bool) -> Self {
         self.overlap = overlap && self.can_overlap;
         self
+    }
+
+    /// The kernels that other devices run: to compare with.
+    #[must_use]
+    pub fn portable(self) -> Self {
+        Self { shrink_cluster: None, ..self }
     }
 
     /// Adds the adapters' products for up to three `targets` that share the input `x` `[rows, inputs]` to
@@ -262,35 +280,67 @@ impl Lora {
         let group_units = units.min(GROUP_UNITS);
         // As many parts of the inputs as fill the chip, in whole stages.
         let stages = call.inputs.div_ceil(STAGE_INPUTS);
-        let wanted = (LARGE_PARTS / (tiles_count * groups)).clamp(1, MAX_LARGE_SPLITS.min(stages));
-        let split_stages = stages.div_ceil(wanted);
-        let splits = stages.div_ceil(split_stages);
+        let splits_of =
+            |tiles: usize| (LARGE_PARTS / (tiles * groups)).clamp(1, MAX_LARGE_SPLITS.min(stages));
 
         let (segments, tiles) = (step.large.address(), step.tiles.address());
         let count = step.tile_count.address();
         let (inputs, pitch, plane) = (call.inputs as u32, call.pitch as u32, call.plane());
-        let (partial, arrived, h) = (scratch.partial(), scratch.arrived(), scratch.h());
-        let grid = Grid {
+        let (targets, unit_count, h) = (call.targets as u32, group_units as u32, scratch.h());
+        let grid = |splits: usize, in_block: usize, stages: usize| Grid {
             blocks: (tiles_count as u32, groups as u32, splits as u32),
-            threads: 128,
-            shared: shrink_large_shared(group_units) as u32,
+            threads: (in_block * GROUP_THREADS) as u32,
+            shared: shrink_large_shared(stages, group_units) as u32,
         };
-        // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
-        // that the scratch memory holds `[targets, rows, pitch]` of h; split blocks are at most LARGE_PARTS.
+        // By the step's rows and not by its tiles, so that sums are the same where a graph is made for more tiles.
+        let (expected, most) = (call.rows.div_ceil(TILE_ROWS), splits_of(call.rows.div_ceil(TILE_ROWS)));
+        if let Some(cluster) = self.shrink_cluster.as_ref().filter(|_| most > 1) {
+            // Shares of a block's sums are whole.
+            let splits = 1 << most.ilog2();
+            let in_block = groups_of(expected * groups * splits);
+            let group_stages = stages.div_ceil(splits * in_block) as u32;
+            // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
+            // that the scratch memory holds `[targets, rows, pitch]` of h.
+            return unsafe {
+                stream.launch_clusters(
+                    cluster,
+                    grid(splits, in_block, in_block * GROUP_STAGES),
+                    (1, 1, splits as u32),
+                    arguments![
+                        segments,
+                        tiles,
+                        count,
+                        call.raw,
+                        targets,
+                        call.x,
+                        inputs,
+                        group_stages,
+                        unit_count,
+                        pitch,
+                        plane,
+                        h
+                    ],
+                )
+            };
+        }
+        let split_stages = stages.div_ceil(splits_of(tiles_count));
+        let splits = stages.div_ceil(split_stages);
+        let (partial, arrived) = (scratch.partial(), scratch.arrived());
+        // SAFETY: as above; split blocks are at most LARGE_PARTS.
         unsafe {
             stream.launch(
                 &self.shrink_large,
-                grid,
+                grid(splits, 1, STAGES),
                 arguments![
                     segments,
                     tiles,
                     count,
                     call.raw,
-                    call.targets as u32,
+                    targets,
                     call.x,
                     inputs,
                     split_stages as u32,
-                    group_units as u32,
+                    unit_count,
                     pitch,
                     plane,
                     partial,
@@ -372,9 +422,20 @@ impl Call {
     }
 }
 
+/// Groups of a cluster's blocks, where there are so many blocks. Those of four take most of a multiprocessor's shared
+/// memory and those of two less than half; clusters cannot use every place, and all are to run at once.
+const fn groups_of(blocks: usize) -> usize {
+    const ONE_EACH: usize = FULL_CHIP / 2 * 3 / 4;
+    match blocks.div_ceil(ONE_EACH) {
+        0..=1 => MAX_GROUPS,
+        2 => 2,
+        _ => 1,
+    }
+}
+
 /// Shared memory of the large shrink: stages of x's tile and `units` of A.
-fn shrink_large_shared(units: usize) -> usize {
-    STAGES * (TILE_ROWS + units * UNIT) * STAGE_INPUTS * size_of::<bf16>()
+fn shrink_large_shared(stages: usize, units: usize) -> usize {
+    stages * (TILE_ROWS + units * UNIT) * STAGE_INPUTS * size_of::<bf16>()
 }
 
 /// Shared memory of the large expand: the output's tile, Bᵀ's, and h's with 8 elements of padding a row.
@@ -402,6 +463,13 @@ fn check(
             column.is_multiple_of(8) && outputs.is_multiple_of(8) && column + outputs <= width,
             "columns {column}..{} of {width}: multiples of 8 inside the output are needed",
             column + outputs
+        );
+        ensure!(
+            NAME,
+            target.layer == targets[0].layer,
+            "targets of layers {} and {}: a call's are of one",
+            targets[0].layer,
+            target.layer
         );
         let overlapping =
             targets[..at].iter().find(|o| o.column < column + outputs && column < o.column + o.outputs);

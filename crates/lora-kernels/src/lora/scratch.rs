@@ -10,7 +10,7 @@ use crate::stream::Stream;
 use crate::{CudaError, Device};
 
 /// Blocks of a shrink that fill a large chip: two on each of an H100's 132 multiprocessors.
-const FULL_CHIP: usize = 264;
+pub(super) const FULL_CHIP: usize = 264;
 /// Blocks of the large shrink at most where its inputs are split.
 pub(super) const LARGE_PARTS: usize = FULL_CHIP;
 /// Sums of a block of the large shrink.
