@@ -30,8 +30,11 @@ pub struct SwapRow {
     pub beside: String,
     /// Bytes of one adapter.
     pub bytes: u64,
-    /// From submission to completion.
+    /// From submission until whoever waits for it knows that it has landed.
     pub times: Times,
+    /// Of that, from the first byte to the last.
+    #[serde(default)]
+    pub copied: Option<Times>,
     /// What the bus alone would take.
     pub floor_ms: Option<f64>,
     /// The step without copies beside it, and with.
@@ -44,7 +47,9 @@ struct Copies {
     adapters: Vec<(AdapterId, u64)>,
     next: usize,
     begun: u64,
+    /// From submission to the word, and from the first byte to the last.
     ns: Vec<u64>,
+    copied: Vec<u64>,
 }
 
 impl Copies {
@@ -56,8 +61,12 @@ impl Copies {
         executor.submit_swap(&SwapPlan { adapter, slot: self.slot, evicted: None, bytes, kind })
     }
 
-    fn ended(&mut self, now: u64) {
+    /// Notes a completion that has come; whether it is a swap's.
+    fn ended(&mut self, completion: &Completion, now: u64) -> bool {
+        let Completion::Swap { started, ended, .. } = *completion else { return false };
         self.ns.push(now - self.begun);
+        self.copied.push(ended.saturating_sub(started));
+        true
     }
 }
 
@@ -81,15 +90,16 @@ pub(super) fn swaps(
         next: 0,
         begun: 0,
         ns: Vec::new(),
+        copied: Vec::new(),
     };
     for _ in 0..runs + 2 {
         let executor = bench.executor();
         copies.start(executor)?;
-        executor.wait()?;
-        copies.ended(executor.clock());
+        let completion = executor.wait()?;
+        copies.ended(&completion, executor.clock());
     }
     let mut rows = Vec::new();
-    let mut row = |beside: &str, ns: &[u64], step| {
+    let mut row = |beside: &str, (ns, copied): (&[u64], &[u64]), step| {
         let floor_ms = floors.swap_ms(largest);
         let times = Times::of(ns);
         rows.extend(times.map(|times| SwapRow {
@@ -98,14 +108,16 @@ pub(super) fn swaps(
             beside: beside.to_owned(),
             bytes: largest,
             times,
+            copied: Times::of(copied),
             floor_ms,
             step,
         }));
     };
-    row("alone", &copies.ns[2..], None);
+    row("alone", (&copies.ns[2..], &copies.copied[2..]), None);
 
     for (decode, again) in [(false, false), (false, true), (true, false), (true, true)] {
         copies.ns.clear();
+        copies.copied.clear();
         let (mut alone, mut beside) = (Vec::new(), Vec::new());
         let step = Beside {
             prompt: PROMPT.min(longest),
@@ -120,13 +132,13 @@ pub(super) fn swaps(
         for _ in 0..runs {
             alone.extend(step.run(bench, |_, _| Ok(()))?);
             copies.start(bench.executor())?;
-            beside.extend(step.run(bench, |executor, _| {
-                copies.ended(executor.clock());
+            beside.extend(step.run(bench, |executor, completion| {
+                copies.ended(&completion, executor.clock());
                 if again { copies.start(executor) } else { Ok(()) }
             })?);
             if again || copies.ns.len() < beside.len() {
-                while !matches!(bench.executor().wait()?, Completion::Swap { .. }) {}
-                copies.ended(bench.executor().clock());
+                let executor = bench.executor();
+                while !copies.ended(&executor.wait()?, executor.clock()) {}
             }
         }
         let steps = Times::of(&alone).zip(Times::of(&beside));
@@ -136,7 +148,7 @@ pub(super) fn swaps(
             (true, false) => "one, beside decode",
             (true, true) => "all along a decode",
         };
-        row(what, &copies.ns, steps);
+        row(what, (&copies.ns, &copies.copied), steps);
     }
     Ok(rows)
 }

@@ -359,6 +359,8 @@ fn print_engine(report: &EngineReport) {
         "quartiles",
         "floor",
         "× floor",
+        "copy itself, ms",
+        "× floor",
         "step alone, ms",
         "beside, ms",
     ]);
@@ -371,7 +373,10 @@ fn print_engine(report: &EngineReport) {
         let megabytes = format!("{:.1}", r.bytes as f64 * 1e-6);
         let names = [r.mode.clone(), r.host_memory.clone(), r.beside.clone()];
         let [mode, memory, beside_what] = names;
-        table.add_row([mode, memory, beside_what, megabytes, ms, quartiles, floor, ratio, alone, beside]);
+        let [copied, _, _, of_copied] =
+            r.copied.as_ref().map_or_else(|| std::array::from_fn(|_| "–".into()), |t| cells(t, r.floor_ms));
+        let swap = [mode, memory, beside_what, megabytes, ms, quartiles, floor, ratio];
+        table.add_row(swap.into_iter().chain([copied, of_copied, alone, beside]));
     }
     println!("{table}");
 }
