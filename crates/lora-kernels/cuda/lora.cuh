@@ -21,13 +21,6 @@ struct Targets {
     Target of[LORA_TARGETS];
 };
 
-// A tile of a large segment.
-struct Tile {
-    uint32_t segment;
-    // Its first row in the segment.
-    uint32_t row;
-};
-
 // A copy that takes longer has failed; the wait must end for the process to.
 constexpr uint64_t LONGEST_WAIT_NS = 60'000'000'000;
 

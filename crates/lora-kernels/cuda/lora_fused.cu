@@ -3,20 +3,12 @@
 // again; here the output is read once. Results are those of the two kernels, to the bit: sums are rounded to
 // bf16 in shared memory where the expand would round them in device memory.
 //
-// Blocks walk a list that covers every row of the batch, since rows without a large segment's adapter go the
-// same way, with nothing added.
+// Blocks walk covers: tiles that hold every row of the batch, since rows without a large segment's adapter go the same
+// way, with nothing added. Those have no matrices; covers of no rows are padding.
 #include "lora_tile.cuh"
 #include "rope_kv.cuh"
 
 namespace {
-
-// Rows of a batch, 64 at most, that have one large segment's adapter, or none's; a cover of no rows is padding.
-struct Cover {
-    uint32_t segment;  // NONE for none
-    uint32_t row;      // the first, in the batch
-    uint32_t rows;
-};
-constexpr uint32_t NONE = 0xffffffffu;
 
 constexpr uint32_t COLUMNS = OutTile<bf16>::COLUMNS;
 constexpr uint32_t OUT_TILE = ROWS * 16;
@@ -24,13 +16,12 @@ constexpr uint32_t OUT_TILE = ROWS * 16;
 // Shared memory of one target's Bt and h, in elements.
 __device__ __forceinline__ uint32_t factors(uint32_t pitch) { return pitch * COLUMNS + ROWS * h_tile_pitch(pitch); }
 
-// A cover's segment, when the targets' layer of its adapter is there; false where it has none. Every thread of a block
-// calls it, with the same cover.
-__device__ __forceinline__ bool find(const Segment* segments, const Cover& cover, const Targets& targets, Segment& segment) {
-    if (cover.segment == NONE) return false;
-    segment = segments[cover.segment];
+// Whether a cover's rows have an adapter; the targets' layer of it is there then. Every thread of a block calls it, with
+// the same cover.
+__device__ __forceinline__ bool has_adapter(const Segment& cover, const Targets& targets) {
+    if (cover.matrices == nullptr) return false;
     // A call's targets are of one layer.
-    await_arrival(segment, targets.of[0]);
+    await_arrival(cover, targets.of[0]);
     return true;
 }
 
@@ -39,28 +30,26 @@ __device__ __forceinline__ bool find(const Segment* segments, const Cover& cover
 // act[row, column] = silu(gate) * up, where gate and up are `gate_up`'s halves with their adapters' products
 // added. Grid: column tiles of `inter`; covers.
 extern "C" __global__ void __launch_bounds__(THREADS)
-lora_expand_silu_mul(const Segment* segments, const Cover* covers, const __grid_constant__ Targets targets,
-                     uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, const bf16* gate_up, bf16* act,
-                     uint32_t inter) {
+lora_expand_silu_mul(const Segment* covers, const __grid_constant__ Targets targets, uint32_t inputs, uint32_t pitch,
+                     size_t plane, const bf16* h, const bf16* gate_up, bf16* act, uint32_t inter) {
     // Gate's tile and up's, then their factors.
     extern __shared__ uint4 shared[];
     bf16* const of_targets = reinterpret_cast<bf16*>(shared + 2 * OUT_TILE);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Cover cover = covers[blockIdx.y];
+    const Segment cover = covers[blockIdx.y];
     // Blocks without work wait too: what follows this kernel relies on the shrink's being over.
     if (cover.rows == 0) return wait_for_previous();
     const uint32_t column_0 = blockIdx.x * COLUMNS, columns = min(COLUMNS, inter - column_0);
-    Segment segment;
-    const bool adapted = find(segments, cover, targets, segment);
+    const bool adapted = has_adapter(cover, targets);
     const bf16* parts[2];
 #pragma unroll
     for (int t = 0; t < 2; t++) {
         const Target& target = targets.of[t];
-        parts[t] = adapted ? lora_part(segment, target) : nullptr;
-        load_out(shared + t * OUT_TILE, gate_up + static_cast<size_t>(cover.row) * 2 * inter + target.column + column_0,
+        parts[t] = adapted ? lora_part(cover, target) : nullptr;
+        load_out(shared + t * OUT_TILE, gate_up + static_cast<size_t>(cover.start) * 2 * inter + target.column + column_0,
                  cover.rows, columns, 2 * inter);
         if (parts[t] != nullptr) {
-            load_bt<bf16>(of_targets + t * factors(pitch), parts[t], segment, inputs, inter, column_0, columns);
+            load_bt<bf16>(of_targets + t * factors(pitch), parts[t], cover, inputs, inter, column_0, columns);
         }
     }
     wait_for_previous();
@@ -68,7 +57,7 @@ lora_expand_silu_mul(const Segment* segments, const Cover* covers, const __grid_
     for (int t = 0; t < 2; t++) {
         if (parts[t] == nullptr) continue;
         load_h(of_targets + t * factors(pitch) + pitch * COLUMNS,
-               h + t * plane + static_cast<size_t>(cover.row) * pitch, cover.rows, whole_ranks(segment), pitch);
+               h + t * plane + static_cast<size_t>(cover.start) * pitch, cover.rows, whole_ranks(cover), pitch);
     }
     copy_async_commit();
     copy_async_wait<0>();
@@ -80,7 +69,7 @@ lora_expand_silu_mul(const Segment* segments, const Cover* covers, const __grid_
         for (int t = 0; t < 2; t++) {
             const bf16* bt = of_targets + t * factors(pitch);
             sums[t].load(tiles + t * OUT_TILE * 8, column);
-            if (parts[t] != nullptr) sums[t].add<bf16>(bt, bt + pitch * COLUMNS, whole_ranks(segment), column);
+            if (parts[t] != nullptr) sums[t].add<bf16>(bt, bt + pitch * COLUMNS, whole_ranks(cover), column);
         }
 #pragma unroll
         for (int n = 0; n < 4; n++) {
@@ -99,7 +88,7 @@ lora_expand_silu_mul(const Segment* segments, const Cover* covers, const __grid_
     for (int i = 0; i < 8; i++) {
         const uint32_t row = warp * 16 + i * 2 + lane / 16, piece = lane % 16;
         if (row >= cover.rows || piece * 8 >= columns) continue;
-        bf16* const to = act + static_cast<size_t>(cover.row + row) * inter + column_0 + piece * 8;
+        bf16* const to = act + static_cast<size_t>(cover.start + row) * inter + column_0 + piece * 8;
         *reinterpret_cast<uint4*>(to) = shared[OutTile<bf16>::piece(row, piece)];
     }
 }
@@ -107,27 +96,25 @@ lora_expand_silu_mul(const Segment* segments, const Cover* covers, const __grid_
 namespace {
 
 // What rope_kv does, of queries, keys and values with their adapters' products added. Grid: column tiles of the
-// widest of them; queries, keys, values; covers, of which those behind are padding and so come last. `a.qkv` keeps keys and values as they were.
+// widest of them; queries, keys, values; covers, padding last. `a.qkv` keeps keys and values as they were.
 template <int HD>
-__device__ __forceinline__ void expand_rope_kv(const Segment* segments, const Cover* covers, const Targets& targets,
-                                               uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h,
-                                               const RopeKvArguments& a) {
+__device__ __forceinline__ void expand_rope_kv(const Segment* covers, const Targets& targets, uint32_t inputs,
+                                               uint32_t pitch, size_t plane, const bf16* h, const RopeKvArguments& a) {
     // The output's tile, then Bt's and h's.
     extern __shared__ uint4 shared[];
     bf16* const bt_tile = reinterpret_cast<bf16*>(shared + OUT_TILE);
     bf16* const h_tile = bt_tile + pitch * COLUMNS;
     const Target& target = targets.of[blockIdx.y];
     const uint32_t column_0 = blockIdx.x * COLUMNS;
-    const Cover cover = covers[blockIdx.z];
+    const Segment cover = covers[blockIdx.z];
     if (column_0 >= target.outputs || cover.rows == 0) return wait_for_previous();
     const uint32_t columns = min(COLUMNS, target.outputs - column_0);
     const uint32_t width = (a.heads + 2 * a.kv_heads) * HD;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    bf16* const out = a.qkv + static_cast<size_t>(cover.row) * width + target.column + column_0;
-    Segment segment;
-    const bf16* part = find(segments, cover, targets, segment) ? lora_part(segment, target) : nullptr;
+    bf16* const out = a.qkv + static_cast<size_t>(cover.start) * width + target.column + column_0;
+    const bf16* part = has_adapter(cover, targets) ? lora_part(cover, target) : nullptr;
     load_out(shared, out, cover.rows, columns, width);
-    if (part != nullptr) load_bt<bf16>(bt_tile, part, segment, inputs, target.outputs, column_0, columns);
+    if (part != nullptr) load_bt<bf16>(bt_tile, part, cover, inputs, target.outputs, column_0, columns);
     // Eight lanes take a row: 8 elements of a head's first half each, and the 8 that they pair with.
     constexpr uint32_t UNITS = HD / 16;
     const uint32_t head = lane % 8 / UNITS, i = lane % UNITS, low_piece = head * (HD / 8) + i;
@@ -136,19 +123,19 @@ __device__ __forceinline__ void expand_rope_kv(const Segment* segments, const Co
 #pragma unroll
     for (int turn = 0; turn < 4; turn++) {
         const uint32_t row = warp * 16 + turn * 4 + lane / 8;
-        kv_rows[turn] = row < cover.rows && low_piece * 8 < columns ? a.kv_rows[cover.row + row] : a.cache_rows;
-        angles[turn] = blockIdx.y < 2 && row < cover.rows ? angles_of<HD>(a, cover.row + row, i) : nullptr;
+        kv_rows[turn] = row < cover.rows && low_piece * 8 < columns ? a.kv_rows[cover.start + row] : a.cache_rows;
+        angles[turn] = blockIdx.y < 2 && row < cover.rows ? angles_of<HD>(a, cover.start + row, i) : nullptr;
         if (angles[turn] != nullptr) prefetch(angles[turn]);
     }
     wait_for_previous();
     if (part != nullptr) {
-        load_h(h_tile, h + blockIdx.y * plane + static_cast<size_t>(cover.row) * pitch, cover.rows, whole_ranks(segment),
+        load_h(h_tile, h + blockIdx.y * plane + static_cast<size_t>(cover.start) * pitch, cover.rows, whole_ranks(cover),
                pitch);
     }
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
-    if (part != nullptr) add_product(reinterpret_cast<bf16*>(shared), bt_tile, h_tile, whole_ranks(segment), columns);
+    if (part != nullptr) add_product(reinterpret_cast<bf16*>(shared), bt_tile, h_tile, whole_ranks(cover), columns);
     __syncwarp();
 
 #pragma unroll
@@ -171,9 +158,9 @@ __device__ __forceinline__ void expand_rope_kv(const Segment* segments, const Co
 
 #define EXPAND_ROPE_KV(HD)                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS) lora_expand_rope_kv_##HD(                               \
-        const Segment* segments, const Cover* covers, const __grid_constant__ Targets targets, uint32_t inputs,   \
-        uint32_t pitch, size_t plane, const bf16* h, const __grid_constant__ RopeKvArguments a) {                 \
-        expand_rope_kv<HD>(segments, covers, targets, inputs, pitch, plane, h, a);                                \
+        const Segment* covers, const __grid_constant__ Targets targets, uint32_t inputs, uint32_t pitch,          \
+        size_t plane, const bf16* h, const __grid_constant__ RopeKvArguments a) {                                 \
+        expand_rope_kv<HD>(covers, targets, inputs, pitch, plane, h, a);                                          \
     }
 EXPAND_ROPE_KV(32)
 EXPAND_ROPE_KV(64)

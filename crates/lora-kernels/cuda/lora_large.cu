@@ -1,5 +1,5 @@
-// LoRA on segments of more than 16 rows: what a prefill has. Blocks work on tiles of 64 rows, which the host
-// lists, so that the cost follows the rows and not the number of adapters or slots.
+// LoRA on segments of more than 16 rows: what a prefill has. Blocks work on tiles, segments of up to 64 rows that the
+// host cuts them into, so that the cost follows the rows and not the number of adapters or slots.
 //
 // The shrink is bound by reading x, the expand by reading and writing the output; both multiply on tensor
 // cores, with ranks padded to a multiple of 16 inside a tile only.
@@ -35,8 +35,8 @@ __device__ __forceinline__ void add(float4& to, const float4& v) { to.x += v.x, 
 struct Work {
     // This thread's number in its group of `THREADS`, which is all of the block but in clusters.
     uint32_t thread;
+    // The tile; its first row, in the batch; its rows.
     Segment segment;
-    // The first row, in the batch; rows.
     size_t row_0;
     uint32_t rows;
     // Units of a target.
@@ -47,14 +47,13 @@ struct Work {
     const bf16* a_from[UNITS];
 
     // False where there is nothing to do, for all blocks of a tile and group alike.
-    __device__ __forceinline__ bool find(const Segment* segments, const Tile* tiles, const uint32_t* count,
-                                         const Targets& targets, uint32_t target_count, uint32_t inputs) {
+    __device__ __forceinline__ bool find(const Segment* tiles, const uint32_t* count, const Targets& targets,
+                                         uint32_t target_count, uint32_t inputs) {
         thread = threadIdx.x % THREADS;
-        const Tile tile = tiles[blockIdx.x];
+        segment = tiles[blockIdx.x];
         if (blockIdx.x >= *count) return false;
-        segment = segments[tile.segment];
-        rows = min(static_cast<uint32_t>(ROWS), segment.rows - tile.row);
-        row_0 = segment.start + tile.row;
+        rows = segment.rows;
+        row_0 = segment.start;
         rank_units = (segment.rank + UNIT - 1) / UNIT;
         unit_0 = blockIdx.y * UNITS;
         if (unit_0 >= target_count * rank_units) return false;
@@ -78,7 +77,7 @@ struct Work {
     }
 
     // sums = the rows of x by the units of A, over stages `begin` to `end` of the inputs. `stages` holds
-    // `COUNT` of them, each x's tile and then A's `group_units`.
+    // `COUNT` of them, or as many as there are, each x's tile and then A's `group_units`.
     template <int COUNT, bool GROUPED>
     __device__ __forceinline__ void multiply(const bf16* x, uint32_t inputs, uint32_t begin, uint32_t end,
                                              uint32_t group_units, bf16* stages, float (&sums)[SUMS][4]) const {
@@ -88,7 +87,7 @@ struct Work {
         const uint32_t stage_size = X_STAGE + group_units * UNIT_STAGE;
         auto load = [&](uint32_t at) {
             if (at < end) {
-                bf16* to = stages + at % COUNT * stage_size + stage_at(copy_row, piece);
+                bf16* to = stages + (at - begin) % COUNT * stage_size + stage_at(copy_row, piece);
                 const uint32_t k = at * INPUTS;
                 const bool inside = k + piece * 8 < inputs;
 #pragma unroll
@@ -117,7 +116,7 @@ struct Work {
             // This stage is there for all, and all have left the one before it, which is loaded anew.
             sync<GROUPED>();
             load(at + COUNT - 1);
-            const bf16* stage = stages + at % COUNT * stage_size;
+            const bf16* stage = stages + (at - begin) % COUNT * stage_size;
 #pragma unroll
             for (int step = 0; step < INPUTS / 16; step++) {
                 uint32_t a[4];
@@ -163,15 +162,14 @@ struct Work {
 // Where the inputs are split, `partial [tile][group][split]` takes the parts' sums in the registers' own order,
 // and the last of a tile's blocks adds them up in a fixed order; `arrived [tile][group]` is zero before and after.
 extern "C" __global__ void __launch_bounds__(THREADS)
-lora_shrink_large(const Segment* segments, const Tile* tiles, const uint32_t* count,
-                  const __grid_constant__ Targets targets, uint32_t target_count, const bf16* x, uint32_t inputs,
-                  uint32_t split_stages, uint32_t group_units, uint32_t pitch, size_t plane, float* partial,
-                  uint32_t* arrived, bf16* h) {
+lora_shrink_large(const Segment* tiles, const uint32_t* count, const __grid_constant__ Targets targets,
+                  uint32_t target_count, const bf16* x, uint32_t inputs, uint32_t split_stages, uint32_t group_units,
+                  uint32_t pitch, size_t plane, float* partial, uint32_t* arrived, bf16* h) {
     extern __shared__ uint4 shared[];
     __shared__ uint32_t is_last;
     let_next_begin();
     Work work;
-    if (!work.find(segments, tiles, count, targets, target_count, inputs)) return;
+    if (!work.find(tiles, count, targets, target_count, inputs)) return;
     const uint32_t thread = work.thread, units = work.units;
     const uint32_t begin = blockIdx.z * split_stages;
     const uint32_t end = min(begin + split_stages, (inputs + INPUTS - 1) / INPUTS);
@@ -222,21 +220,22 @@ lora_shrink_large(const Segment* segments, const Tile* tiles, const uint32_t* co
 // each other's shared memory. Through device memory that takes longer than the products: a fence, an atomic, and one
 // block that reads what all have written.
 extern "C" __global__ void __launch_bounds__(THREADS * MAX_GROUPS)
-lora_shrink_cluster(const Segment* segments, const Tile* tiles, const uint32_t* count,
-                    const __grid_constant__ Targets targets, uint32_t target_count, const bf16* x, uint32_t inputs,
-                    uint32_t group_stages, uint32_t group_units, uint32_t pitch, size_t plane, bf16* h) {
+lora_shrink_cluster(const Segment* tiles, const uint32_t* count, const __grid_constant__ Targets targets,
+                    uint32_t target_count, const bf16* x, uint32_t inputs, uint32_t group_stages,
+                    uint32_t group_units, uint32_t pitch, size_t plane, bf16* h) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ uint4 shared[];
     let_next_begin();
     Work work;
     // All of a cluster return, or none.
-    if (!work.find(segments, tiles, count, targets, target_count, inputs)) return;
+    if (!work.find(tiles, count, targets, target_count, inputs)) return;
     const uint32_t groups = blockDim.x / THREADS, group = threadIdx.x / THREADS;
     const uint32_t vectors = work.units * 2 * THREADS;
     const uint32_t begin = (blockIdx.z * groups + group) * group_stages;
     const uint32_t end = min(begin + group_stages, (inputs + INPUTS - 1) / INPUTS);
     float sums[SUMS][4];
-    bf16* const stages = reinterpret_cast<bf16*>(shared) + group * GROUP_STAGES * (X_STAGE + group_units * UNIT_STAGE);
+    const uint32_t in_flight = min(group_stages, static_cast<uint32_t>(GROUP_STAGES));
+    bf16* const stages = reinterpret_cast<bf16*>(shared) + group * in_flight * (X_STAGE + group_units * UNIT_STAGE);
     work.multiply<GROUP_STAGES, true>(x, inputs, begin, end, group_units, stages, sums);
 
     // The sums take the stages' place, in the registers' own order: group by group, then all groups' in the first's.
@@ -282,9 +281,8 @@ namespace {
 // The output's tile goes through shared memory: in by asynchronous copies, which keep a block's 16 KiB in
 // flight without registers, and out by 16 bytes a thread; the products start from it and end in it.
 template <typename T>
-__device__ __forceinline__ void expand_large(const Segment* segments, const Tile* tiles, const uint32_t* count,
-                                             const Targets& targets, uint32_t inputs, uint32_t pitch, size_t plane,
-                                             const bf16* h, T* out, uint32_t width) {
+__device__ __forceinline__ void expand_large(const Segment* tiles, const uint32_t* count, const Targets& targets,
+                                             uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, T* out, uint32_t width) {
     using Shape = OutTile<T>;
     // The output's tile, then Bt's `[pitch][COLUMNS]`, then h's `[ROWS][h_pitch]`.
     extern __shared__ uint4 shared[];
@@ -292,17 +290,16 @@ __device__ __forceinline__ void expand_large(const Segment* segments, const Tile
     const Target& target = targets.of[blockIdx.z];
     const uint32_t column_0 = blockIdx.x * Shape::COLUMNS;
     if (column_0 >= target.outputs) return wait_for_previous();
-    const Tile tile = tiles[blockIdx.y];
+    const Segment segment = tiles[blockIdx.y];
     if (blockIdx.y >= *count) return wait_for_previous();
-    const Segment segment = segments[tile.segment];
     await_arrival(segment, target);
     const bf16* part = lora_part(segment, target);
     if (part == nullptr) return wait_for_previous();
 
-    const uint32_t rows = min(static_cast<uint32_t>(ROWS), segment.rows - tile.row);
+    const uint32_t rows = segment.rows;
     const uint32_t columns = min(Shape::COLUMNS, target.outputs - column_0);
     const uint32_t ranks = whole_ranks(segment);
-    const size_t row_0 = segment.start + tile.row;
+    const size_t row_0 = segment.start;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     out += row_0 * width + target.column + column_0;
     bf16* bt_tile = reinterpret_cast<bf16*>(shared + ROWS * 16);
@@ -332,15 +329,13 @@ __device__ __forceinline__ void expand_large(const Segment* segments, const Tile
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
-lora_expand_large_bf16(const Segment* segments, const Tile* tiles, const uint32_t* count,
-                       const __grid_constant__ Targets targets, uint32_t inputs, uint32_t pitch, size_t plane,
-                       const bf16* h, bf16* out, uint32_t width) {
-    expand_large(segments, tiles, count, targets, inputs, pitch, plane, h, out, width);
+lora_expand_large_bf16(const Segment* tiles, const uint32_t* count, const __grid_constant__ Targets targets,
+                       uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, bf16* out, uint32_t width) {
+    expand_large(tiles, count, targets, inputs, pitch, plane, h, out, width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8)
-lora_expand_large_f32(const Segment* segments, const Tile* tiles, const uint32_t* count,
-                      const __grid_constant__ Targets targets, uint32_t inputs, uint32_t pitch, size_t plane,
-                      const bf16* h, float* out, uint32_t width) {
-    expand_large(segments, tiles, count, targets, inputs, pitch, plane, h, out, width);
+lora_expand_large_f32(const Segment* tiles, const uint32_t* count, const __grid_constant__ Targets targets,
+                      uint32_t inputs, uint32_t pitch, size_t plane, const bf16* h, float* out, uint32_t width) {
+    expand_large(tiles, count, targets, inputs, pitch, plane, h, out, width);
 }

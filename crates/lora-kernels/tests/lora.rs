@@ -6,7 +6,7 @@ use common::{Random, check_row, device};
 use lora_kernels::twins::lora::{HostSegment, apply};
 use lora_kernels::{
     CudaError, Device, DeviceBuffer, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Stream, Target,
-    Tile, bf16, large_tiles,
+    bf16, large_tiles,
 };
 
 /// A module that comes before the targets in each of two layers, of which the second is used.
@@ -325,11 +325,11 @@ fn uploaded<T: lora_kernels::Element>(
 }
 
 /// Tiles of `segments`, and behind them some that a kernel must not look at; how many are real.
-fn tiles_and_traps(segments: &[Segment]) -> (Vec<Tile>, u32) {
+fn tiles_and_traps(segments: &[Segment]) -> (Vec<Segment>, u32) {
     let mut tiles = Vec::new();
     large_tiles(segments, &mut tiles);
     let count = tiles.len();
-    tiles.resize(if count > 0 { count + 3 } else { 0 }, Tile { segment: u32::MAX, row: u32::MAX });
+    tiles.resize(if count > 0 { count + 3 } else { 0 }, trap());
     (tiles, count as u32)
 }
 
@@ -350,7 +350,6 @@ fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
         small.resize(bound, trap());
         let small = uploaded(&device, &stream, &small)?;
         let count = uploaded(&device, &stream, &[setup.small.len() as u32])?;
-        let large = uploaded(&device, &stream, &setup.large)?;
         let (tiles, tile_count) = tiles_and_traps(&setup.large);
         let tiles = uploaded(&device, &stream, &tiles)?;
         let tile_count = uploaded(&device, &stream, &[tile_count])?;
@@ -360,7 +359,6 @@ fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
         let step = LoraStep {
             small: small.view(),
             small_count: count.view(),
-            large: large.view(),
             tiles: tiles.view(),
             tile_count: tile_count.view(),
             max_rank: setup.max_rank,
@@ -461,8 +459,7 @@ fn a_graph_replays_with_other_adapters() -> Result<(), CudaError> {
         let lora = Lora::load(&device)?.with_overlap(overlap);
         let mut small = uploaded(&device, &stream, &[trap(); 8])?;
         let mut count = uploaded(&device, &stream, &[0])?;
-        let mut large = uploaded(&device, &stream, &[trap(); 4])?;
-        let mut tiles = uploaded(&device, &stream, &[Tile { segment: u32::MAX, row: u32::MAX }; 9])?;
+        let mut tiles = uploaded(&device, &stream, &[trap(); 9])?;
         let mut tile_count = uploaded(&device, &stream, &[0])?;
         let x = uploaded(&device, &stream, &setup.x)?;
         let base = Random::new(98).f32s(setup.rows * setup.width, 1.0);
@@ -473,7 +470,6 @@ fn a_graph_replays_with_other_adapters() -> Result<(), CudaError> {
             let step = LoraStep {
                 small: small.view(),
                 small_count: count.view(),
-                large: large.view(),
                 tiles: tiles.view(),
                 tile_count: tile_count.view(),
                 max_rank: setup.max_rank,
@@ -489,11 +485,9 @@ fn a_graph_replays_with_other_adapters() -> Result<(), CudaError> {
             count.upload(&stream, &[segments.len() as u32])?;
             segments.resize(8, trap());
             small.upload(&stream, &segments)?;
-            let mut segments: Vec<Segment> =
+            let segments: Vec<Segment> =
                 chosen.iter().filter(|at| !is_small(at)).map(|at| setup.large[*at - smalls]).collect();
             let (listed, real) = tiles_and_traps(&segments);
-            segments.resize(4, trap());
-            large.upload(&stream, &segments)?;
             if !listed.is_empty() {
                 tiles.upload(&stream, &listed)?;
             }
@@ -523,7 +517,7 @@ fn shapes_that_the_kernels_cannot_take_are_refused() -> Result<(), CudaError> {
     let limits = LoraLimits { max_rows: 4, max_small: 1, max_rank: 16 };
     let mut scratch = LoraScratch::new(&device, limits)?;
     let (small, count) = (device.buffer::<Segment>(2)?, device.buffer::<u32>(1)?);
-    let tiles = device.buffer::<Tile>(0)?;
+    let tiles = device.buffer::<Segment>(0)?;
     let x = device.buffer::<bf16>(4 * 64)?;
     let mut out = device.buffer::<bf16>(4 * 128)?;
     let good = Target { layer: 0, index: 0, elements_before: 0, column: 0, outputs: 64 };
@@ -542,7 +536,6 @@ fn shapes_that_the_kernels_cannot_take_are_refused() -> Result<(), CudaError> {
         let step = LoraStep {
             small: small.view().slice(0..segments),
             small_count: count.view(),
-            large: small.view(),
             tiles: tiles.view(),
             tile_count: count.view(),
             max_rank,

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use common::{Random, device, poisoned, upload};
 use lora_kernels::{
-    Cover, Device, DeviceBuffer, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Stream, Target, Tile,
-    bf16, covers, large_tiles,
+    Device, DeviceBuffer, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Stream, Target, bf16,
+    covers, large_tiles,
 };
 
 const INPUTS: usize = 256;
@@ -80,16 +80,15 @@ impl Setup {
             }
             start += rows as u32;
         }
-        let (mut tiles, mut cover): (Vec<Tile>, Vec<Cover>) = Default::default();
+        let (mut tiles, mut cover) = (Vec::new(), Vec::new());
         large_tiles(&large, &mut tiles);
         covers(&large, start, &mut cover);
         let counts = upload(device, stream, &[small.len() as u32, 0, 0, 0, tiles.len() as u32]);
-        let (small, large) = (upload(device, stream, &small), upload(device, stream, &large));
+        let small = upload(device, stream, &small);
         let (tiles, cover) = (upload(device, stream, &tiles), upload(device, stream, &cover));
         let step = LoraStep {
             small: small.view(),
             small_count: counts.view().slice(0..1),
-            large: large.view(),
             tiles: tiles.view(),
             tile_count: counts.view().slice(4..5),
             max_rank: RANK,

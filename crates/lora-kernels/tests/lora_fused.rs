@@ -4,9 +4,9 @@ mod common;
 
 use common::{Random, device, download, milliseconds, poisoned, upload};
 use lora_kernels::{
-    AttentionShape, Cover, Device, DeviceBuffer, Elementwise, KvCacheMut, Lora, LoraLimits, LoraScratch,
-    LoraStep, Out, PADDING_ROW, RopeKv, RopeKvCall, Rotation, Segment, Stream, Target, Tile, bf16, covers,
-    large_tiles, rope_frequencies, rope_table,
+    AttentionShape, Device, DeviceBuffer, Elementwise, KvCacheMut, Lora, LoraLimits, LoraScratch, LoraStep,
+    Out, PADDING_ROW, RopeKv, RopeKvCall, Rotation, Segment, Stream, Target, bf16, covers, large_tiles,
+    rope_frequencies, rope_table,
 };
 
 /// Adapters of one layer whose modules share an input: rank, and whether the second module is left alone.
@@ -19,15 +19,18 @@ const BATCHES: &[&[(usize, usize)]] = &[
     &[(100, NO), (512, 0), (1, NO)],
 ];
 
+/// A segment that a kernel must not look at: its addresses are no memory.
+const TRAP: Segment =
+    Segment { matrices: 64, offsets: 64, start: 0, rows: 16, rank: 16, scale: f32::NAN, ..Segment::NONE };
+
 struct Batch {
     rows: usize,
     small: DeviceBuffer<Segment>,
     smalls: usize,
     count: DeviceBuffer<u32>,
-    large: DeviceBuffer<Segment>,
-    tiles: DeviceBuffer<Tile>,
+    tiles: DeviceBuffer<Segment>,
     tile_count: DeviceBuffer<u32>,
-    covers: DeviceBuffer<Cover>,
+    covers: DeviceBuffer<Segment>,
     _matrices: Vec<DeviceBuffer<bf16>>,
     _offsets: Vec<DeviceBuffer<i32>>,
     max_rank: usize,
@@ -78,26 +81,17 @@ impl Batch {
         large_tiles(&large, &mut tiles);
         let tile_count = upload(device, stream, &[tiles.len() as u32]);
         // As many tiles that nobody may look at.
-        tiles.resize(tiles.len() + padding, Tile { segment: u32::MAX, row: u32::MAX });
+        tiles.resize(tiles.len() + padding, TRAP);
         covers(&large, rows as u32, &mut cover);
-        cover.resize(cover.len() + padding, Cover { segment: 0, row: 0, rows: 0 });
+        cover.resize(cover.len() + padding, Segment::NONE);
         let smalls = small.len();
         // No buffer is empty.
-        small.push(Segment {
-            matrices: 64,
-            offsets: 64,
-            start: 0,
-            rows: 16,
-            rank: 16,
-            scale: f32::NAN,
-            ..Segment::NONE
-        });
+        small.push(TRAP);
         Self {
             rows,
             small: upload(device, stream, &small),
             smalls,
             count: upload(device, stream, &[smalls as u32]),
-            large: upload(device, stream, &large),
             tiles: upload(device, stream, &tiles),
             tile_count,
             covers: upload(device, stream, &cover),
@@ -111,7 +105,6 @@ impl Batch {
         LoraStep {
             small: self.small.view().slice(0..self.smalls),
             small_count: self.count.view(),
-            large: self.large.view(),
             tiles: self.tiles.view(),
             tile_count: self.tile_count.view(),
             max_rank: self.max_rank,

@@ -5,7 +5,7 @@ mod common;
 use common::{Random, device, median_us};
 use lora_kernels::{
     CudaError, Device, DeviceBuffer, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Stream, Target,
-    Tile, bf16, large_tiles,
+    bf16, large_tiles,
 };
 
 /// HBM read rate of an H100 80GB, bytes per microsecond.
@@ -102,13 +102,13 @@ impl Batch {
                 ..Segment::NONE
             })
             .collect();
-        let mut tiles: Vec<Tile> = Vec::new();
+        let mut tiles = Vec::new();
         if !small {
             large_tiles(&segments, &mut tiles);
         }
         let mut on_device = device.buffer::<Segment>(count)?;
         on_device.upload(stream, &segments)?;
-        let mut tiles_on_device = device.buffer::<Tile>(tiles.len())?;
+        let mut tiles_on_device = device.buffer::<Segment>(tiles.len())?;
         if !tiles.is_empty() {
             tiles_on_device.upload(stream, &tiles)?;
         }
@@ -120,7 +120,6 @@ impl Batch {
         let step = LoraStep {
             small: shown,
             small_count: number.view(),
-            large: on_device.view(),
             tiles: tiles_on_device.view(),
             tile_count: tile_count.view(),
             max_rank: rank,

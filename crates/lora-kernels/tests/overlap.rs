@@ -6,7 +6,7 @@ use common::{device, download, upload};
 use lora_kernels::{
     Argmax, Attention, AttentionShape, CudaError, DecodeWorkspace, Device, DeviceBuffer, Draw, Elementwise,
     GemmSmall, KvCache, KvCacheMut, Lora, LoraLimits, LoraScratch, LoraStep, Out, Product, Queries, RopeKv,
-    Rotation, Segment, Sequences, Stream, Target, Tile, Uniform, Weight, bf16, rope_frequencies, rope_table,
+    Rotation, Segment, Sequences, Stream, Target, Uniform, Weight, bf16, rope_frequencies, rope_table,
 };
 
 const LAYERS: usize = 6;
@@ -74,7 +74,7 @@ struct Step {
     tables: DeviceBuffer<u32>,
     count: DeviceBuffer<u32>,
     segments: DeviceBuffer<Segment>,
-    tiles: DeviceBuffer<Tile>,
+    tiles: DeviceBuffer<Segment>,
     _slots: DeviceBuffer<bf16>,
     residual: DeviceBuffer<f32>,
     last: DeviceBuffer<f32>,
@@ -230,7 +230,6 @@ impl Step {
         let step = LoraStep {
             small: self.segments.view(),
             small_count: self.count.view(),
-            large: self.segments.view(),
             tiles: self.tiles.view(),
             tile_count: self.count.view(),
             max_rank: RANK,

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use lora_kernels::{
-    Cover, CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, Segment,
-    Sequences, Stream, TILE_ROWS, Tile, View, covers, large_tiles, prefill_tiles, words,
+    CudaError, Device, DeviceBuffer, HostWords, PADDING_ROW, PREFILL_ROWS, PinnedBuffer, Segment, Sequences,
+    Stream, TILE_ROWS, View, covers, large_tiles, prefill_tiles, words,
 };
 
 use super::backend::CudaStepError;
@@ -19,7 +19,6 @@ use crate::engine::model::narrows;
 
 const SEGMENT_WORDS: usize = size_of::<Segment>() / 4;
 const TILE_WORDS: usize = 2;
-const COVER_WORDS: usize = size_of::<Cover>() / 4;
 
 /// Where each array lies, in words. Decode steps use a layout of their own with room for as many rows as
 /// sequences, so that a graph finds everything in place and little is copied.
@@ -30,7 +29,6 @@ pub(super) struct MetaLayout {
     contexts: Range<usize>,
     sample_rows: Range<usize>,
     small: Range<usize>,
-    large: Range<usize>,
     sampled: Range<usize>,
     tables: Range<usize>,
     attention_tiles: Range<usize>,
@@ -69,12 +67,11 @@ impl MetaLayout {
             sample_rows: array(seqs),
             // No more than sequences: a part of a segment has one at least.
             small: array(seqs * SEGMENT_WORDS),
-            large: array(seqs * SEGMENT_WORDS),
             sampled: array(seqs * SEGMENT_WORDS),
             tables: array(seqs * blocks),
             attention_tiles: array(TILE_WORDS * max_tiles(rows, seqs, PREFILL_ROWS)),
-            lora_tiles: array(TILE_WORDS * max_tiles(rows, seqs, TILE_ROWS)),
-            covers: array(COVER_WORDS * max_covers(rows, seqs)),
+            lora_tiles: array(SEGMENT_WORDS * max_tiles(rows, seqs, TILE_ROWS)),
+            covers: array(SEGMENT_WORDS * max_covers(rows, seqs)),
             tokens: array(rows),
             positions: array(rows),
             kv_rows: array(rows),
@@ -101,8 +98,8 @@ pub(super) struct Meta {
     small: Vec<Segment>,
     large: Vec<Segment>,
     sampled: Vec<Segment>,
-    lora_tiles: Vec<Tile>,
-    covers: Vec<Cover>,
+    lora_tiles: Vec<Segment>,
+    covers: Vec<Segment>,
     attention_tiles: Vec<[u32; 2]>,
     /// What the step's launches are made for.
     pub shape: StepShape,
@@ -184,7 +181,6 @@ impl Meta {
         self.lens.extend((0..batch.seqs()).map(|s| batch.seq_rows(s).len() as u32));
         prefill_tiles(&self.lens, &batch.contexts, &mut self.attention_tiles);
         put(host, &at.small, words(&self.small));
-        put(host, &at.large, words(&self.large));
         put(host, &at.lora_tiles, words(&self.lora_tiles));
         put(host, &at.attention_tiles, self.attention_tiles.as_flattened());
         let own = StepShape {
@@ -232,7 +228,7 @@ impl Meta {
         }
         if self.shape.large > 0 {
             // Of no rows behind those, as far as blocks look.
-            self.covers.resize(self.shape.covers, Cover { segment: 0, row: 0, rows: 0 });
+            self.covers.resize(self.shape.covers, Segment::NONE);
         }
         put(host, &at.covers, words(&self.covers));
         Ok(())
@@ -316,12 +312,6 @@ impl Meta {
         self.view(&(start..start + SEGMENT_WORDS * self.shape.small)).cast()
     }
 
-    /// Segments of many rows: room for the shape's.
-    pub fn large(&self) -> View<'_, Segment> {
-        let start = self.layout().large.start;
-        self.view(&(start..start + SEGMENT_WORDS * self.shape.large)).cast()
-    }
-
     /// Segments of the rows that sample, whose rows are counted among those: room for the shape's.
     pub fn sampled(&self) -> View<'_, Segment> {
         let start = self.layout().sampled.start;
@@ -329,15 +319,15 @@ impl Meta {
     }
 
     /// Tiles of the segments of many rows: room for the shape's.
-    pub fn lora_tiles(&self) -> View<'_, Tile> {
+    pub fn lora_tiles(&self) -> View<'_, Segment> {
         let start = self.layout().lora_tiles.start;
-        self.view(&(start..start + TILE_WORDS * self.shape.lora_tiles)).cast()
+        self.view(&(start..start + SEGMENT_WORDS * self.shape.lora_tiles)).cast()
     }
 
     /// Covers of all rows.
-    pub fn covers(&self) -> View<'_, Cover> {
+    pub fn covers(&self) -> View<'_, Segment> {
         let start = self.layout().covers.start;
-        self.view(&(start..start + COVER_WORDS * self.shape.covers)).cast()
+        self.view(&(start..start + SEGMENT_WORDS * self.shape.covers)).cast()
     }
 
     /// `[rows]`

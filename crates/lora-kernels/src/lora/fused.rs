@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::layout::{Cover, Target};
+use super::layout::{Segment, Target};
 use super::{
     Call, LARGE_ROW_BYTES, Lora, LoraScratch, LoraStep, MAX_RANK, NAME, Out, UNIT, expand_large_shared,
     rank_pitch,
@@ -85,7 +85,7 @@ impl Lora {
         stream: &Stream,
         scratch: &mut LoraScratch,
         step: &LoraStep<'_>,
-        covers: View<'_, Cover>,
+        covers: View<'_, Segment>,
         targets: &[Target],
         inputs: usize,
         x: View<'_, bf16>,
@@ -114,7 +114,7 @@ impl Lora {
             threads: THREADS,
             shared: shared(2, call.pitch) as u32,
         };
-        let (segments, h) = (step.large.address(), scratch.h());
+        let h = scratch.h();
         let (inputs, pitch, plane) = (call.inputs as u32, call.pitch as u32, call.plane());
         // SAFETY: the kernel's parameters, in order; what they name was checked above and in `fused_call`.
         unsafe {
@@ -122,7 +122,6 @@ impl Lora {
                 &self.fused.silu_mul,
                 grid,
                 arguments![
-                    segments,
                     covers.address(),
                     call.raw,
                     inputs,
@@ -151,7 +150,7 @@ impl Lora {
         stream: &Stream,
         scratch: &mut LoraScratch,
         step: &LoraStep<'_>,
-        covers: View<'_, Cover>,
+        covers: View<'_, Segment>,
         targets: &[Target],
         inputs: usize,
         x: View<'_, bf16>,
@@ -185,14 +184,14 @@ impl Lora {
             64 => &self.fused.rope_kv[1],
             _ => &self.fused.rope_kv[2],
         };
-        let (segments, h) = (step.large.address(), scratch.h());
+        let h = scratch.h();
         let (inputs, pitch, plane) = (call.inputs as u32, call.pitch as u32, call.plane());
         // SAFETY: as above.
         unsafe {
             stream.launch_after(
                 function,
                 grid,
-                arguments![segments, covers.address(), call.raw, inputs, pitch, plane, h, arguments],
+                arguments![covers.address(), call.raw, inputs, pitch, plane, h, arguments],
                 self.overlap,
             )
         }
@@ -203,7 +202,7 @@ impl Lora {
         &self,
         scratch: &LoraScratch,
         step: &LoraStep<'_>,
-        covers: View<'_, Cover>,
+        covers: View<'_, Segment>,
         targets: &[Target],
         inputs: usize,
         x: View<'_, bf16>,

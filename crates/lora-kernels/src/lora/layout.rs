@@ -53,41 +53,20 @@ impl Segment {
         copied_before: 0,
         unused: 0,
     };
+
+    /// Cut into segments of [`TILE_ROWS`] rows at most.
+    fn cut(self) -> impl Iterator<Item = Self> {
+        (0..self.rows).step_by(TILE_ROWS).map(move |row| Self {
+            start: self.start + row,
+            rows: (self.rows - row).min(TILE_ROWS as u32),
+            ..self
+        })
+    }
 }
 
 // SAFETY: plain numbers, 48 bytes without padding.
 unsafe impl Element for Segment {}
 const _: () = assert!(size_of::<Segment>() == 48);
-
-/// Rows of a large segment that a block works on, [`TILE_ROWS`] at most.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tile {
-    /// The segment's index among the large ones.
-    pub segment: u32,
-    /// The tile's first row in its segment.
-    pub row: u32,
-}
-
-// SAFETY: plain numbers, 8 bytes without padding.
-unsafe impl Element for Tile {}
-const _: () = assert!(size_of::<Tile>() == 8);
-
-/// Rows of a batch, [`TILE_ROWS`] at most, that have one large segment's adapter or none's.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cover {
-    /// The segment's index among the large ones, or `u32::MAX`.
-    pub segment: u32,
-    /// The first row in the batch.
-    pub row: u32,
-    /// Rows; a cover of none is padding.
-    pub rows: u32,
-}
-
-// SAFETY: plain numbers, 12 bytes without padding.
-unsafe impl Element for Cover {}
-const _: () = assert!(size_of::<Cover>() == 12);
 
 /// A projection that gets an adapter's product added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,34 +84,25 @@ pub struct Target {
     pub outputs: usize,
 }
 
-/// Lists the tiles of large segments into `tiles`, which is emptied first.
-pub fn large_tiles(segments: &[Segment], tiles: &mut Vec<Tile>) {
+/// Lists the tiles of large segments into `tiles`, which is emptied first: segments of [`TILE_ROWS`] rows at most that a
+/// block works on.
+pub fn large_tiles(segments: &[Segment], tiles: &mut Vec<Segment>) {
     tiles.clear();
-    for (index, segment) in segments.iter().enumerate() {
-        let rows = (0..segment.rows).step_by(TILE_ROWS);
-        tiles.extend(rows.map(|row| Tile { segment: index as u32, row }));
-    }
+    tiles.extend(segments.iter().flat_map(|segment| segment.cut()));
 }
 
-/// Lists covers of the first `rows` rows of a batch into `covers`, which is emptied first: each row is in one.
-/// `segments` are the large ones, in the order of their rows.
-pub fn covers(segments: &[Segment], rows: u32, covers: &mut Vec<Cover>) {
+/// Lists covers of the first `rows` rows of a batch into `covers`, which is emptied first: segments of [`TILE_ROWS`] rows
+/// at most, of which each row is in one. Those of no large segment's rows have no matrices. `segments` are the large
+/// ones, in the order of their rows.
+pub fn covers(segments: &[Segment], rows: u32, covers: &mut Vec<Segment>) {
     covers.clear();
-    let mut add = |segment, from: u32, to: u32| {
-        let step = TILE_ROWS as u32;
-        covers.extend((from..to).step_by(TILE_ROWS).map(|row| Cover {
-            segment,
-            row,
-            rows: step.min(to - row),
-        }));
-    };
+    let none = |from: u32, to: u32| Segment { start: from, rows: to - from, ..Segment::NONE };
     let mut at = 0;
-    for (index, segment) in segments.iter().enumerate() {
-        add(u32::MAX, at, segment.start);
+    for segment in segments {
+        covers.extend(none(at, segment.start).cut().chain(segment.cut()));
         at = segment.start + segment.rows;
-        add(index as u32, segment.start, at);
     }
-    add(u32::MAX, at, rows);
+    covers.extend(none(at, rows).cut());
 }
 
 #[repr(C)]
@@ -171,34 +141,37 @@ impl RawTargets {
 mod tests {
     use super::*;
 
+    /// Matrices, first row, rows.
+    fn shown(segments: &[Segment]) -> Vec<(u64, u32, u32)> {
+        segments.iter().map(|s| (s.matrices, s.start, s.rows)).collect()
+    }
+
     #[test]
     fn tiles_cover_every_row_once() {
-        let of = |rows| Segment { rows, ..Segment::NONE };
-        let mut tiles = vec![Tile { segment: 9, row: 9 }];
-        large_tiles(&[of(17), of(64), of(129)], &mut tiles);
-        let expected = [(0, 0), (1, 0), (2, 0), (2, 64), (2, 128)];
-        assert_eq!(tiles, expected.map(|(segment, row)| Tile { segment, row }));
+        let of = |matrices, start, rows| Segment { matrices, start, rows, ..Segment::NONE };
+        let mut tiles = vec![Segment::NONE];
+        large_tiles(&[of(16, 0, 17), of(32, 20, 64), of(48, 84, 129)], &mut tiles);
+        assert_eq!(shown(&tiles), [(16, 0, 17), (32, 20, 64), (48, 84, 64), (48, 148, 64), (48, 212, 1)]);
     }
 
     #[test]
     fn covers_hold_every_row_of_the_batch_once() {
-        let of = |start, rows| Segment { start, rows, ..Segment::NONE };
-        let mut found = vec![Cover { segment: 9, row: 9, rows: 9 }];
-        covers(&[of(3, 17), of(20, 130), of(220, 64)], 320, &mut found);
-        let none = u32::MAX;
+        let of = |matrices, start, rows| Segment { matrices, start, rows, ..Segment::NONE };
+        let mut found = vec![Segment::NONE];
+        covers(&[of(16, 3, 17), of(32, 20, 130), of(48, 220, 64)], 320, &mut found);
         let expected = [
-            (none, 0, 3),
-            (0, 3, 17),
-            (1, 20, 64),
-            (1, 84, 64),
-            (1, 148, 2),
-            (none, 150, 64),
-            (none, 214, 6),
-            (2, 220, 64),
-            (none, 284, 36),
+            (0, 0, 3),
+            (16, 3, 17),
+            (32, 20, 64),
+            (32, 84, 64),
+            (32, 148, 2),
+            (0, 150, 64),
+            (0, 214, 6),
+            (48, 220, 64),
+            (0, 284, 36),
         ];
-        assert_eq!(found, expected.map(|(segment, row, rows)| Cover { segment, row, rows }));
+        assert_eq!(shown(&found), expected);
         covers(&[], 65, &mut found);
-        assert_eq!(found.iter().map(|c| (c.row, c.rows)).collect::<Vec<_>>(), [(0, 64), (64, 1)]);
+        assert_eq!(shown(&found), [(0, 0, 64), (0, 64, 1)]);
     }
 }

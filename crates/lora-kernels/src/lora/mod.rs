@@ -10,7 +10,7 @@ mod layout;
 mod scratch;
 
 pub use fused::RopeKvCall;
-pub use layout::{Cover, SMALL_ROWS, Segment, TILE_ROWS, Target, Tile, covers, large_tiles};
+pub use layout::{SMALL_ROWS, Segment, TILE_ROWS, Target, covers, large_tiles};
 pub use scratch::{LoraLimits, LoraScratch};
 
 use half::bf16;
@@ -56,11 +56,9 @@ pub struct LoraStep<'a> {
     pub small: View<'a, Segment>,
     /// One number: how many small segments there are. Read where `small` is not empty.
     pub small_count: View<'a, u32>,
-    /// Segments of any number of rows, all worked on by `tiles`.
-    pub large: View<'a, Segment>,
-    /// Tiles of the large segments, from [`large_tiles`]; the first `tile_count` of them count. Its length, the
-    /// upper bound, is what a captured graph is made for.
-    pub tiles: View<'a, Tile>,
+    /// Tiles of segments of any number of rows, from [`large_tiles`]; the first `tile_count` of them count. Its
+    /// length, the upper bound, is what a captured graph is made for.
+    pub tiles: View<'a, Segment>,
     /// One number: how many tiles there are. Read where `tiles` is not empty.
     pub tile_count: View<'a, u32>,
     /// The largest rank of the step, or of all adapters.
@@ -283,8 +281,7 @@ impl Lora {
         let splits_of =
             |tiles: usize| (LARGE_PARTS / (tiles * groups)).clamp(1, MAX_LARGE_SPLITS.min(stages));
 
-        let (segments, tiles) = (step.large.address(), step.tiles.address());
-        let count = step.tile_count.address();
+        let (tiles, count) = (step.tiles.address(), step.tile_count.address());
         let (inputs, pitch, plane) = (call.inputs as u32, call.pitch as u32, call.plane());
         let (targets, unit_count, h) = (call.targets as u32, group_units as u32, scratch.h());
         let grid = |splits: usize, in_block: usize, stages: usize| Grid {
@@ -298,23 +295,23 @@ impl Lora {
             // Shares of a block's sums are whole.
             let splits = 1 << most.ilog2();
             let in_block = groups_of(expected * groups * splits);
-            let group_stages = stages.div_ceil(splits * in_block) as u32;
+            let group_stages = stages.div_ceil(splits * in_block);
+            let in_flight = group_stages.min(GROUP_STAGES);
             // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
             // that the scratch memory holds `[targets, rows, pitch]` of h.
             return unsafe {
                 stream.launch_clusters(
                     cluster,
-                    grid(splits, in_block, in_block * GROUP_STAGES),
+                    grid(splits, in_block, in_block * in_flight),
                     (1, 1, splits as u32),
                     arguments![
-                        segments,
                         tiles,
                         count,
                         call.raw,
                         targets,
                         call.x,
                         inputs,
-                        group_stages,
+                        group_stages as u32,
                         unit_count,
                         pitch,
                         plane,
@@ -332,7 +329,6 @@ impl Lora {
                 &self.shrink_large,
                 grid(splits, 1, STAGES),
                 arguments![
-                    segments,
                     tiles,
                     count,
                     call.raw,
@@ -359,7 +355,7 @@ impl Lora {
         call: &Call,
         out: &Out<'_>,
     ) -> Result<(), CudaError> {
-        let (segments, tiles, h) = (step.large.address(), step.tiles.address(), scratch.h());
+        let (tiles, h) = (step.tiles.address(), scratch.h());
         let count = step.tile_count.address();
         let (inputs, width, pitch, plane) =
             (call.inputs as u32, call.width as u32, call.pitch as u32, call.plane());
@@ -374,7 +370,7 @@ impl Lora {
             stream.launch_after(
                 self.expand_large.get(out),
                 grid,
-                arguments![segments, tiles, count, call.raw, inputs, pitch, plane, h, out.address(), width],
+                arguments![tiles, count, call.raw, inputs, pitch, plane, h, out.address(), width],
                 self.overlap,
             )
         }
@@ -501,7 +497,6 @@ fn check(
     );
     ensure!(NAME, small == 0 || !step.small_count.is_empty(), "small segments without their number");
     let tiles = step.tiles.len();
-    ensure!(NAME, tiles == 0 || !step.large.is_empty(), "{tiles} tiles without segments");
     ensure!(NAME, tiles == 0 || !step.tile_count.is_empty(), "tiles without their number");
     ensure!(NAME, tiles <= u16::MAX as usize, "{tiles} tiles: at most 65535");
     ensure!(

@@ -21,7 +21,6 @@ fn lora_step(meta: &Meta, max_rank: usize, rows: Rows) -> LoraStep<'_> {
     let all = LoraStep {
         small: meta.small(),
         small_count: meta.small_count(),
-        large: meta.large(),
         tiles: meta.lora_tiles(),
         tile_count: meta.lora_tile_count(),
         max_rank,
@@ -31,7 +30,6 @@ fn lora_step(meta: &Meta, max_rank: usize, rows: Rows) -> LoraStep<'_> {
         Rows::Sampling => LoraStep {
             small: meta.sampled(),
             small_count: meta.sampled_count(),
-            large: all.large.slice(0..0),
             tiles: all.tiles.slice(0..0),
             ..all
         },
@@ -103,7 +101,7 @@ impl CudaBackend {
         out: Out<'_>,
     ) -> Result<(), CudaStepError> {
         let step = lora_step(&self.meta, self.max_rank, adapted.rows);
-        if step.small.is_empty() && step.large.is_empty() {
+        if step.small.is_empty() && step.tiles.is_empty() {
             return Ok(());
         }
         let (targets, count) = self.targets(adapted);
