@@ -2,30 +2,11 @@
 
 mod common;
 
-use common::{Random, check_row, device};
-use lora_kernels::twins::lora::{HostSegment, apply};
+use common::lora_setup::{Case, Setup, TRAP, uploaded};
+use common::{Random, device};
 use lora_kernels::{
-    CudaError, Device, DeviceBuffer, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Stream, Target,
-    bf16, large_tiles,
+    CudaError, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Target, bf16, large_tiles,
 };
-
-/// A module that comes before the targets in each of two layers, of which the second is used.
-const OTHER: (usize, usize) = (40, 24);
-
-/// One batch and the targets that share its input.
-struct Case {
-    inputs: usize,
-    /// Widths of the targets.
-    outputs: &'static [usize],
-    /// Rank, and whether the adapter leaves its second target alone, by an offset table.
-    adapters: &'static [(usize, bool)],
-    /// Rows and adapter of each segment; 0 rows stand for one row without an adapter.
-    segments: &'static [(usize, usize)],
-    /// Segments up to this many rows go to the kernels for small ones.
-    small: usize,
-    /// Largest rank of the launch; zero for that of the adapters.
-    max_rank: usize,
-}
 
 const CASES: &[Case] = &[
     // One row, the smallest widths.
@@ -150,192 +131,13 @@ const CASES: &[Case] = &[
     },
 ];
 
-struct Adapter {
-    rank: usize,
-    scale: f32,
-    matrices: Vec<bf16>,
-    offsets: Option<Vec<i32>>,
-    on_device: (DeviceBuffer<bf16>, DeviceBuffer<i32>),
-}
-
-/// A case on the host and the device.
-struct Setup {
-    targets: Vec<Target>,
-    width: usize,
-    rows: usize,
-    adapters: Vec<Adapter>,
-    small: Vec<Segment>,
-    large: Vec<Segment>,
-    /// What was given to the kernels of either kind, in the batch's order: adapter, first row, rows.
-    placed: Vec<(usize, usize, usize)>,
-    x: Vec<bf16>,
-    max_rank: usize,
-}
-
-impl Setup {
-    fn new(device: &Device, stream: &Stream, case: &Case, seed: u64) -> Result<Self, CudaError> {
-        let mut random = Random::new(seed);
-        let modules = case.outputs.len() + 1;
-        let widths: Vec<(usize, usize)> =
-            [OTHER].into_iter().chain(case.outputs.iter().map(|o| (case.inputs, *o))).collect();
-        let layer: usize = widths.iter().map(|(i, o)| i + o).sum();
-        // Columns that belong to no target lie before, between and after them.
-        let mut width = 8;
-        let mut before = layer + OTHER.0 + OTHER.1;
-        let mut targets = Vec::new();
-        for (at, outputs) in case.outputs.iter().copied().enumerate() {
-            targets.push(Target {
-                layer: 0,
-                index: modules + 1 + at,
-                elements_before: before,
-                column: width,
-                outputs,
-            });
-            width += outputs + 8;
-            before += case.inputs + outputs;
-        }
-        let mut adapters = Vec::new();
-        for (rank, partial) in case.adapters.iter().copied() {
-            let mut offsets = Vec::new();
-            let mut elements = 0;
-            for module in (0..2 * modules).map(|m| m % modules) {
-                let adapted = !(partial && module == 2);
-                offsets.push(if adapted { (elements / 8) as i32 } else { -1 });
-                elements += if adapted { rank * (widths[module].0 + widths[module].1) } else { 0 };
-            }
-            // h then has unit variance, and the sum over ranks about that of the output.
-            let mut matrices = random.bf16s(elements, 1.0);
-            for (target, outputs) in targets.iter().zip(case.outputs) {
-                let at =
-                    if partial { offsets[target.index] * 8 } else { (target.elements_before * rank) as i32 };
-                if let Ok(at) = usize::try_from(at) {
-                    assert!(at + rank * (case.inputs + outputs) <= elements);
-                    for a in &mut matrices[at..at + rank * case.inputs] {
-                        *a = bf16::from_f32(a.to_f32() * 3.0 / (case.inputs as f32).sqrt());
-                    }
-                }
-            }
-            let mut buffers = (device.buffer(elements)?, device.buffer(offsets.len())?);
-            buffers.0.upload(stream, &matrices)?;
-            buffers.1.upload(stream, &offsets)?;
-            adapters.push(Adapter {
-                rank,
-                scale: (1.0 + random.f32(0.5)) / (rank as f32).sqrt(),
-                matrices,
-                offsets: partial.then_some(offsets),
-                on_device: buffers,
-            });
-        }
-        let mut setup = Self {
-            targets,
-            width,
-            rows: 0,
-            small: Vec::new(),
-            large: Vec::new(),
-            placed: Vec::new(),
-            x: Vec::new(),
-            max_rank: case.max_rank.max(adapters.iter().map(|a| a.rank).max().unwrap()),
-            adapters,
-        };
-        for (rows, adapter) in case.segments.iter().copied() {
-            if rows > 0 {
-                let to = if rows <= case.small { &mut setup.small } else { &mut setup.large };
-                let Adapter { rank, scale, offsets, on_device, .. } = &setup.adapters[adapter];
-                to.push(Segment {
-                    matrices: on_device.0.view().address(),
-                    offsets: offsets.as_ref().map_or(0, |_| on_device.1.view().address()),
-                    start: setup.rows as u32,
-                    rows: rows as u32,
-                    rank: *rank as u32,
-                    scale: *scale,
-                    ..Segment::NONE
-                });
-                setup.placed.push((adapter, setup.rows, rows));
-            }
-            setup.rows += rows.max(1);
-        }
-        setup.x = random.bf16s(setup.rows * case.inputs, 1.0);
-        Ok(setup)
-    }
-
-    fn reference(&self, inputs: usize, base: &[f64], placed: &[(usize, usize, usize)]) -> Vec<f64> {
-        let segments: Vec<HostSegment<'_>> = placed
-            .iter()
-            .map(|(adapter, start, rows)| {
-                let Adapter { rank, scale, matrices, offsets, .. } = &self.adapters[*adapter];
-                HostSegment {
-                    matrices,
-                    offsets: offsets.as_deref(),
-                    start: *start,
-                    rows: *rows,
-                    rank: *rank,
-                    scale: *scale,
-                }
-            })
-            .collect();
-        let mut out = base.to_vec();
-        apply(&segments, &self.targets, inputs, &self.x, self.width, &mut out);
-        out
-    }
-
-    /// Holds every row of every target to the reference, and everything else to what it was. Returns the
-    /// largest error.
-    fn check(
-        &self,
-        what: &str,
-        out: &[f64],
-        base: &[f64],
-        reference: &[f64],
-        tolerance: impl Fn(usize) -> f64,
-    ) -> f64 {
-        let mut worst = 0f64;
-        for row in 0..self.rows {
-            let mut next = 0;
-            for (at, target) in self.targets.iter().enumerate() {
-                let columns =
-                    row * self.width + target.column..row * self.width + target.column + target.outputs;
-                let same = row * self.width + next..columns.start;
-                assert_eq!(out[same.clone()], base[same], "{what}, row {row}: columns before target {at}");
-                let what = format!("{what}, row {row}, target {at}");
-                if base[columns.clone()] == reference[columns.clone()] {
-                    assert_eq!(out[columns.clone()], base[columns], "{what}: not adapted");
-                } else {
-                    let error = check_row(&what, &out[columns.clone()], &reference[columns], tolerance(row));
-                    worst = worst.max(error);
-                }
-                next = target.column + target.outputs;
-            }
-            let same = row * self.width + next..(row + 1) * self.width;
-            assert_eq!(out[same.clone()], base[same], "{what}, row {row}: columns after the targets");
-        }
-        worst
-    }
-}
-
-fn uploaded<T: lora_kernels::Element>(
-    device: &Device,
-    stream: &Stream,
-    values: &[T],
-) -> Result<DeviceBuffer<T>, CudaError> {
-    let mut buffer = device.buffer(values.len())?;
-    if !values.is_empty() {
-        buffer.upload(stream, values)?;
-    }
-    Ok(buffer)
-}
-
 /// Tiles of `segments`, and behind them some that a kernel must not look at; how many are real.
 fn tiles_and_traps(segments: &[Segment]) -> (Vec<Segment>, u32) {
     let mut tiles = Vec::new();
     large_tiles(segments, &mut tiles);
     let count = tiles.len();
-    tiles.resize(if count > 0 { count + 3 } else { 0 }, trap());
+    tiles.resize(if count > 0 { count + 3 } else { 0 }, TRAP);
     (tiles, count as u32)
-}
-
-/// Segments that a kernel must not look at: their addresses are no memory.
-fn trap() -> Segment {
-    Segment { matrices: 64, offsets: 64, start: 0, rows: 16, rank: 16, scale: f32::NAN, ..Segment::NONE }
 }
 
 #[test]
@@ -347,7 +149,7 @@ fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
         let setup = Setup::new(&device, &stream, case, number as u64)?;
         let bound = if setup.small.is_empty() { 0 } else { setup.small.len() + 3 };
         let mut small = setup.small.clone();
-        small.resize(bound, trap());
+        small.resize(bound, TRAP);
         let small = uploaded(&device, &stream, &small)?;
         let count = uploaded(&device, &stream, &[setup.small.len() as u32])?;
         let (tiles, tile_count) = tiles_and_traps(&setup.large);
@@ -457,9 +259,9 @@ fn a_graph_replays_with_other_adapters() -> Result<(), CudaError> {
     let smalls = setup.small.len();
     for overlap in [false, true] {
         let lora = Lora::load(&device)?.with_overlap(overlap);
-        let mut small = uploaded(&device, &stream, &[trap(); 8])?;
+        let mut small = uploaded(&device, &stream, &[TRAP; 8])?;
         let mut count = uploaded(&device, &stream, &[0])?;
-        let mut tiles = uploaded(&device, &stream, &[trap(); 9])?;
+        let mut tiles = uploaded(&device, &stream, &[TRAP; 9])?;
         let mut tile_count = uploaded(&device, &stream, &[0])?;
         let x = uploaded(&device, &stream, &setup.x)?;
         let base = Random::new(98).f32s(setup.rows * setup.width, 1.0);
@@ -483,7 +285,7 @@ fn a_graph_replays_with_other_adapters() -> Result<(), CudaError> {
             let mut segments: Vec<Segment> =
                 chosen.iter().filter(is_small).map(|at| setup.small[*at]).collect();
             count.upload(&stream, &[segments.len() as u32])?;
-            segments.resize(8, trap());
+            segments.resize(8, TRAP);
             small.upload(&stream, &segments)?;
             let segments: Vec<Segment> =
                 chosen.iter().filter(|at| !is_small(at)).map(|at| setup.large[*at - smalls]).collect();

@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::lora_setup::TRAP;
 use common::{Random, device, download, milliseconds, poisoned, upload};
 use lora_kernels::{
     AttentionShape, Device, DeviceBuffer, Elementwise, KvCacheMut, Lora, LoraLimits, LoraScratch, LoraStep,
@@ -18,10 +19,6 @@ const BATCHES: &[&[(usize, usize)]] = &[
     &[(1, 0), (3, 2), (9, NO), (64, 1), (65, 2), (130, NO), (200, 3), (33, 4), (5, NO)],
     &[(100, NO), (512, 0), (1, NO)],
 ];
-
-/// A segment that a kernel must not look at: its addresses are no memory.
-const TRAP: Segment =
-    Segment { matrices: 64, offsets: 64, start: 0, rows: 16, rank: 16, scale: f32::NAN, ..Segment::NONE };
 
 struct Batch {
     rows: usize,

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod layer;
+pub mod lora_setup;
 
 use lora_kernels::{CudaError, Device, DeviceBuffer, Element, Stream, bf16};
 use rand::RngExt as _;
