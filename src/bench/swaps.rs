@@ -32,7 +32,8 @@ pub struct SwapRow {
     pub bytes: u64,
     /// From submission until whoever waits for it knows that it has landed.
     pub times: Times,
-    /// Of that, from the first byte to the last.
+    /// Of that, from when the copy thread takes it up until it sees the last byte landed: without the hand-over between
+    /// threads on either side.
     #[serde(default)]
     pub copied: Option<Times>,
     /// What the bus alone would take.
@@ -47,7 +48,7 @@ struct Copies {
     adapters: Vec<(AdapterId, u64)>,
     next: usize,
     begun: u64,
-    /// From submission to the word, and from the first byte to the last.
+    /// From submission to the word, and as the copy thread sees it.
     ns: Vec<u64>,
     copied: Vec<u64>,
 }

@@ -5,9 +5,9 @@
 
 using bf16 = __nv_bfloat16;
 
-// Rows that use one adapter, as src/lora/layout.rs lays it out.
+// Consecutive rows that use one adapter, or none's, as src/lora/layout.rs lays it out.
 struct Segment {
-    // The adapter's matrices in its slot.
+    // The adapter's matrices in its slot; null in a cover of rows without one.
     const bf16* matrices;
     // `[layers * modules]` where each module's part begins, in units of 8 elements, or -1 where the adapter
     // leaves it alone; null where it adapts all, so that a part begins at rank times a constant.
@@ -174,6 +174,12 @@ __device__ __forceinline__ float load_fresh(const float* p) {
 // Waits until all threads of the block's cluster are here, and sees what they have written to their shared memory.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
+// Waits until all threads of the cluster are here, before a block ends that others may have read from. Orders nothing
+// else: what has been read has arrived, and the kernel's end publishes what it has written.
+__device__ __forceinline__ void cluster_leave() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
 }
 
 // What lies at `p`, in this block's shared memory, in that of the cluster's block `rank`.

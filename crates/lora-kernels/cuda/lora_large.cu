@@ -12,10 +12,10 @@ constexpr int UNITS = 4;
 constexpr int INPUTS = 64;
 // Stages in flight.
 constexpr int STAGES = 4;
-// In a cluster: groups of `THREADS` of a block at most, each with stages of its own, and how many of those are in
-// flight. One group alone leaves most of a multiprocessor idle: a stage takes it 900 cycles of latencies, one after
+// In a cluster: teams of `THREADS` of a block at most, each with stages of its own, and how many of those are in
+// flight. One team alone leaves most of a multiprocessor idle: a stage takes it 900 cycles of latencies, one after
 // another.
-constexpr int MAX_GROUPS = 4, GROUP_STAGES = 3;
+constexpr int MAX_TEAMS = 4, TEAM_STAGES = 3;
 // Blocks of a cluster at most, as every device that has clusters can run.
 constexpr uint32_t MAX_CLUSTER = 8;
 constexpr uint32_t X_STAGE = ROWS * INPUTS;
@@ -33,7 +33,7 @@ __device__ __forceinline__ void add(float4& to, const float4& v) { to.x += v.x, 
 
 // What a shrinking block works on: a tile's rows, and up to four units, a unit being 16 ranks of one target.
 struct Work {
-    // This thread's number in its group of `THREADS`, which is all of the block but in clusters.
+    // This thread's number in its team of `THREADS`, which is all of the block but in clusters.
     uint32_t thread;
     // The tile; its first row, in the batch; its rows.
     Segment segment;
@@ -78,7 +78,7 @@ struct Work {
 
     // sums = the rows of x by the units of A, over stages `begin` to `end` of the inputs. `stages` holds
     // `COUNT` of them, or as many as there are, each x's tile and then A's `group_units`.
-    template <int COUNT, bool GROUPED>
+    template <int COUNT, bool TEAMS>
     __device__ __forceinline__ void multiply(const bf16* x, uint32_t inputs, uint32_t begin, uint32_t end,
                                              uint32_t group_units, bf16* stages, float (&sums)[SUMS][4]) const {
         const uint32_t warp = thread / 32, lane = thread % 32;
@@ -114,7 +114,7 @@ struct Work {
         for (uint32_t at = begin; at < end; at++) {
             copy_async_wait<COUNT - 2>();
             // This stage is there for all, and all have left the one before it, which is loaded anew.
-            sync<GROUPED>();
+            sync<TEAMS>();
             load(at + COUNT - 1);
             const bf16* stage = stages + (at - begin) % COUNT * stage_size;
 #pragma unroll
@@ -135,10 +135,10 @@ struct Work {
         }
     }
 
-    // Waits for the threads of this one's group.
-    template <bool GROUPED>
+    // Waits for the threads of this one's team.
+    template <bool TEAMS>
     static __device__ __forceinline__ void sync() {
-        if (!GROUPED) return __syncthreads();
+        if (!TEAMS) return __syncthreads();
         asm volatile("bar.sync %0, %1;\n" ::"r"(1 + threadIdx.x / THREADS), "n"(THREADS) : "memory");
     }
 
@@ -219,9 +219,9 @@ lora_shrink_large(const Segment* tiles, const uint32_t* count, const __grid_cons
 // The same on devices whose blocks form clusters: the blocks of a tile and group are one, and add their sums up out of
 // each other's shared memory. Through device memory that takes longer than the products: a fence, an atomic, and one
 // block that reads what all have written.
-extern "C" __global__ void __launch_bounds__(THREADS * MAX_GROUPS)
+extern "C" __global__ void __launch_bounds__(THREADS * MAX_TEAMS)
 lora_shrink_cluster(const Segment* tiles, const uint32_t* count, const __grid_constant__ Targets targets,
-                    uint32_t target_count, const bf16* x, uint32_t inputs, uint32_t group_stages,
+                    uint32_t target_count, const bf16* x, uint32_t inputs, uint32_t team_stages,
                     uint32_t group_units, uint32_t pitch, size_t plane, bf16* h) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ uint4 shared[];
@@ -229,31 +229,31 @@ lora_shrink_cluster(const Segment* tiles, const uint32_t* count, const __grid_co
     Work work;
     // All of a cluster return, or none.
     if (!work.find(tiles, count, targets, target_count, inputs)) return;
-    const uint32_t groups = blockDim.x / THREADS, group = threadIdx.x / THREADS;
+    const uint32_t teams = blockDim.x / THREADS, team = threadIdx.x / THREADS;
     const uint32_t vectors = work.units * 2 * THREADS;
-    const uint32_t begin = (blockIdx.z * groups + group) * group_stages;
-    const uint32_t end = min(begin + group_stages, (inputs + INPUTS - 1) / INPUTS);
+    const uint32_t begin = (blockIdx.z * teams + team) * team_stages;
+    const uint32_t end = min(begin + team_stages, (inputs + INPUTS - 1) / INPUTS);
     float sums[SUMS][4];
-    const uint32_t in_flight = min(group_stages, static_cast<uint32_t>(GROUP_STAGES));
-    bf16* const stages = reinterpret_cast<bf16*>(shared) + group * in_flight * (X_STAGE + group_units * UNIT_STAGE);
-    work.multiply<GROUP_STAGES, true>(x, inputs, begin, end, group_units, stages, sums);
+    const uint32_t in_flight = min(team_stages, static_cast<uint32_t>(TEAM_STAGES));
+    bf16* const stages = reinterpret_cast<bf16*>(shared) + team * in_flight * (X_STAGE + group_units * UNIT_STAGE);
+    work.multiply<TEAM_STAGES, true>(x, inputs, begin, end, group_units, stages, sums);
 
-    // The sums take the stages' place, in the registers' own order: group by group, then all groups' in the first's.
+    // The sums take the stages' place, in the registers' own order: team by team, then all teams' in the first's.
     copy_async_wait<0>();
     __syncthreads();
     float4* const mine = reinterpret_cast<float4*>(shared);
 #pragma unroll
     for (int i = 0; i < SUMS; i++) {
         if (i < work.units * 2) {
-            mine[group * vectors + i * THREADS + work.thread] = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+            mine[team * vectors + i * THREADS + work.thread] = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
         }
     }
     __syncthreads();
-    for (uint32_t at = threadIdx.x; groups > 1 && at < vectors; at += blockDim.x) {
+    for (uint32_t at = threadIdx.x; teams > 1 && at < vectors; at += blockDim.x) {
         float4 sum = mine[at];
 #pragma unroll
-        for (int i = 1; i < MAX_GROUPS; i++) {
-            if (i < groups) add(sum, mine[i * vectors + at]);
+        for (int i = 1; i < MAX_TEAMS; i++) {
+            if (i < teams) add(sum, mine[i * vectors + at]);
         }
         mine[at] = sum;
     }
@@ -266,10 +266,12 @@ lora_shrink_cluster(const Segment* tiles, const uint32_t* count, const __grid_co
         for (uint32_t block = 0; block < MAX_CLUSTER; block++) {
             if (block < gridDim.z) add(sum, load_cluster(mine + at, block));
         }
+        // Here before this block says that it is done with the others' memory, rows that are not stored too.
+        asm volatile("" ::"f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w));
         work.store(at / THREADS, at % THREADS, sum, pitch, plane, h);
     }
     // What others read must not be gone.
-    cluster_sync();
+    cluster_leave();
 #endif
 }
 

@@ -111,6 +111,27 @@ const CASES: &[Case] = &[
         small: 0,
         max_rank: 0,
     },
+    // Many short chunks: three times as many tiles as rows would fill.
+    Case {
+        inputs: 1032,
+        outputs: &[72, 40],
+        adapters: &[(16, false), (30, true)],
+        segments: &[
+            (21, 0),
+            (20, 1),
+            (19, 0),
+            (22, 1),
+            (0, 0),
+            (23, 0),
+            (18, 1),
+            (17, 0),
+            (24, 1),
+            (21, 0),
+            (20, 1),
+        ],
+        small: 0,
+        max_rank: 0,
+    },
     // So many that the inputs are not split.
     Case {
         inputs: 136,

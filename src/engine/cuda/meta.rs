@@ -49,8 +49,8 @@ const LORA_TILES: usize = 3;
 const SAMPLED: usize = 4;
 
 impl MetaLayout {
-    /// The layout for steps of up to `rows` rows; `limits` are rounded up.
-    pub fn new(limits: &BatchLimits, rows: usize) -> Self {
+    /// The layout for steps of up to `rows` rows, some of them of chunks or none; `limits` are rounded up.
+    pub fn new(limits: &BatchLimits, rows: usize, chunks: bool) -> Self {
         let seqs = limits.max_num_seqs;
         let blocks = limits.blocks_per_seq();
         let mut words = COUNTS;
@@ -60,6 +60,8 @@ impl MetaLayout {
             words = (start + len).next_multiple_of(4);
             start..start + len
         };
+        // Tiles and covers are of chunks.
+        let of_chunks = |len: usize| if chunks { len } else { 0 };
         Self {
             places: array(seqs),
             starts: array(seqs + 1),
@@ -69,9 +71,9 @@ impl MetaLayout {
             small: array(seqs * SEGMENT_WORDS),
             sampled: array(seqs * SEGMENT_WORDS),
             tables: array(seqs * blocks),
-            attention_tiles: array(TILE_WORDS * max_tiles(rows, seqs, PREFILL_ROWS)),
-            lora_tiles: array(SEGMENT_WORDS * max_tiles(rows, seqs, TILE_ROWS)),
-            covers: array(SEGMENT_WORDS * max_covers(rows, seqs)),
+            attention_tiles: array(of_chunks(TILE_WORDS * max_tiles(rows, seqs, PREFILL_ROWS))),
+            lora_tiles: array(of_chunks(SEGMENT_WORDS * max_tiles(rows, seqs, TILE_ROWS))),
+            covers: array(of_chunks(SEGMENT_WORDS * max_covers(rows, seqs))),
             tokens: array(rows),
             positions: array(rows),
             kv_rows: array(rows),
@@ -109,7 +111,8 @@ impl Meta {
     /// For steps of up to `limits`, rounded up.
     pub fn new(device: &Device, limits: &BatchLimits) -> Result<Self, CudaError> {
         let rows = limits.max_num_batched_tokens;
-        let layouts = [MetaLayout::new(limits, rows), MetaLayout::new(limits, limits.max_num_seqs)];
+        let layouts =
+            [MetaLayout::new(limits, rows, true), MetaLayout::new(limits, limits.max_num_seqs, false)];
         Ok(Self {
             reader: HostWords::load(device)?,
             host: device.pinned(layouts[0].words())?,

@@ -9,14 +9,14 @@ pub const TILE_ROWS: usize = 64;
 /// Targets of a call at most.
 pub(super) const TARGETS: usize = 3;
 
-/// Consecutive rows that use one adapter.
+/// Consecutive rows that use one adapter; of a list of [`covers`], or none's.
 ///
 /// The adapter's matrices lie in its slot in `[layer][module]` order, each adapted module `A [rank, inputs]`
 /// and then `Bᵀ [rank, outputs]`, bf16, row-major, packed at the adapter's own rank.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Segment {
-    /// The matrices' address, a multiple of 16.
+    /// The matrices' address, a multiple of 16; 0 in a cover of rows without an adapter.
     pub matrices: u64,
     /// The address of `i32 [layers * modules]`, where each module's part begins in units of 8 elements, or -1
     /// where the adapter leaves it alone; 0 where it adapts all.
@@ -41,7 +41,7 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// A segment of no rows.
+    /// No rows of no adapter.
     pub const NONE: Self = Self {
         matrices: 0,
         offsets: 0,
@@ -96,7 +96,7 @@ pub fn large_tiles(segments: &[Segment], tiles: &mut Vec<Segment>) {
 /// ones, in the order of their rows.
 pub fn covers(segments: &[Segment], rows: u32, covers: &mut Vec<Segment>) {
     covers.clear();
-    let none = |from: u32, to: u32| Segment { start: from, rows: to - from, ..Segment::NONE };
+    let none = |from: u32, to: u32| Segment { start: from, rows: to.saturating_sub(from), ..Segment::NONE };
     let mut at = 0;
     for segment in segments {
         covers.extend(none(at, segment.start).cut().chain(segment.cut()));

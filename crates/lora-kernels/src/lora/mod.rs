@@ -31,10 +31,10 @@ const UNIT: usize = 16;
 const GROUP_UNITS: usize = 4;
 const STAGE_INPUTS: usize = 64;
 const STAGES: usize = 4;
-/// Threads of a block of the large shrink, or of one of its groups in a cluster; groups at most; stages of each.
-const GROUP_THREADS: usize = 128;
-const MAX_GROUPS: usize = 4;
-const GROUP_STAGES: usize = 3;
+/// Threads of a block of the large shrink, or of one of its teams in a cluster; teams at most; stages of each.
+const TEAM_THREADS: usize = 128;
+const MAX_TEAMS: usize = 4;
+const TEAM_STAGES: usize = 3;
 /// Splits of the large shrink beyond which adding them up costs more than it saves: as many as a cluster's blocks.
 const MAX_LARGE_SPLITS: usize = 8;
 /// Columns and ranks of the small expand's tile.
@@ -56,8 +56,9 @@ pub struct LoraStep<'a> {
     pub small: View<'a, Segment>,
     /// One number: how many small segments there are. Read where `small` is not empty.
     pub small_count: View<'a, u32>,
-    /// Tiles of segments of any number of rows, from [`large_tiles`]; the first `tile_count` of them count. Its
-    /// length, the upper bound, is what a captured graph is made for.
+    /// Segments of any number of rows, cut into tiles of up to [`TILE_ROWS`] by [`large_tiles`]: rows of a tile beyond
+    /// those are left alone. The first `tile_count` of them count; its length, the upper bound, is what a captured graph
+    /// is made for.
     pub tiles: View<'a, Segment>,
     /// One number: how many tiles there are. Read where `tiles` is not empty.
     pub tile_count: View<'a, u32>,
@@ -145,7 +146,7 @@ impl Lora {
             shrink_large: large
                 .function_with_shared("lora_shrink_large", shrink_large_shared(STAGES, GROUP_UNITS) as u32)?,
             shrink_cluster: if device.info().capability == (9, 0) {
-                let shared = shrink_large_shared(MAX_GROUPS * GROUP_STAGES, GROUP_UNITS) as u32;
+                let shared = shrink_large_shared(MAX_TEAMS * TEAM_STAGES, GROUP_UNITS) as u32;
                 Some(large.function_with_shared("lora_shrink_cluster", shared)?)
             } else {
                 None
@@ -284,25 +285,26 @@ impl Lora {
         let (tiles, count) = (step.tiles.address(), step.tile_count.address());
         let (inputs, pitch, plane) = (call.inputs as u32, call.pitch as u32, call.plane());
         let (targets, unit_count, h) = (call.targets as u32, group_units as u32, scratch.h());
-        let grid = |splits: usize, in_block: usize, stages: usize| Grid {
+        let grid = |splits: usize, teams: usize, stages: usize| Grid {
             blocks: (tiles_count as u32, groups as u32, splits as u32),
-            threads: (in_block * GROUP_THREADS) as u32,
+            threads: (teams * TEAM_THREADS) as u32,
             shared: shrink_large_shared(stages, group_units) as u32,
         };
-        // By the step's rows and not by its tiles, so that sums are the same where a graph is made for more tiles.
-        let (expected, most) = (call.rows.div_ceil(TILE_ROWS), splits_of(call.rows.div_ceil(TILE_ROWS)));
+        // A graph is made for more tiles than its rows mostly make.
+        let expected = call.rows.div_ceil(TILE_ROWS).clamp(1, tiles_count);
+        let most = splits_of(expected);
         if let Some(cluster) = self.shrink_cluster.as_ref().filter(|_| most > 1) {
             // Shares of a block's sums are whole.
             let splits = 1 << most.ilog2();
-            let in_block = groups_of(expected * groups * splits);
-            let group_stages = stages.div_ceil(splits * in_block);
-            let in_flight = group_stages.min(GROUP_STAGES);
+            let teams = teams_of(tiles_count * groups * splits);
+            let team_stages = stages.div_ceil(splits * teams);
+            let in_flight = team_stages.min(TEAM_STAGES);
             // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
             // that the scratch memory holds `[targets, rows, pitch]` of h.
             return unsafe {
                 stream.launch_clusters(
                     cluster,
-                    grid(splits, in_block, in_block * in_flight),
+                    grid(splits, teams, teams * in_flight),
                     (1, 1, splits as u32),
                     arguments![
                         tiles,
@@ -311,7 +313,7 @@ impl Lora {
                         targets,
                         call.x,
                         inputs,
-                        group_stages as u32,
+                        team_stages as u32,
                         unit_count,
                         pitch,
                         plane,
@@ -418,12 +420,12 @@ impl Call {
     }
 }
 
-/// Groups of a cluster's blocks, where there are so many blocks. Those of four take most of a multiprocessor's shared
-/// memory and those of two less than half; clusters cannot use every place, and all are to run at once.
-const fn groups_of(blocks: usize) -> usize {
+/// Teams of a cluster's blocks, where there are so many blocks: a multiprocessor has registers for one block of four
+/// teams, or for three of two. Clusters cannot use every place, and all are to run at once.
+const fn teams_of(blocks: usize) -> usize {
     const ONE_EACH: usize = FULL_CHIP / 2 * 3 / 4;
     match blocks.div_ceil(ONE_EACH) {
-        0..=1 => MAX_GROUPS,
+        0..=1 => MAX_TEAMS,
         2 => 2,
         _ => 1,
     }

@@ -11,7 +11,7 @@ use crate::{CudaError, Device};
 
 /// Blocks of a shrink that fill a large chip: two on each of an H100's 132 multiprocessors.
 pub(super) const FULL_CHIP: usize = 264;
-/// Blocks of the large shrink at most where its inputs are split.
+/// Blocks of the large shrink at most where its inputs are split and their sums go through this memory.
 pub(super) const LARGE_PARTS: usize = FULL_CHIP;
 /// Sums of a block of the large shrink.
 pub(super) const PARTIAL_BLOCK: usize = TILE_ROWS * GROUP_UNITS * UNIT;
