@@ -56,17 +56,13 @@ budgets() {
     done
 }
 
-trace() { # one of configs/traces, or several with commas between
-    local files
-    IFS=, read -ra files <<<"$1"
-    hbm bench trace "${files[@]/#/configs/traces/}" --model "$model" --max-r 16 --device "$device" "${@:2}"
-}
+trace() { hbm bench trace --model "$model" --max-r 16 --device "$device" "$@"; }
 
 # What it costs a request that comes alone that its adapter has to be copied in.
 idle() {
     for run in $(few "1" "1 2"); do
         say "idle, run $run"
-        trace idle-resident.jsonl,idle-nonresident.jsonl --budgets 2 -o "$out/idle-run$run.json"
+        trace configs/traces/idle-{resident,nonresident}.jsonl --budgets 2 -o "$out/idle-run$run.json"
     done
 }
 
@@ -74,15 +70,15 @@ idle() {
 chunks() {
     for tokens in $(few 512 "512 1024 2048 4096"); do
         say "steps of up to $tokens tokens"
-        trace peer-long-r3.jsonl --budgets 32 --max-num-batched-tokens "$tokens" -o "$out/chunk-$tokens.json"
+        trace configs/traces/peer-long-r3.jsonl --budgets 32 --max-num-batched-tokens "$tokens" -o "$out/chunk-$tokens.json"
     done
 }
 
 traces() {
     for run in $(few "1" "1 2"); do
         say "traces, run $run"
-        trace peer-short-r8.jsonl --budgets 2,8,32,128 -o "$out/trace-r8-run$run.json"
-        trace peer-short-r40.jsonl --budgets 32,128 -o "$out/trace-r40-run$run.json"
+        trace configs/traces/peer-short-r8.jsonl --budgets 2,8,32,128 -o "$out/trace-r8-run$run.json"
+        trace configs/traces/peer-short-r40.jsonl --budgets 32,128 -o "$out/trace-r40-run$run.json"
         with_server "$model" 32
         for rate in 8 40; do
             hbm measure -e "$url" --trace "configs/traces/peer-short-r$rate.jsonl" --arrivals trace --total-loras 128 \

@@ -3,9 +3,9 @@
 
     kernel_trace.py trace.tsv [--with NAME] [--without NAME] [--grid NAME=GRID]
 
-A step is what the stream of most kernels does without a pause of 15 us. Of the steps that have a kernel of each name --with and of
-none --without (a name's beginning will do), each kernel's own part is the time from the moment when all before it had
-ended to its own end: kernels that run side by side are counted once. Prints the medians over the steps.
+A step is what the stream of most kernels does without a pause of 15 us. Of the steps that have a kernel of each name
+--with and of none --without (a name's beginning will do), each kernel's own part is the time from the moment when all
+before it had ended to its own end: kernels that run side by side are counted once. Prints the medians over the steps.
 """
 
 import argparse

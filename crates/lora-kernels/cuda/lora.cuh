@@ -24,15 +24,15 @@ struct Targets {
 // A copy that takes longer has failed; the wait must end for the process to.
 constexpr uint64_t LONGEST_WAIT_NS = 60'000'000'000;
 
-// Waits until the target's layer is in the adapter's slot, where it is still on its way. Every thread of a block
-// calls it, with the same segment, and reads nothing of the adapter before.
+// Waits until the layer of a call's targets, all of one, is in the adapter's slot, where it is still on its way.
+// Every thread of a block calls it, with the same segment, and reads nothing of the adapter before.
 //
 // A wait in the kernels and not between them, so that steps which wait can be graphs as others are: what is waited
 // for is data. Spinning blocks hold back nothing that they wait for, since copies are not made by
 // multiprocessors.
-__device__ __forceinline__ void await_arrival(const Segment& segment, const Target& target) {
+__device__ __forceinline__ void await_arrival(const Segment& segment, const Targets& targets) {
     if (segment.arrival == nullptr) return;
-    const uint32_t wanted = segment.copied_before + target.layer + 1;
+    const uint32_t layer = targets.of[0].layer, wanted = segment.copied_before + layer + 1;
     auto there = [&]() {
         uint32_t copied;
         asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(copied) : "l"(segment.arrival) : "memory");
@@ -51,7 +51,7 @@ __device__ __forceinline__ void await_arrival(const Segment& segment, const Targ
             if (waited > LONGEST_WAIT_NS) __trap();
         } while (!there());
         // Blocks wait for the same moment: the first of them waits longest.
-        atomicMax(segment.arrival + 1 + target.layer, static_cast<uint32_t>(min(waited, uint64_t{0xffffffffu})));
+        atomicMax(segment.arrival + 1 + layer, static_cast<uint32_t>(min(waited, uint64_t{0xffffffffu})));
     }
     __syncthreads();
 }

@@ -20,8 +20,7 @@ __device__ __forceinline__ uint32_t factors(uint32_t pitch) { return pitch * COL
 // the same cover.
 __device__ __forceinline__ bool has_adapter(const Segment& cover, const Targets& targets) {
     if (cover.matrices == nullptr) return false;
-    // A call's targets are of one layer.
-    await_arrival(cover, targets.of[0]);
+    await_arrival(cover, targets);
     return true;
 }
 

@@ -35,10 +35,7 @@ __device__ __forceinline__ void add(float4& to, const float4& v) { to.x += v.x, 
 struct Work {
     // This thread's number in its team of `THREADS`, which is all of the block but in clusters.
     uint32_t thread;
-    // The tile; its first row, in the batch; its rows.
-    Segment segment;
-    size_t row_0;
-    uint32_t rows;
+    Segment tile;
     // Units of a target.
     uint32_t rank_units;
     // The first unit; units.
@@ -50,28 +47,25 @@ struct Work {
     __device__ __forceinline__ bool find(const Segment* tiles, const uint32_t* count, const Targets& targets,
                                          uint32_t target_count, uint32_t inputs) {
         thread = threadIdx.x % THREADS;
-        segment = tiles[blockIdx.x];
+        tile = tiles[blockIdx.x];
         if (blockIdx.x >= *count) return false;
-        rows = segment.rows;
-        row_0 = segment.start;
-        rank_units = (segment.rank + UNIT - 1) / UNIT;
+        rank_units = (tile.rank + UNIT - 1) / UNIT;
         unit_0 = blockIdx.y * UNITS;
         if (unit_0 >= target_count * rank_units) return false;
         units = min(static_cast<uint32_t>(UNITS), target_count * rank_units - unit_0);
         // A thread copies one piece of every 16th row.
         const uint32_t copy_row = thread / 8, piece = thread % 8;
         bool adapted = false;
-        // A call's targets are of one layer.
-        await_arrival(segment, targets.of[0]);
+        await_arrival(tile, targets);
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             a_from[u] = nullptr;
             if (u >= units) continue;
             const Target& target = targets.of[(unit_0 + u) / rank_units];
-            const bf16* a = lora_part(segment, target);
+            const bf16* a = lora_part(tile, target);
             adapted |= a != nullptr;
             const uint32_t rank = (unit_0 + u) % rank_units * UNIT + copy_row;
-            if (a != nullptr && rank < segment.rank) a_from[u] = a + static_cast<size_t>(rank) * inputs + piece * 8;
+            if (a != nullptr && rank < tile.rank) a_from[u] = a + static_cast<size_t>(rank) * inputs + piece * 8;
         }
         return adapted;
     }
@@ -83,7 +77,7 @@ struct Work {
                                              uint32_t group_units, bf16* stages, float (&sums)[SUMS][4]) const {
         const uint32_t warp = thread / 32, lane = thread % 32;
         const uint32_t copy_row = thread / 8, piece = thread % 8;
-        const bf16* x_from = x + (row_0 + copy_row) * inputs + piece * 8;
+        const bf16* x_from = x + (tile.start + static_cast<size_t>(copy_row)) * inputs + piece * 8;
         const uint32_t stage_size = X_STAGE + group_units * UNIT_STAGE;
         auto load = [&](uint32_t at) {
             if (at < end) {
@@ -92,7 +86,7 @@ struct Work {
                 const bool inside = k + piece * 8 < inputs;
 #pragma unroll
                 for (int i = 0; i < ROWS / 16; i++) {
-                    const bool valid = inside && copy_row + i * 16 < rows;
+                    const bool valid = inside && copy_row + i * 16 < tile.rows;
                     copy_async_16(to + i * 16 * INPUTS, valid ? x_from + static_cast<size_t>(i * 16) * inputs + k : x,
                                   valid);
                 }
@@ -146,11 +140,11 @@ struct Work {
     __device__ __forceinline__ void store(uint32_t i, uint32_t thread, const float4& v, uint32_t pitch, size_t plane,
                                           bf16* h) const {
         const uint32_t warp = thread / 32, lane = thread % 32, row = warp * 16 + lane / 4, unit = unit_0 + i / 2;
-        bf16* to = h + unit / rank_units * plane + (row_0 + row) * pitch + unit % rank_units * UNIT + i % 2 * 8 +
+        bf16* to = h + unit / rank_units * plane + (tile.start + static_cast<size_t>(row)) * pitch + unit % rank_units * UNIT + i % 2 * 8 +
                    lane % 4 * 2;
-        const float scale = segment.scale;
-        if (row < rows) store_pair(to, make_float2(v.x * scale, v.y * scale));
-        if (row + 8 < rows) store_pair(to + static_cast<size_t>(8) * pitch, make_float2(v.z * scale, v.w * scale));
+        const float scale = tile.scale;
+        if (row < tile.rows) store_pair(to, make_float2(v.x * scale, v.y * scale));
+        if (row + 8 < tile.rows) store_pair(to + static_cast<size_t>(8) * pitch, make_float2(v.z * scale, v.w * scale));
     }
 };
 
@@ -294,7 +288,7 @@ __device__ __forceinline__ void expand_large(const Segment* tiles, const uint32_
     if (column_0 >= target.outputs) return wait_for_previous();
     const Segment segment = tiles[blockIdx.y];
     if (blockIdx.y >= *count) return wait_for_previous();
-    await_arrival(segment, target);
+    await_arrival(segment, targets);
     const bf16* part = lora_part(segment, target);
     if (part == nullptr) return wait_for_previous();
 

@@ -49,7 +49,7 @@ lora_shrink_small(const Segment* segments, const uint32_t* count, const __grid_c
     const uint32_t target = blockIdx.y / rank_tiles;
     const uint32_t rank_0 = blockIdx.y % rank_tiles * SHRINK_RANKS;
     if (rank_0 >= segment.rank) return wait_for_previous();
-    await_arrival(segment, targets.of[target]);
+    await_arrival(segment, targets);
     const bf16* a = lora_part(segment, targets.of[target]);
     if (a == nullptr) return wait_for_previous();
 
@@ -224,7 +224,7 @@ __device__ __forceinline__ void expand_small(const Segment* segments, const uint
     const uint32_t column_0 = blockIdx.x * EXPAND_COLUMNS;
     if (blockIdx.z >= *count || column_0 >= target.outputs) return wait_for_previous();
     const Segment segment = segments[blockIdx.z];
-    await_arrival(segment, target);
+    await_arrival(segment, targets);
     const bf16* part = lora_part(segment, target);
     if (part == nullptr) return wait_for_previous();
 

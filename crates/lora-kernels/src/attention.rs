@@ -122,7 +122,7 @@ impl Attention {
         const HOPPER_IMAGE: &[u8] =
             include_bytes!(concat!(env!("OUT_DIR"), "/attention_prefill_hopper.fatbin"));
         shape.check()?;
-        let hopper = if device.info().capability == (9, 0) && shape.head_dim == 128 {
+        let hopper = if device.is_hopper() && shape.head_dim == 128 {
             let module = Module::load(device.context(), HOPPER_IMAGE)?;
             Some(module.function_with_shared("attention_prefill_hopper", HOPPER_SHARED)?)
         } else {

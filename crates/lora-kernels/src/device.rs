@@ -90,7 +90,7 @@ impl Device {
 
     /// A stream of its own.
     pub fn stream(&self) -> Result<Stream, CudaError> {
-        Ok(Stream::new(self.context.new_stream().doing("making a stream")?, self.overlaps()))
+        Ok(Stream::new(self.context.new_stream().doing("making a stream")?, self.is_hopper()))
     }
 
     /// An event; `timed` ones can tell the time between them and cost more.
@@ -113,9 +113,9 @@ impl Device {
         self.context.synchronize().doing("waiting for the device")
     }
 
-    /// Whether kernels can begin while the one before them ends. Only the machine code for sm_90a knows how to
-    /// wait for that: what the driver makes of the PTX for other devices does not.
-    pub(crate) fn overlaps(&self) -> bool {
+    /// Whether it runs the machine code for sm_90a, which alone has kernels that wait for the end of the one before them,
+    /// and blocks in clusters: what the driver makes of the PTX for other devices has neither.
+    pub(crate) fn is_hopper(&self) -> bool {
         self.info.capability == (9, 0)
     }
 

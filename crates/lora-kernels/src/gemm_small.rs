@@ -109,7 +109,7 @@ impl GemmSmall {
 
     /// Whether they are made for the device: compute capability 9.0.
     pub fn runs_on(device: &Device) -> bool {
-        device.overlaps()
+        device.is_hopper()
     }
 
     /// Loads them.

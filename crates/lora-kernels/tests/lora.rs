@@ -3,7 +3,7 @@
 mod common;
 
 use common::lora_setup::{Case, Setup, TRAP, uploaded};
-use common::{Random, device};
+use common::{Random, device, download};
 use lora_kernels::{
     CudaError, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Target, bf16, large_tiles,
 };
@@ -202,39 +202,17 @@ fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
             let mut got_f32: Vec<Vec<f32>> = Vec::new();
             for overlap in [false, true, false] {
                 let lora = lora.clone().with_overlap(overlap);
+                let mut applied = |out: Out<'_>| {
+                    scratch.poison(&stream)?;
+                    let Setup { targets, width, .. } = &setup;
+                    lora.apply(&stream, &mut scratch, &step, targets, case.inputs, x.view(), *width, out)
+                };
                 let mut out = uploaded(&device, &stream, &base_bf16)?;
-                scratch.poison(&stream)?;
-                let to = Out::Bf16(out.view_mut());
-                lora.apply(
-                    &stream,
-                    &mut scratch,
-                    &step,
-                    &setup.targets,
-                    case.inputs,
-                    x.view(),
-                    setup.width,
-                    to,
-                )?;
-                let mut host = vec![bf16::NAN; elements];
-                out.download(&stream, &mut host)?;
-                got_bf16.push(host);
-
+                applied(Out::Bf16(out.view_mut()))?;
+                got_bf16.push(download(&stream, &out));
                 let mut out = uploaded(&device, &stream, &base_f32)?;
-                scratch.poison(&stream)?;
-                let to = Out::F32(out.view_mut());
-                lora.apply(
-                    &stream,
-                    &mut scratch,
-                    &step,
-                    &setup.targets,
-                    case.inputs,
-                    x.view(),
-                    setup.width,
-                    to,
-                )?;
-                let mut host = vec![f32::NAN; elements];
-                out.download(&stream, &mut host)?;
-                got_f32.push(host);
+                applied(Out::F32(out.view_mut()))?;
+                got_f32.push(download(&stream, &out));
             }
             let wide: Vec<f64> = got_bf16[0].iter().map(|v| v.to_f64()).collect();
             let error_bf16 =

@@ -32,7 +32,7 @@ pub(in crate::engine) fn plan(
     let workspace = buffers.narrow() as u64 * BF16
         + buffers.wide() as u64 * F32
         + rope * F32
-        + MetaLayout::new(&limits, limits.max_num_batched_tokens, true).words() as u64 * 4
+        + MetaLayout::new(&limits, true).words() as u64 * 4
         + super::backend::scratch_bytes(spec, &limits, max_rank)
         + Gemm::WORKSPACE_BYTES as u64
         + DRIVER

@@ -49,9 +49,10 @@ const LORA_TILES: usize = 3;
 const SAMPLED: usize = 4;
 
 impl MetaLayout {
-    /// The layout for steps of up to `rows` rows, some of them of chunks or none; `limits` are rounded up.
-    pub fn new(limits: &BatchLimits, rows: usize, chunks: bool) -> Self {
+    /// The layout for steps with chunks, or for those without, of single rows alone; `limits` are rounded up.
+    pub fn new(limits: &BatchLimits, chunks: bool) -> Self {
         let seqs = limits.max_num_seqs;
+        let rows = if chunks { limits.max_num_batched_tokens } else { seqs };
         let blocks = limits.blocks_per_seq();
         let mut words = COUNTS;
         let mut array = |len: usize| {
@@ -111,8 +112,7 @@ impl Meta {
     /// For steps of up to `limits`, rounded up.
     pub fn new(device: &Device, limits: &BatchLimits) -> Result<Self, CudaError> {
         let rows = limits.max_num_batched_tokens;
-        let layouts =
-            [MetaLayout::new(limits, rows, true), MetaLayout::new(limits, limits.max_num_seqs, false)];
+        let layouts = [true, false].map(|chunks| MetaLayout::new(limits, chunks));
         Ok(Self {
             reader: HostWords::load(device)?,
             host: device.pinned(layouts[0].words())?,

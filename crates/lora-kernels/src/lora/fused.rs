@@ -2,11 +2,9 @@
 
 use half::bf16;
 
+use super::large::{LARGE_ROW_BYTES, expand_large_shared};
 use super::layout::{Segment, Target};
-use super::{
-    Call, LARGE_ROW_BYTES, Lora, LoraScratch, LoraStep, MAX_RANK, NAME, Out, UNIT, expand_large_shared,
-    rank_pitch,
-};
+use super::{Call, Lora, LoraScratch, LoraStep, MAX_RANK, NAME, Out, UNIT, rank_pitch};
 use crate::error::ensure;
 use crate::memory::{View, ViewMut};
 use crate::module::{Function, Grid, Module, arguments};

@@ -141,6 +141,10 @@ impl RawTargets {
 mod tests {
     use super::*;
 
+    fn of(matrices: u64, start: u32, rows: u32) -> Segment {
+        Segment { matrices, start, rows, ..Segment::NONE }
+    }
+
     /// Matrices, first row, rows.
     fn shown(segments: &[Segment]) -> Vec<(u64, u32, u32)> {
         segments.iter().map(|s| (s.matrices, s.start, s.rows)).collect()
@@ -148,7 +152,6 @@ mod tests {
 
     #[test]
     fn tiles_cover_every_row_once() {
-        let of = |matrices, start, rows| Segment { matrices, start, rows, ..Segment::NONE };
         let mut tiles = vec![Segment::NONE];
         large_tiles(&[of(16, 0, 17), of(32, 20, 64), of(48, 84, 129)], &mut tiles);
         assert_eq!(shown(&tiles), [(16, 0, 17), (32, 20, 64), (48, 84, 64), (48, 148, 64), (48, 212, 1)]);
@@ -156,7 +159,6 @@ mod tests {
 
     #[test]
     fn covers_hold_every_row_of_the_batch_once() {
-        let of = |matrices, start, rows| Segment { matrices, start, rows, ..Segment::NONE };
         let mut found = vec![Segment::NONE];
         covers(&[of(16, 3, 17), of(32, 20, 130), of(48, 220, 64)], 320, &mut found);
         let expected = [

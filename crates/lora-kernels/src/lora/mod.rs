@@ -6,6 +6,7 @@
 //! made in an order that depends on the shapes alone, so that a repeated step gives the same bits.
 
 mod fused;
+mod large;
 mod layout;
 mod scratch;
 
@@ -21,27 +22,16 @@ use crate::module::{Function, Grid, Module, arguments};
 use crate::stream::Stream;
 use crate::{CudaError, Device};
 use fused::Fused;
+use large::Large;
 use layout::RawTargets;
-use scratch::{FULL_CHIP, LARGE_PARTS, PARTIAL_BLOCK, rank_pitch, small_splits};
+use scratch::{rank_pitch, small_splits};
 
 const NAME: &str = "lora";
 /// Ranks of a tensor-core product.
 const UNIT: usize = 16;
-/// Units of a block of the large shrink, inputs of its stage, and its stages.
-const GROUP_UNITS: usize = 4;
-const STAGE_INPUTS: usize = 64;
-const STAGES: usize = 4;
-/// Threads of a block of the large shrink, or of one of its teams in a cluster; teams at most; stages of each.
-const TEAM_THREADS: usize = 128;
-const MAX_TEAMS: usize = 4;
-const TEAM_STAGES: usize = 3;
-/// Splits of the large shrink beyond which adding them up costs more than it saves: as many as a cluster's blocks.
-const MAX_LARGE_SPLITS: usize = 8;
 /// Columns and ranks of the small expand's tile.
 const SMALL_COLUMNS: usize = 256;
 const SMALL_TILE_RANKS: usize = 64;
-/// Bytes of a row of the large expand's tile.
-const LARGE_ROW_BYTES: usize = 256;
 /// The largest rank.
 const MAX_RANK: usize = 128;
 
@@ -119,10 +109,7 @@ impl ByOut {
 pub struct Lora {
     shrink_small: Function,
     expand_small: ByOut,
-    shrink_large: Function,
-    /// Where the device is one that it is made for.
-    shrink_cluster: Option<Function>,
-    expand_large: ByOut,
+    large: Large,
     fused: Fused,
     can_overlap: bool,
     overlap: bool,
@@ -132,31 +119,16 @@ impl Lora {
     /// Loads them.
     pub fn load(device: &Device) -> Result<Self, CudaError> {
         const SMALL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lora_small.fatbin"));
-        const LARGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lora_large.fatbin"));
         let small = Module::load(device.context(), SMALL)?;
-        let large = Module::load(device.context(), LARGE)?;
-        let expand =
-            |name, element| large.function_with_shared(name, expand_large_shared(MAX_RANK, element) as u32);
         Ok(Self {
             shrink_small: small.function("lora_shrink_small")?,
             expand_small: ByOut {
                 bf16: small.function("lora_expand_small_bf16")?,
                 f32: small.function("lora_expand_small_f32")?,
             },
-            shrink_large: large
-                .function_with_shared("lora_shrink_large", shrink_large_shared(STAGES, GROUP_UNITS) as u32)?,
-            shrink_cluster: if device.info().capability == (9, 0) {
-                let shared = shrink_large_shared(MAX_TEAMS * TEAM_STAGES, GROUP_UNITS) as u32;
-                Some(large.function_with_shared("lora_shrink_cluster", shared)?)
-            } else {
-                None
-            },
-            expand_large: ByOut {
-                bf16: expand("lora_expand_large_bf16", size_of::<bf16>())?,
-                f32: expand("lora_expand_large_f32", size_of::<f32>())?,
-            },
+            large: Large::load(device)?,
             fused: Fused::load(device)?,
-            can_overlap: device.overlaps(),
+            can_overlap: device.is_hopper(),
             overlap: false,
         })
     }
@@ -172,7 +144,7 @@ impl Lora {
     /// The kernels that other devices run: to compare with.
     #[must_use]
     pub fn portable(self) -> Self {
-        Self { shrink_cluster: None, ..self }
+        Self { large: self.large.portable(), ..self }
     }
 
     /// Adds the adapters' products for up to three `targets` that share the input `x` `[rows, inputs]` to
@@ -265,118 +237,6 @@ impl Lora {
             )
         }
     }
-
-    fn shrink_large(
-        &self,
-        stream: &Stream,
-        scratch: &mut LoraScratch,
-        step: &LoraStep<'_>,
-        call: &Call,
-    ) -> Result<(), CudaError> {
-        let tiles_count = step.tiles.len();
-        let units = call.targets * (call.pitch / UNIT);
-        let groups = units.div_ceil(GROUP_UNITS);
-        let group_units = units.min(GROUP_UNITS);
-        // As many parts of the inputs as fill the chip, in whole stages.
-        let stages = call.inputs.div_ceil(STAGE_INPUTS);
-        let splits_of =
-            |tiles: usize| (LARGE_PARTS / (tiles * groups)).clamp(1, MAX_LARGE_SPLITS.min(stages));
-
-        let (tiles, count) = (step.tiles.address(), step.tile_count.address());
-        let (inputs, pitch, plane) = (call.inputs as u32, call.pitch as u32, call.plane());
-        let (targets, unit_count, h) = (call.targets as u32, group_units as u32, scratch.h());
-        let grid = |splits: usize, teams: usize, stages: usize| Grid {
-            blocks: (tiles_count as u32, groups as u32, splits as u32),
-            threads: (teams * TEAM_THREADS) as u32,
-            shared: shrink_large_shared(stages, group_units) as u32,
-        };
-        // A graph is made for more tiles than its rows mostly make.
-        let expected = call.rows.div_ceil(TILE_ROWS).clamp(1, tiles_count);
-        let most = splits_of(expected);
-        if let Some(cluster) = self.shrink_cluster.as_ref().filter(|_| most > 1) {
-            // Shares of a block's sums are whole.
-            let splits = 1 << most.ilog2();
-            let teams = teams_of(tiles_count * groups * splits);
-            let team_stages = stages.div_ceil(splits * teams);
-            let in_flight = team_stages.min(TEAM_STAGES);
-            // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
-            // that the scratch memory holds `[targets, rows, pitch]` of h.
-            return unsafe {
-                stream.launch_clusters(
-                    cluster,
-                    grid(splits, teams, teams * in_flight),
-                    (1, 1, splits as u32),
-                    arguments![
-                        tiles,
-                        count,
-                        call.raw,
-                        targets,
-                        call.x,
-                        inputs,
-                        team_stages as u32,
-                        unit_count,
-                        pitch,
-                        plane,
-                        h
-                    ],
-                )
-            };
-        }
-        let split_stages = stages.div_ceil(splits_of(tiles_count));
-        let splits = stages.div_ceil(split_stages);
-        let (partial, arrived) = (scratch.partial(), scratch.arrived());
-        // SAFETY: as above; split blocks are at most LARGE_PARTS.
-        unsafe {
-            stream.launch(
-                &self.shrink_large,
-                grid(splits, 1, STAGES),
-                arguments![
-                    tiles,
-                    count,
-                    call.raw,
-                    targets,
-                    call.x,
-                    inputs,
-                    split_stages as u32,
-                    unit_count,
-                    pitch,
-                    plane,
-                    partial,
-                    arrived,
-                    h
-                ],
-            )
-        }
-    }
-
-    fn expand_large(
-        &self,
-        stream: &Stream,
-        scratch: &mut LoraScratch,
-        step: &LoraStep<'_>,
-        call: &Call,
-        out: &Out<'_>,
-    ) -> Result<(), CudaError> {
-        let (tiles, h) = (step.tiles.address(), scratch.h());
-        let count = step.tile_count.address();
-        let (inputs, width, pitch, plane) =
-            (call.inputs as u32, call.width as u32, call.pitch as u32, call.plane());
-        let columns = LARGE_ROW_BYTES / out.element();
-        let grid = Grid {
-            blocks: (call.widest.div_ceil(columns) as u32, step.tiles.len() as u32, call.targets as u32),
-            threads: 128,
-            shared: expand_large_shared(call.pitch, out.element()) as u32,
-        };
-        // SAFETY: as above; the output holds every target's columns in every row.
-        unsafe {
-            stream.launch_after(
-                self.expand_large.get(out),
-                grid,
-                arguments![tiles, count, call.raw, inputs, pitch, plane, h, out.address(), width],
-                self.overlap,
-            )
-        }
-    }
 }
 
 /// What both regimes need of a call.
@@ -418,28 +278,6 @@ impl Call {
     fn plane(&self) -> usize {
         self.rows * self.pitch
     }
-}
-
-/// Teams of a cluster's blocks, where there are so many blocks: a multiprocessor has registers for one block of four
-/// teams, or for three of two. Clusters cannot use every place, and all are to run at once.
-const fn teams_of(blocks: usize) -> usize {
-    const ONE_EACH: usize = FULL_CHIP / 2 * 3 / 4;
-    match blocks.div_ceil(ONE_EACH) {
-        0..=1 => MAX_TEAMS,
-        2 => 2,
-        _ => 1,
-    }
-}
-
-/// Shared memory of the large shrink: stages of x's tile and `units` of A.
-fn shrink_large_shared(stages: usize, units: usize) -> usize {
-    stages * (TILE_ROWS + units * UNIT) * STAGE_INPUTS * size_of::<bf16>()
-}
-
-/// Shared memory of the large expand: the output's tile, Bᵀ's, and h's with 8 elements of padding a row.
-fn expand_large_shared(pitch: usize, element: usize) -> usize {
-    let columns = LARGE_ROW_BYTES / element;
-    TILE_ROWS * LARGE_ROW_BYTES + (pitch * columns + TILE_ROWS * (pitch + 8)) * size_of::<bf16>()
 }
 
 fn check(
@@ -509,6 +347,3 @@ fn check(
     );
     Ok(())
 }
-
-// The large shrink's blocks keep this many sums, which the scratch memory is sized by.
-const _: () = assert!(PARTIAL_BLOCK == TILE_ROWS * GROUP_UNITS * UNIT);

@@ -2,8 +2,9 @@
 
 use half::bf16;
 
+use super::large::GROUP_UNITS;
 use super::layout::{SMALL_ROWS, TARGETS, TILE_ROWS};
-use super::{GROUP_UNITS, MAX_RANK, UNIT};
+use super::{MAX_RANK, UNIT};
 use crate::error::ensure;
 use crate::memory::DeviceBuffer;
 use crate::stream::Stream;
