@@ -156,6 +156,11 @@ pub trait Executor: Send {
     /// The last completed step's tokens, valid until the next `submit_step`.
     fn step_result(&self) -> &StepResult;
 
+    /// Whether a completion is worth looking for without sleeping until it is there.
+    fn is_watched(&self) -> bool {
+        false
+    }
+
     /// Registers who is told of completions.
     fn set_waker(&mut self, waker: Waker);
 

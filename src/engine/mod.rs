@@ -27,6 +27,7 @@ pub mod server;
 pub mod setup;
 mod step_loop;
 mod warm_up;
+mod watch;
 
 pub use facade::{Engine, EngineConfig, StartError};
 pub use gauges::{EngineStats, SlotView, SwapCounts, SwapStats};

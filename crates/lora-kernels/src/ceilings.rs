@@ -60,7 +60,7 @@ pub fn ceilings(device: &Device) -> Result<Ceilings, CudaError> {
         gemm_flops,
         gemm_sustained_flops,
         gemm_from_idle,
-        read_bytes_s: read(device, &stream)?,
+        read_bytes_s: read_bytes_s(device, &stream)?,
         pinned_bytes_s: copy(device, &stream, &device.pinned::<u32>(COPY_BYTES / 4)?)?,
         pageable_bytes_s: copy(device, &stream, &vec![1u32; COPY_BYTES / 4])?,
     })
@@ -142,7 +142,11 @@ fn from_idle(
     Ok(bursts)
 }
 
-fn read(device: &Device, stream: &Stream) -> Result<f64, CudaError> {
+/// [`Ceilings::read_bytes_s`] alone. Takes up to 4 GiB of free device memory for some milliseconds.
+///
+/// # Errors
+/// If memory is short or the device fails.
+pub fn read_bytes_s(device: &Device, stream: &Stream) -> Result<f64, CudaError> {
     const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ceilings.fatbin"));
     let function = Module::load(device.context(), IMAGE)?.function("read_all")?;
     let (free, _) = device.memory()?;

@@ -28,7 +28,7 @@ pub mod twins;
 mod words;
 
 pub use attention::{Attention, DecodeWorkspace, Queries};
-pub use ceilings::{BURSTS, Burst, Ceilings, ceilings};
+pub use ceilings::{BURSTS, Burst, Ceilings, ceilings, read_bytes_s};
 pub use device::{Device, DeviceInfo};
 pub use draw::{Draw, Uniform};
 pub use elementwise::{Elementwise, WIDEST_NORM};

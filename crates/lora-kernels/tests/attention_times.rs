@@ -2,13 +2,10 @@
 
 mod common;
 
-use common::{device, milliseconds, upload};
+use common::{device, memory_rate, milliseconds, upload};
 use lora_kernels::{
     Attention, AttentionShape, Draw, KvCache, Queries, Sequences, Uniform, bf16, prefill_tiles,
 };
-
-/// HBM read rate of an H100 that the figures are compared with, in GB/s.
-const HBM: f64 = 3070.0;
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> AttentionShape {
     AttentionShape { heads, kv_heads, head_dim, block_size: 16 }
@@ -22,9 +19,10 @@ fn uniform(bound: f32) -> Uniform {
 #[ignore = "needs an NVIDIA GPU: prints times"]
 fn decode_times() {
     let (device, stream) = device();
+    let memory = memory_rate(&device, &stream) * 1e-3;
     let draw = Draw::load(&device).unwrap();
     println!(
-        "| heads | kv heads | head | sequences | context | splits | µs | GB/s of the cache | of {HBM} |"
+        "| heads | kv heads | head | sequences | context | splits | µs | GB/s of the cache | of {memory:.0} |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
     let models = [shape(32, 32, 128), shape(32, 8, 128), shape(12, 12, 64)];
@@ -97,7 +95,7 @@ fn decode_times() {
                 shape.kv_heads,
                 attention.splits(seqs, context),
                 ms * 1e3,
-                100.0 * rate / HBM
+                100.0 * rate / memory
             );
         }
     }

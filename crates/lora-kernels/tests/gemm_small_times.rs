@@ -2,13 +2,11 @@
 
 mod common;
 
-use common::{device, median_us};
+use common::{device, median_us, memory_rate};
 use lora_kernels::{
     CudaError, Device, Draw, Elementwise, Gemm, GemmSmall, Product, Stream, Uniform, Weight, bf16,
 };
 
-/// Bytes a microsecond that an H100 80GB reads.
-const HBM: f64 = 3.09e6;
 const SHAPES: [(&str, usize, usize, bool); 5] = [
     ("q,k,v", 12_288, 4096, false),
     ("o", 4096, 4096, true),
@@ -47,11 +45,12 @@ fn in_graph(
 #[ignore = "needs an NVIDIA GPU: prints times"]
 fn small_product_times() {
     let (device, stream) = device();
+    let memory = memory_rate(&device, &stream);
     let mut small = GemmSmall::load(&device).unwrap();
     let mut scratch = device.buffer::<f32>(4 << 20).unwrap();
     let draw = Draw::load(&device).unwrap();
     println!(
-        "| product | rows | kernel | slices | µs | GB/s of the weight | % of {HBM:.2e} B/µs | µs alone |"
+        "| product | rows | kernel | slices | µs | GB/s of the weight | % of {memory:.2e} B/µs | µs alone |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     for (name, outputs, inputs, adds) in SHAPES {
@@ -68,7 +67,7 @@ fn small_product_times() {
             println!(
                 "| {name} | {n} | {kernel} | {slices} | {us:.1} | {:.0} | {:.1} | {alone:.1} |",
                 rate * 1e-3,
-                100.0 * rate / HBM
+                100.0 * rate / memory
             );
         };
         for n in [1, 8, 16, 24, 32] {
@@ -105,6 +104,7 @@ fn small_product_times() {
 #[ignore = "needs an NVIDIA GPU: prints times"]
 fn layer_times() {
     let (device, stream) = device();
+    let memory = memory_rate(&device, &stream);
     let kernels = Elementwise::load(&device).unwrap();
     let layers: Vec<Vec<Weight>> = SHAPES[..4]
         .iter()
@@ -157,7 +157,7 @@ fn layer_times() {
                     kernels.silu_mul(&stream, n, 11_008, up.view(), act.view_mut())?;
                     gemm.run(&stream, n, weight(3), act.view(), &mut Product::Add(residual.view_mut()))
                 });
-                println!("| {n} | {name} | {overlapped} | {us:.1} | {:.1} |", bytes / HBM);
+                println!("| {n} | {name} | {overlapped} | {us:.1} | {:.1} |", bytes / memory);
             }
         }
     }

@@ -1,15 +1,14 @@
 //! Times of the LoRA kernels on the shapes of Llama-2-7B, against the bytes that they must move. Prints only.
+//! `LORA_HBM_TIMING="1 512 16 down"` takes that batch (segments, rows, rank) and group alone, for a profiler.
 
 mod common;
 
-use common::{Random, device, median_us};
+use common::{Random, device, median_us, memory_rate};
 use lora_kernels::{
     CudaError, Device, DeviceBuffer, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Stream, Target,
     bf16, large_tiles,
 };
 
-/// HBM read rate of an H100 80GB, bytes per microsecond.
-const HBM: f64 = 3.07e6;
 /// Bytes that one round of calls goes through: well past the L2 cache.
 const ROUND: usize = 160 << 20;
 
@@ -75,8 +74,8 @@ struct Batch {
 }
 
 impl Batch {
-    /// Microseconds a call: as it is, overlapped, and with the shrink alone; then the floor.
-    fn time(&self, device: &Device, stream: &Stream, group: &Group) -> Result<([f64; 3], f64), CudaError> {
+    /// Microseconds a call: as it is, overlapped, and with the shrink alone; then the bytes that it must move.
+    fn time(&self, device: &Device, stream: &Stream, group: &Group) -> Result<([f64; 3], usize), CudaError> {
         let Self { segments: count, rows, rank } = *self;
         let all_rows = count * rows;
         let small = rows <= lora_kernels::SMALL_ROWS;
@@ -155,7 +154,7 @@ impl Batch {
             })?;
             *time = median_us(device, stream, || graph.launch())? / calls as f64;
         }
-        Ok((times, (weights + activations) as f64 / HBM))
+        Ok((times, weights + activations))
     }
 }
 
@@ -163,6 +162,7 @@ impl Batch {
 #[ignore = "needs an NVIDIA GPU, prints times"]
 fn times_of_llama_2_7b() -> Result<(), CudaError> {
     let (device, stream) = device();
+    let memory = memory_rate(&device, &stream);
     let decode = [1, 16].into_iter().flat_map(|s| [8, 16, 64].map(|rank| (s, 1, rank)));
     let shared = [(4, 4, 16), (1, 16, 16)];
     let prefill = [(1, 512, 16), (1, 2048, 16), (1, 4096, 16), (1, 4096, 64), (1, 4096, 128), (16, 256, 16)];
@@ -170,28 +170,28 @@ fn times_of_llama_2_7b() -> Result<(), CudaError> {
         "{:>8} {:>5} {:>5} {:>8} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7}",
         "segments", "rows", "rank", "group", "us", "overlap", "shrink", "floor us", "GB/s", "x floor"
     );
+    let only = std::env::var("LORA_HBM_TIMING").ok();
+    let wanted = |batch: &str, group: &str| only.as_ref().is_none_or(|o| *o == format!("{batch} {group}"));
     for (segments, rows, rank) in decode.chain(shared).chain(prefill) {
         let batch = Batch { segments, rows, rank };
-        let (mut sum, mut sum_overlap, mut sum_floor) = (0.0, 0.0, 0.0);
-        for group in &GROUPS {
-            let ([plain, overlap, shrink], floor) = batch.time(&device, &stream, group)?;
+        let line = |name: &str, [plain, overlap, shrink]: [f64; 3], bytes: usize| {
+            let floor = bytes as f64 / memory;
             println!(
-                "{segments:>8} {rows:>5} {rank:>5} {:>8} {plain:>9.2} {overlap:>9.2} {shrink:>9.2} {floor:>9.2} {:>7.0} {:>7.2}",
-                group.name,
-                floor * HBM / plain / 1e3,
+                "{segments:>8} {rows:>5} {rank:>5} {name:>8} {plain:>9.2} {overlap:>9.2} {shrink:>9.2} {floor:>9.2} {:>7.0} {:>7.2}",
+                bytes as f64 / plain / 1e3,
                 plain / floor
             );
-            sum += plain;
-            sum_overlap += overlap;
-            sum_floor += floor;
+        };
+        let (mut times, mut bytes) = ([0.0; 3], 0);
+        for group in GROUPS.iter().filter(|g| wanted(&format!("{segments} {rows} {rank}"), g.name)) {
+            let (took, moved) = batch.time(&device, &stream, group)?;
+            line(group.name, took, moved);
+            times = std::array::from_fn(|i| times[i] + took[i]);
+            bytes += moved;
         }
-        println!(
-            "{segments:>8} {rows:>5} {rank:>5} {:>8} {sum:>9.2} {sum_overlap:>9.2} {:>9} {sum_floor:>9.2} {:>7.0} {:>7.2}",
-            "layer",
-            "",
-            sum_floor * HBM / sum / 1e3,
-            sum / sum_floor
-        );
+        if only.is_none() {
+            line("layer", times, bytes);
+        }
     }
     Ok(())
 }

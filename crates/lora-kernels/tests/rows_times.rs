@@ -2,11 +2,9 @@
 
 mod common;
 
-use common::{Random, device, median_us, upload};
+use common::{Random, device, median_us, memory_rate, upload};
 use lora_kernels::{Argmax, CudaError, Device, DeviceBuffer, Elementwise, Stream, bf16};
 
-/// HBM read rate of an H100 80GB, bytes per microsecond.
-const HBM: f64 = 3.07e6;
 /// Bytes that one round of calls goes through: well past the L2 cache.
 const ROUND: usize = 400 << 20;
 
@@ -55,10 +53,12 @@ impl Buffers {
     }
 }
 
-/// Prints a line: `launch` gets a running number to choose its buffers by, and moves `bytes`.
+/// Prints a line: `launch` gets a running number to choose its buffers by, and moves `bytes`, of which the device's
+/// memory gives `memory` in a microsecond.
 fn print(
     device: &Device,
     stream: &Stream,
+    memory: f64,
     (name, n, width): (&str, usize, usize),
     bytes: usize,
     mut launch: impl FnMut(usize) -> Result<(), CudaError>,
@@ -67,7 +67,7 @@ fn print(
     // As a graph, as the engine runs it: single launches of small kernels would time the host.
     let mut graph = stream.capture(|| (0..calls).try_for_each(&mut launch))?;
     let us = median_us(device, stream, || graph.launch())? / calls as f64;
-    let floor = bytes as f64 / HBM;
+    let floor = bytes as f64 / memory;
     let rate = bytes as f64 / us * 1e-3;
     println!("| {name} | {n} | {width} | {us:.2} | {floor:.2} | {rate:.0} | {:.2} |", us / floor);
     Ok(())
@@ -78,6 +78,7 @@ fn print(
 fn times() -> Result<(), CudaError> {
     let (device, stream) = device();
     let kernels = Elementwise::load(&device)?;
+    let memory = memory_rate(&device, &stream);
     let b = &mut Buffers::new(&device, &stream)?;
     println!(
         "| kernel | rows | width | µs | floor µs | GB/s | × floor |\n| --- | --- | --- | --- | --- | --- | --- |"
@@ -89,7 +90,7 @@ fn times() -> Result<(), CudaError> {
             at..at + n * width
         };
         let (w, row) = (HIDDEN, n * HIDDEN);
-        print(&device, &stream, ("embed", n, w), row * 6, |turn| {
+        print(&device, &stream, memory, ("embed", n, w), row * 6, |turn| {
             let out = b.wide_out.view_mut();
             let at = part(turn, w, out.len());
             // Other tokens each time where they are few: the table's rows would come from the cache.
@@ -97,30 +98,30 @@ fn times() -> Result<(), CudaError> {
             let tokens = b.tokens.view().slice(from..from + n);
             kernels.embed(&stream, n, w, tokens, b.table.view(), out.slice(at))
         })?;
-        print(&device, &stream, ("add_positions", n, w), row * 10, |turn| {
+        print(&device, &stream, memory, ("add_positions", n, w), row * 10, |turn| {
             let out = b.wide_out.view_mut();
             let at = part(turn, w, out.len());
             let from = turn * n % (POSITIONS - n + 1);
             let positions = b.tokens.view().slice(from..from + n);
             kernels.add_positions(&stream, n, w, 0, positions, b.table.view(), out.slice(at))
         })?;
-        print(&device, &stream, ("rms_norm", n, w), row * 6, |turn| {
+        print(&device, &stream, memory, ("rms_norm", n, w), row * 6, |turn| {
             let (x, out) = (b.wide.view(), b.narrow_out.view_mut());
             let (from, to) = (part(turn, w, x.len()), part(turn, w, out.len()));
             kernels.rms_norm(&stream, n, 1e-5, b.norm.view(), x.slice(from), out.slice(to))
         })?;
-        print(&device, &stream, ("layer_norm", n, w), row * 6, |turn| {
+        print(&device, &stream, memory, ("layer_norm", n, w), row * 6, |turn| {
             let (x, out) = (b.wide.view(), b.narrow_out.view_mut());
             let (from, to) = (part(turn, w, x.len()), part(turn, w, out.len()));
             let norm = b.norm.view();
             kernels.layer_norm(&stream, n, 1e-5, norm, norm, x.slice(from), out.slice(to))
         })?;
-        print(&device, &stream, ("silu_mul", n, INTERMEDIATE), n * INTERMEDIATE * 6, |turn| {
+        print(&device, &stream, memory, ("silu_mul", n, INTERMEDIATE), n * INTERMEDIATE * 6, |turn| {
             let (x, out) = (b.narrow.view(), b.narrow_out.view_mut());
             let (from, to) = (part(turn, 2 * INTERMEDIATE, x.len()), part(turn, INTERMEDIATE, out.len()));
             kernels.silu_mul(&stream, n, INTERMEDIATE, x.slice(from), out.slice(to))
         })?;
-        print(&device, &stream, ("relu", n, INTERMEDIATE), n * INTERMEDIATE * 4, |turn| {
+        print(&device, &stream, memory, ("relu", n, INTERMEDIATE), n * INTERMEDIATE * 4, |turn| {
             let x = b.narrow.view_mut();
             let at = part(turn, INTERMEDIATE, x.len());
             kernels.relu(&stream, n, INTERMEDIATE, x.slice(at))
@@ -129,14 +130,14 @@ fn times() -> Result<(), CudaError> {
         if n <= 128 {
             let rows: Vec<u32> = (0..n as u32).rev().collect();
             let rows = upload(&device, &stream, &rows);
-            print(&device, &stream, ("gather", n, w), row * 8, |turn| {
+            print(&device, &stream, memory, ("gather", n, w), row * 8, |turn| {
                 let (x, out) = (b.wide.view(), b.wide_out.view_mut());
                 let (from, to) = (part(turn, w, x.len()), part(turn, w, out.len()));
                 kernels.gather(&stream, n, w, rows.view(), x.slice(from), out.slice(to))
             })?;
             let mut argmax = Argmax::load(&device, n)?;
             let mut ids = device.buffer::<u32>(n)?;
-            print(&device, &stream, ("argmax", n, VOCAB), n * VOCAB * 4, |turn| {
+            print(&device, &stream, memory, ("argmax", n, VOCAB), n * VOCAB * 4, |turn| {
                 let logits = b.wide.view();
                 let at = part(turn, VOCAB, logits.len());
                 argmax.run(&stream, n, VOCAB, logits.slice(at), None, ids.view_mut())

@@ -12,6 +12,7 @@ use crate::engine::backend::BackendShape;
 use crate::engine::batch::BatchLimits;
 use crate::engine::device::{Compute, DeviceExecutor, LoadedModel, Parts, check_options};
 use crate::engine::model::{Decoder, ModelSpec, WeightError, Weights};
+use crate::engine::watch::Watch;
 
 /// What a CPU executor is made with.
 pub struct CpuOptions {
@@ -76,7 +77,9 @@ pub fn cpu_executor(options: CpuOptions) -> Result<DeviceExecutor, CpuStartError
     let decoder = Decoder::new(&mut backend, model, &spec, &limits)
         .map_err(|e| CpuStartError::Options(e.to_string()))?;
     let pool = product_threads(threads)?;
-    let compute = Compute { backend, decoder, vocab, keep_logits };
+    // Products need all cores.
+    let watch = Watch::Sleep;
+    let compute = Compute { backend, decoder, vocab, keep_logits, watch };
     Ok(DeviceExecutor::start(Parts {
         device: "cpu",
         vocab,
@@ -84,6 +87,7 @@ pub fn cpu_executor(options: CpuOptions) -> Result<DeviceExecutor, CpuStartError
         limits,
         swap_mode,
         keep_logits,
+        watch,
         compute: Box::new(move |inbox, reports| match pool {
             // Products use the pool that they are called in.
             Some(pool) => pool.install(move || compute.run(inbox, reports)),

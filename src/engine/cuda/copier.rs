@@ -13,6 +13,7 @@ use lora_sched::Nanos;
 
 use super::slots::{CudaSlots, Piece};
 use crate::engine::device::{Copy, CopyQueue, Reports, SlotMemory as _};
+use crate::engine::watch::Watch;
 
 /// Pieces on the copy stream: one that moves, and two behind it so that the engine never pauses.
 const IN_FLIGHT: usize = 3;
@@ -23,10 +24,6 @@ const PATIENCE: Duration = Duration::from_micros(20);
 /// The same for a copy's last piece, which requests wait for.
 const IMPATIENCE: Duration = Duration::from_micros(5);
 
-/// For so long after its last copy the thread looks for another before it sleeps: who waits for several adapters asks
-/// for the next one at once, and a thread takes 10 µs and more to wake.
-const LOOKOUT: Duration = Duration::from_micros(50);
-
 /// A piece on the copy stream, and the copy as it was then.
 struct Issued {
     copy: Copy,
@@ -34,10 +31,10 @@ struct Issued {
 }
 
 /// The thread's life.
-pub(super) fn run(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) {
+pub(super) fn run(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports, watch: Watch) {
     // A panic is told on its own; whoever waits for copies must not wait for ever either way.
     let end = Ending { slots, reports };
-    if let Err(e) = copy(queue, slots, reports) {
+    if let Err(e) = copy(queue, slots, reports, watch) {
         reports.fail(format!("copies: {e}"));
     } else {
         std::mem::forget(end);
@@ -59,7 +56,7 @@ impl Drop for Ending<'_> {
     }
 }
 
-fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), CudaError> {
+fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports, watch: Watch) -> Result<(), CudaError> {
     slots.copy_stream().bind()?;
     let mut issued: VecDeque<Issued> = VecDeque::with_capacity(2 * IN_FLIGHT);
     // When the piece that moves now could begin to.
@@ -67,7 +64,8 @@ fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), C
     let mut started = vec![0; slots.len()];
     loop {
         let next = match issued.len() {
-            0 => match soon(queue).or_else(|| queue.next()) {
+            // Who waits for several adapters asks for the next one at once.
+            0 => match watch.soon(|| queue.try_next()).or_else(|| queue.next()) {
                 Some(copy) => {
                     free_since = reports.now();
                     Some(copy)
@@ -105,18 +103,6 @@ fn copy(queue: &CopyQueue, slots: &CudaSlots, reports: &Reports) -> Result<(), C
             reports.swap(copy.completion(free_since));
         }
         issued.pop_front();
-    }
-}
-
-/// A copy that is asked for within [`LOOKOUT`].
-fn soon(queue: &CopyQueue) -> Option<Copy> {
-    let until = Instant::now() + LOOKOUT;
-    loop {
-        let copy = queue.try_next();
-        if copy.is_some() || Instant::now() >= until {
-            return copy;
-        }
-        std::hint::spin_loop();
     }
 }
 

@@ -15,6 +15,7 @@ use crate::engine::batch::BatchLimits;
 use crate::engine::device::{Burst, Ceilings, Compute, DeviceExecutor, LoadedModel, Parts, check_options};
 use crate::engine::model::{Decoder, ModelSpec, WeightError, Weights};
 use crate::engine::setup::HostMemory;
+use crate::engine::watch::Watch;
 use crate::report::machine::Gpu;
 
 /// An open GPU, with the weights that were loaded onto it.
@@ -163,7 +164,8 @@ impl CudaDevice {
         let CudaOptions { spec, weights, adapters, gpu_loras, limits, swap_mode, keep_logits, .. } = options;
         let (device, vocab, max_rank) = (&self.device, spec.vocab_size, adapters.max_rank());
         let steps_wait = swap_mode == SwapMode::Layered;
-        let slots = Arc::new(CudaSlots::new(device, &spec, max_rank, gpu_loras, steps_wait)?);
+        let watch = Watch::of_machine();
+        let slots = Arc::new(CudaSlots::new(device, &spec, max_rank, gpu_loras, steps_wait, watch)?);
         let parts = BackendParts {
             device: device.clone(),
             slots: Arc::clone(&slots),
@@ -177,7 +179,7 @@ impl CudaDevice {
         if options.graphs {
             backend.record(&mut decoder)?;
         }
-        let compute = Compute { backend, decoder, vocab, keep_logits };
+        let compute = Compute { backend, decoder, vocab, keep_logits, watch };
         Ok(DeviceExecutor::start(Parts {
             device: "cuda",
             vocab,
@@ -185,10 +187,11 @@ impl CudaDevice {
             limits,
             swap_mode,
             keep_logits,
+            watch,
             compute: Box::new(move |inbox, reports| compute.run(inbox, reports)),
             copy: {
                 let slots = Arc::clone(&slots);
-                Box::new(move |queue, reports| copier::run(queue, &slots, reports))
+                Box::new(move |queue, reports| copier::run(queue, &slots, reports, watch))
             },
             slots,
         })?)

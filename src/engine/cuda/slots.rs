@@ -17,6 +17,7 @@ use super::copier::pause;
 use crate::engine::adapters::{AdapterLayout, HostAdapter, Slab};
 use crate::engine::device::SlotMemory;
 use crate::engine::model::ModelSpec;
+use crate::engine::watch::Watch;
 
 /// In a table of parts: the adapter leaves the module alone.
 const NOT_ADAPTED: i32 = -1;
@@ -38,6 +39,7 @@ pub(super) struct CudaSlots {
     /// [`Segment::arrival`](lora_kernels::Segment::arrival).
     arrivals: DeviceBuffer<u32>,
     steps_wait: bool,
+    watch: Watch,
     issuing: Mutex<Issuing>,
     signal: Condvar,
 }
@@ -149,6 +151,7 @@ impl CudaSlots {
         max_rank: usize,
         count: usize,
         steps_wait: bool,
+        watch: Watch,
     ) -> Result<Self, CudaError> {
         let stride = Self::slot_elements(spec, max_rank);
         let cuts = [SwapKind::Demand, SwapKind::Prefetch].map(|kind| Pieces::of(kind, steps_wait));
@@ -174,6 +177,7 @@ impl CudaSlots {
             slots: (0..count).map(|_| slot()).collect::<Result<_, CudaError>>()?,
             arrivals: device.buffer(count * (1 + spec.layers))?,
             steps_wait,
+            watch,
             issuing: Mutex::default(),
             signal: Condvar::new(),
         })
@@ -261,8 +265,9 @@ impl CudaSlots {
         }
         let issued =
             |slot: &SlotId| self.slots[slot.0 as usize].issued.load(Ordering::Acquire) >= self.layers;
+        relock(&self.issuing).awaited = true;
+        self.watch.soon(|| slots.iter().all(issued).then_some(()));
         let mut guard = relock(&self.issuing);
-        guard.awaited = true;
         while !slots.iter().all(issued) && !guard.gone {
             guard = self.signal.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }

@@ -8,6 +8,7 @@ use crate::engine::backend::StepBackend;
 use crate::engine::batch::Batch;
 use crate::engine::executor::{Sampling, StepResult};
 use crate::engine::model::Decoder;
+use crate::engine::watch::Watch;
 
 /// A step on its way to the compute thread and back.
 pub(in crate::engine) struct Job {
@@ -26,12 +27,14 @@ pub(in crate::engine) struct Compute<B: StepBackend> {
     pub decoder: Decoder<B>,
     pub vocab: usize,
     pub keep_logits: bool,
+    pub watch: Watch,
 }
 
 impl<B: StepBackend> Compute<B> {
     /// The thread's life.
     pub fn run(mut self, inbox: Receiver<Box<Job>>, reports: &Reports) {
-        while let Ok(mut job) = inbox.recv() {
+        let watch = self.watch;
+        while let Some(mut job) = watch.soon(|| inbox.try_recv().ok()).or_else(|| inbox.recv().ok()) {
             let started = reports.now();
             let outcome = catch_unwind(AssertUnwindSafe(|| self.step(&mut job)));
             let ended = reports.now();

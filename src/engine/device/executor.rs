@@ -12,6 +12,7 @@ use super::reports::{Reported, Reports};
 use crate::engine::adapters::{AdapterLayout, HostAdapter, HostPool};
 use crate::engine::batch::{Batch, BatchLimits};
 use crate::engine::executor::{Completion, Executor, ExecutorError, StepFeed, StepResult, Waker};
+use crate::engine::watch::Watch;
 
 /// The adapter slots of a device.
 pub(in crate::engine) trait SlotMemory: Send + Sync {
@@ -46,6 +47,8 @@ pub(in crate::engine) struct Parts {
     pub swap_mode: SwapMode,
     /// Keep each step's logits.
     pub keep_logits: bool,
+    /// Whether who waits for a completion keeps looking.
+    pub watch: Watch,
     /// Runs steps.
     pub compute: ComputeLife,
     /// Runs copies.
@@ -68,6 +71,7 @@ pub struct DeviceExecutor {
     /// `[slots]` whether the step in flight reads the slot.
     read_by_step: Vec<bool>,
     swaps_in_flight: usize,
+    watch: Watch,
     /// Swaps submitted under one number were decided at once.
     decision: u64,
 }
@@ -75,7 +79,7 @@ pub struct DeviceExecutor {
 impl DeviceExecutor {
     /// Starts the threads.
     pub(in crate::engine) fn start(parts: Parts) -> std::io::Result<Self> {
-        let Parts { device, vocab, adapters, slots, limits, swap_mode, compute, copy, .. } = parts;
+        let Parts { device, vocab, adapters, slots, limits, swap_mode, watch, compute, copy, .. } = parts;
         let reports = Arc::new(Reports::new(slots.len()));
         let copies = Arc::new(CopyQueue::new(swap_mode, slots.len()));
         let kept = if parts.keep_logits { limits.max_num_seqs * vocab } else { 0 };
@@ -111,6 +115,7 @@ impl DeviceExecutor {
             job: Some(Box::new(job)),
             result: StepResult::default(),
             swaps_in_flight: 0,
+            watch,
             decision: 0,
         })
     }
@@ -121,6 +126,10 @@ impl DeviceExecutor {
         let job = self.job.as_ref()?;
         let row = job.batch.sample_plan.iter().position(|i| *i as usize == index)?;
         job.logits.get(row * self.vocab..(row + 1) * self.vocab)
+    }
+
+    fn is_busy(&self) -> bool {
+        self.job.is_none() || self.swaps_in_flight > 0
     }
 
     fn error(&self, message: impl Into<String>) -> ExecutorError {
@@ -211,15 +220,19 @@ impl Executor for DeviceExecutor {
             if let Some(completion) = self.take(&mut state)? {
                 return Ok(completion);
             }
-            if self.job.is_some() && self.swaps_in_flight == 0 {
+            if !self.is_busy() {
                 return Err(self.error("nothing is in flight"));
             }
-            state = reports.sleep(state);
+            state = reports.await_more(state, self.watch);
         }
     }
 
     fn step_result(&self) -> &StepResult {
         &self.result
+    }
+
+    fn is_watched(&self) -> bool {
+        self.watch.looks() && self.is_busy()
     }
 
     fn set_waker(&mut self, waker: Waker) {

@@ -1,6 +1,7 @@
 //! What the threads report, and the clock that they stamp it with.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -8,12 +9,15 @@ use lora_sched::Nanos;
 
 use super::compute::Job;
 use crate::engine::executor::{Completion, Waker};
+use crate::engine::watch::Watch;
 
 /// The meeting point of the executor and its threads.
 pub(in crate::engine) struct Reports {
     epoch: Instant,
     state: Mutex<Reported>,
     signal: Condvar,
+    /// How often something was reported; changed under the lock.
+    told: AtomicU64,
 }
 
 pub(in crate::engine) struct Reported {
@@ -28,7 +32,12 @@ impl Reports {
     pub fn new(slots: usize) -> Self {
         let state =
             Reported { swaps: VecDeque::with_capacity(slots), step: None, failure: None, waker: None };
-        Self { epoch: Instant::now(), state: Mutex::new(state), signal: Condvar::new() }
+        Self {
+            epoch: Instant::now(),
+            state: Mutex::new(state),
+            signal: Condvar::new(),
+            told: AtomicU64::new(0),
+        }
     }
 
     /// Nanoseconds since the executor was made.
@@ -60,6 +69,7 @@ impl Reports {
 
     fn tell(&self, state: MutexGuard<'_, Reported>) {
         let waker = state.waker.clone();
+        self.told.fetch_add(1, Ordering::Release);
         drop(state);
         self.signal.notify_all();
         if let Some(waker) = waker {
@@ -72,8 +82,53 @@ impl Reports {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sleeps until something more is reported.
-    pub fn sleep<'a>(&self, state: MutexGuard<'a, Reported>) -> MutexGuard<'a, Reported> {
-        self.signal.wait(state).unwrap_or_else(PoisonError::into_inner)
+    /// Waits until something more is reported.
+    pub fn await_more<'a>(
+        &'a self,
+        state: MutexGuard<'a, Reported>,
+        watch: Watch,
+    ) -> MutexGuard<'a, Reported> {
+        if !watch.looks() {
+            return self.signal.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let seen = self.told.load(Ordering::Acquire);
+        drop(state);
+        while self.told.load(Ordering::Acquire) == seen {
+            std::hint::spin_loop();
+        }
+        self.lock()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lora_sched::{AdapterId, SlotId};
+
+    #[test]
+    fn every_report_ends_a_wait_looked_for_or_asleep() {
+        for watch in [Watch::Sleep, Watch::Look] {
+            let reports = Reports::new(4);
+            let swap = |slot| Completion::Swap {
+                slot: SlotId(slot),
+                adapter: AdapterId(slot),
+                started: 0,
+                ended: 1,
+            };
+            std::thread::scope(|threads| {
+                threads.spawn(|| (0..100).for_each(|slot| reports.swap(swap(slot))));
+                let mut slots = Vec::new();
+                let mut state = reports.lock();
+                while slots.len() < 100 {
+                    match state.swaps.pop_front() {
+                        Some(Completion::Swap { slot, .. }) => slots.push(slot.0),
+                        Some(other) => panic!("{watch:?}: {other:?}"),
+                        None => state = reports.await_more(state, watch),
+                    }
+                }
+                drop(state);
+                assert_eq!(slots, (0..100).collect::<Vec<_>>(), "{watch:?}");
+            });
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The step loop's one mailbox: requests, cancels, and the executor's wake-ups.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use lora_sched::RequestId;
@@ -46,6 +47,8 @@ struct State {
 pub(in crate::engine) struct Mailbox {
     state: Mutex<State>,
     some: Condvar,
+    /// Something has come since the loop last saw that there was nothing; changed under the lock.
+    posted: AtomicBool,
 }
 
 impl Mailbox {
@@ -62,8 +65,7 @@ impl Mailbox {
         let first = RequestId(state.next_id);
         state.next_id += together.len() as u64;
         state.messages.push(Message::Submit(first, together));
-        drop(state);
-        self.some.notify_one();
+        self.post(state);
         Ok(first)
     }
 
@@ -91,28 +93,44 @@ impl Mailbox {
         let mut state = self.lock();
         if !state.closed {
             state.messages.push(message);
-            drop(state);
-            self.some.notify_one();
+            self.post(state);
         }
+    }
+
+    fn post(&self, state: MutexGuard<'_, State>) {
+        self.posted.store(true, Ordering::Release);
+        drop(state);
+        self.some.notify_one();
     }
 
     /// Tells that the executor has a completion.
     pub(in crate::engine) fn wake(&self) {
-        self.lock().woken = true;
-        self.some.notify_one();
+        let mut state = self.lock();
+        state.woken = true;
+        self.post(state);
     }
 
     /// Tells the loop to end.
     pub(in crate::engine) fn stop(&self) {
-        self.lock().stop = true;
-        self.some.notify_one();
+        let mut state = self.lock();
+        state.stop = true;
+        self.post(state);
     }
 
-    /// Waits for something, then takes the messages; `false` when the loop is to end.
-    pub(super) fn wait(&self, into: &mut Vec<Message>) -> bool {
+    /// Waits for something, looking for it or asleep, then takes the messages; `false` when the loop is to end.
+    pub(super) fn wait(&self, into: &mut Vec<Message>, looking: bool) -> bool {
         let mut state = self.lock();
         while state.messages.is_empty() && !state.woken && !state.stop {
-            state = self.some.wait(state).unwrap_or_else(PoisonError::into_inner);
+            if looking {
+                self.posted.store(false, Ordering::Release);
+                drop(state);
+                while !self.posted.load(Ordering::Acquire) {
+                    std::hint::spin_loop();
+                }
+                state = self.lock();
+            } else {
+                state = self.some.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
         }
         state.woken = false;
         into.append(&mut state.messages);
@@ -129,5 +147,45 @@ impl Mailbox {
         let mut state = self.lock();
         state.closed = true;
         std::mem::take(&mut state.messages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn whatever_is_put_in_ends_the_wait_looked_for_or_asleep() {
+        for looking in [false, true] {
+            let mailbox = Arc::new(Mailbox::default());
+            let (seen, turns) = std::sync::mpsc::channel();
+            let waiter = thread::spawn({
+                let mailbox = mailbox.clone();
+                move || {
+                    let mut inbox = Vec::new();
+                    while mailbox.wait(&mut inbox, looking) {
+                        seen.send(inbox.drain(..).count()).unwrap();
+                    }
+                }
+            });
+            let turn = || turns.recv_timeout(Duration::from_secs(60)).expect("the wait ends");
+            mailbox.wake();
+            assert_eq!(turn(), 0, "looking: {looking}");
+            mailbox.cancel(RequestId(1));
+            mailbox.cancel(RequestId(2));
+            let mut messages = turn();
+            if messages < 2 {
+                messages += turn();
+            }
+            assert_eq!(messages, 2, "looking: {looking}");
+            mailbox.wake();
+            assert_eq!(turn(), 0, "looking: {looking}");
+            mailbox.stop();
+            waiter.join().unwrap();
+        }
     }
 }

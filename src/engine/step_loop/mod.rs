@@ -166,7 +166,7 @@ impl StepLoop {
     fn turns(&mut self) -> Result<(), LoopError> {
         let mut inbox = std::mem::take(&mut self.inbox);
         self.publish();
-        while self.mailbox.wait(&mut inbox) {
+        while self.mailbox.wait(&mut inbox, self.executor.is_watched()) {
             while let Some(completion) = self.executor.poll()? {
                 match completion {
                     Completion::Step { step, started, ended } => self.step_done(step, started, ended)?,

@@ -125,6 +125,11 @@ pub fn check_row(what: &str, out: &[f64], reference: &[f64], tolerance: f64) -> 
     error
 }
 
+/// Bytes that the device's memory gives in a microsecond.
+pub fn memory_rate(device: &Device, stream: &Stream) -> f64 {
+    lora_kernels::read_bytes_s(device, stream).expect("a rate") * 1e-6
+}
+
 /// The median time of `work`, which puts work on the stream, in microseconds; after three rounds of warm-up.
 pub fn median_us(
     device: &Device,
