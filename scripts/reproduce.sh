@@ -11,11 +11,15 @@
 #   DEVICE=cuda                           cpu: to try the script itself
 #   MODELS="meta-llama/Llama-2-7b-hf facebook/opt-125m"
 #   QUICK=1                               as little of everything as there can be, likewise
+#   CARD=h200                             what the pilot's results are called after; the GPU's name says
 set -euo pipefail
 part=${1:?usage: scripts/reproduce.sh PART OUT} out=${2:?usage: scripts/reproduce.sh PART OUT}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 program=$(realpath "${PROGRAM:-$root/target/release/lora-hbm}")
 device=${DEVICE:-cuda}
+# "NVIDIA H100 80GB HBM3" is an h100.
+card=${CARD:-$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z -' 'a-z\n\n' |
+    grep -m 1 '^[a-z]*[0-9]' || echo "$device")}
 read -ra models <<<"${MODELS:-meta-llama/Llama-2-7b-hf facebook/opt-125m}"
 model=${models[0]}
 quick=${QUICK:-}
@@ -135,30 +139,30 @@ serve() {
     done
 }
 
-experiment() { # one of configs/experiments, of this device and model, in $out
+experiment() { # PART: one of configs/experiments, of this device and model, as $card-PART in $out
     sed -e "s|^model = .*|model = \"$model\"|" -e "s|^device = .*|device = \"$device\"|" \
-        -e "${quick:+s|^num_requests = .*|num_requests = 8|}" -e 's|^\[output\]|&\ndecisions = "decisions"|' \
-        "configs/experiments/$1.toml" >"$out/$1.toml"
+        -e "s|\"h100-|\"$card-|" -e "${quick:+s|^num_requests = .*|num_requests = 8|}" -e 's|^\[output\]|&\ndecisions = "decisions"|' \
+        "configs/experiments/h100-$1.toml" >"$out/$card-$1.toml"
 }
 
 pilot() {
-    experiment h100-pilot
+    experiment pilot
     cd "$out"
     if [ ! -e profile.json ]; then
         say "calibrate"
         hbm calibrate --model "$model" --max-r 16 --device "$device" --seconds "$(few 5 100)" -o profile.json
     fi
     say "predict, then measure"
-    hbm sweep h100-pilot.toml --mode simulated --profile profile.json --resume
-    hbm sweep h100-pilot.toml --mode measured --profile profile.json --resume
+    hbm sweep "$card-pilot.toml" --mode simulated --profile profile.json --resume
+    hbm sweep "$card-pilot.toml" --mode measured --profile profile.json --resume
     judge
 }
 
 repeats() {
     for one in heavy repeats; do
-        experiment "h100-pilot-$one"
+        experiment "pilot-$one"
         say "repeats: $one"
-        (cd "$out" && hbm sweep "h100-pilot-$one.toml" --mode measured --profile profile.json --resume)
+        (cd "$out" && hbm sweep "$card-pilot-$one.toml" --mode measured --profile profile.json --resume)
     done
     cd "$out"
     judge
@@ -168,15 +172,15 @@ judge() {
     say "judge"
     # 3: not all is within bounds, which is a result like any other.
     for format in json table; do
-        hbm validate --measured h100-pilot.csv --requests h100-pilot-requests --experiment h100-pilot.toml \
+        hbm validate --measured "$card-pilot.csv" --requests "$card-pilot-requests" --experiment "$card-pilot.toml" \
             --profile profile.json --format $format >validation.$format || [ $? = 3 ]
     done
     cat validation.table
     say "which cost misses"
     hbm profile residuals profile.json decisions/*.jsonl --format json >residuals.json
     hbm profile residuals profile.json decisions/*.jsonl | tee residuals.table
-    hbm plot h100-pilot.csv
-    hbm report h100-pilot.csv
+    hbm plot "$card-pilot.csv"
+    hbm report "$card-pilot.csv"
 }
 
 plan() {
@@ -185,11 +189,14 @@ plan() {
     if [ -e "$out/profile.json" ]; then profile=$out/profile.json; fi
     out=$out/plan
     mkdir -p "$out"
-    experiment h100-plan
+    experiment plan
     cd "$out"
     hbm plan --profile "$profile" --slo 'ttft_median<200ms' --rate 35 --max-tokens 16 | tee plan.txt
-    hbm sweep h100-plan.toml --mode simulated --profile "$profile" --resume
-    hbm sweep h100-plan.toml --mode measured --profile "$profile" --resume
+    # What it names, and half of it.
+    slots=$(sed -n 's/^smallest budget that holds with confidence: //p' plan.txt)
+    sed -i "s|^gpu_loras = .*|gpu_loras = [$slots, $((slots / 2))]|" "$card-plan.toml"
+    hbm sweep "$card-plan.toml" --mode simulated --profile "$profile" --resume
+    hbm sweep "$card-plan.toml" --mode measured --profile "$profile" --resume
 }
 
 case $part in
