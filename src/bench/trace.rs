@@ -66,7 +66,8 @@ pub fn run_trace(
         while let Some(left) = due.checked_sub(begin.elapsed()).filter(|left| !left.is_zero()) {
             match left.checked_sub(Duration::from_millis(1)) {
                 Some(sleep) => std::thread::sleep(sleep),
-                None => std::hint::spin_loop(),
+                // Spinning could keep a thread that was woken here from its core.
+                None => std::thread::yield_now(),
             }
         }
         let prompt = (0..request.prompt_tokens).map(|i| (request.id as u32 * 31 + i * 7) % vocab).collect();

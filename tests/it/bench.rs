@@ -16,10 +16,16 @@ const TINY: [&str; 8] = ["--model", "tiny", "--device", "cpu", "--max-r", "4", "
 #[test]
 fn engine_times_every_shape_that_fits_and_says_how() {
     let dir = tempfile::tempdir().unwrap();
-    let shape = ["--gpu-loras", "3", "--prompts", "16,32", "--batches", "1,2", "--contexts", "40"];
+    let shape = ["--gpu-loras", "1,3", "--prompts", "16,32", "--batches", "1,2", "--contexts", "40"];
     let adapters = ["--adapters", "0,1,2", "--runs", "2", "--rest", "1", "--all-modes"];
     bench(&dir, &[&["engine"][..], &TINY, &shape, &adapters].concat()).success();
-    let report = &json(&dir, "bench.json")["engine"][0];
+    let reports = &json(&dir, "bench.json")["engine"];
+    let slots: Vec<_> = reports.as_array().unwrap().iter().map(|r| r["gpu_loras"].as_u64()).collect();
+    assert_eq!(slots, [Some(1), Some(3)]);
+    // With one slot there is no batch of two adapters, and none that a copy may go to beside a step.
+    assert_eq!(reports[0]["decode"].as_array().unwrap().len(), 4);
+    assert_eq!(reports[0]["swaps"].as_array().unwrap().len(), 0);
+    let report = &reports[1];
     let of = |key: &str, part: &str| -> Vec<u64> {
         report[part].as_array().unwrap().iter().map(|r| r[key].as_u64().unwrap()).collect()
     };

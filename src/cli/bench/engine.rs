@@ -45,10 +45,10 @@ pub(super) struct EngineBenchArgs {
 
 #[derive(Args, Debug, Serialize)]
 struct GridArgs {
-    /// Slots [default: 32]
-    #[arg(long, value_name = "N")]
+    /// Slots to run the whole grid with, one after the other on the same weights [default: 32]
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
-    gpu_loras: Option<u32>,
+    gpu_loras: Option<Vec<u32>>,
     /// Prompt lengths [default: 256,512,1024,2048,4096]
     #[arg(long, value_name = "TOKENS,…", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -116,7 +116,8 @@ struct BenchSettings {
     model: String,
     total_loras: u32,
     out: PathBuf,
-    gpu_loras: u32,
+    #[serde(deserialize_with = "lenient::list")]
+    gpu_loras: Vec<u32>,
     #[serde(deserialize_with = "lenient::list")]
     prompts: Vec<u32>,
     #[serde(deserialize_with = "lenient::list")]
@@ -141,7 +142,7 @@ impl Default for BenchSettings {
             model: "facebook/opt-125m".to_owned(),
             total_loras: 128,
             out: "bench.json".into(),
-            gpu_loras: 32,
+            gpu_loras: vec![32],
             prompts: vec![256, 512, 1024, 2048, 4096],
             batches: vec![1, 4, 16],
             contexts: vec![128, 512, 2048, 4096],
@@ -189,17 +190,24 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
     check_writable(&s.out).map_err(Failure::failed)?;
     let peft = s.peft.as_deref().map(read_json).transpose()?;
     let mut manifest = Manifest::begin("bench engine", &(&s, &flags), &[]).map_err(Failure::failed)?;
-    let base = settings_of(&flags, &s, s.gpu_loras)?;
+    let Some(&first) = s.gpu_loras.first() else {
+        return Err(Failure::usage("--gpu-loras names no number of slots"));
+    };
+    let base = settings_of(&flags, &s, first)?;
+    for &slots in &s.gpu_loras[1..] {
+        settings_of(&flags, &s, slots)?;
+    }
     let ranks: Vec<usize> = s.each_rank.iter().map(|r| *r as usize).collect();
     let ranks = if ranks.is_empty() { vec![base.max_r] } else { ranks };
-    let steps = StepGrid {
+    let steps_with = |slots: u32| StepGrid {
         prompts: s.prompts.clone(),
         batches: s.batches.clone(),
         contexts: s.contexts.clone(),
-        adapters: s.adapters.iter().copied().filter(|a| *a <= s.gpu_loras).collect(),
+        adapters: s.adapters.iter().copied().filter(|a| *a <= slots).collect(),
         runs: s.runs,
         rest_s: s.rest * 1e-3,
     };
+    let all = ranks.len() * s.gpu_loras.len();
     let bar = ui::spinner("bench");
     let (mut reports, mut document) = (Vec::new(), serde_json::Value::Null);
     for &max_r in &ranks {
@@ -207,11 +215,13 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
         let settings = setup::EngineSettings { max_r, ranks: of_rank, ..base.clone() };
         let loaded = load(settings.clone())?;
         manifest.on_gpu(loaded.gpu());
-        let slots = s.gpu_loras as usize;
-        let mut report = run_engine(&loaded, slots, &steps, |what| {
-            bar.set_message(format!("rank {max_r}: {what}"));
-        })
-        .map_err(failed)?;
+        for &slots in &s.gpu_loras {
+            let say = |what: &str| bar.set_message(format!("rank {max_r}, {slots} slots: {what}"));
+            reports.push(run_engine(&loaded, slots as usize, &steps_with(slots), say).map_err(failed)?);
+            // Each takes a minute: what is done is kept.
+            document = serde_json::json!({ "engine": &reports, "peft": &peft });
+            write(&s.out, &document, &mut manifest, false)?;
+        }
         // On the CPU all host memory is one.
         let memories = match loaded.shared_memory() {
             Some(_) => &[HostMemory::Pinned, HostMemory::Pageable][..],
@@ -224,15 +234,16 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
             .filter(|other| *other != (settings.swap_mode, settings.host_memory))
             // How a mode copies does not depend on the rank: once is enough.
             .filter(|_| s.all_modes && max_r == ranks[ranks.len() / 2]);
+        let Some(last) = reports.last_mut() else { continue };
         for (swap_mode, host_memory) in others {
             bar.set_message(format!("rank {max_r}: swaps, {swap_mode}, {host_memory}"));
             let loaded = load(setup::EngineSettings { swap_mode, host_memory, ..settings.clone() })?;
-            report.swaps.extend(run_swaps(&loaded, slots, &steps, report.ceilings).map_err(failed)?);
+            let (slots, ceilings) = (last.gpu_loras, last.ceilings);
+            let swaps = run_swaps(&loaded, slots, &steps_with(slots as u32), ceilings);
+            last.swaps.extend(swaps.map_err(failed)?);
         }
-        reports.push(report);
-        // Each rank takes a minute: what is done is kept.
         document = serde_json::json!({ "engine": &reports, "peft": &peft });
-        write(&s.out, &document, &mut manifest, reports.len() == ranks.len())?;
+        write(&s.out, &document, &mut manifest, reports.len() == all)?;
     }
     bar.finish_and_clear();
     match ctx.format {
@@ -304,7 +315,8 @@ fn cells(times: &Times, floor_ms: Option<f64>) -> [String; 4] {
 }
 
 fn print_engine(report: &EngineReport) {
-    println!("{}, adapters of rank {:?}, on {}", report.model, report.ranks, report.device);
+    let EngineReport { model, ranks, gpu_loras, device, .. } = report;
+    println!("{model}, {gpu_loras} slots, adapters of rank {ranks:?}, on {device}");
     if let Some(c) = report.ceilings {
         println!(
             "ceilings: {:.0} TFLOP/s in a large bf16 product{}, {:.2} TB/s read, {:.1} GB/s from pinned memory, {:.1} GB/s from pageable",

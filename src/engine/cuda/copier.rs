@@ -114,6 +114,6 @@ pub(super) fn pause(patient: bool) {
     }
     let until = Instant::now() + IMPATIENCE;
     while Instant::now() < until {
-        std::hint::spin_loop();
+        Watch::pause();
     }
 }

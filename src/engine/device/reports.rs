@@ -94,7 +94,7 @@ impl Reports {
         let seen = self.told.load(Ordering::Acquire);
         drop(state);
         while self.told.load(Ordering::Acquire) == seen {
-            std::hint::spin_loop();
+            Watch::pause();
         }
         self.lock()
     }

@@ -7,6 +7,7 @@ use lora_sched::RequestId;
 
 use super::{Change, Submission};
 use crate::engine::fetcher::Fetched;
+use crate::engine::watch::Watch;
 
 /// What the loop is told by other threads.
 pub(in crate::engine) enum Message {
@@ -125,7 +126,7 @@ impl Mailbox {
                 self.posted.store(false, Ordering::Release);
                 drop(state);
                 while !self.posted.load(Ordering::Acquire) {
-                    std::hint::spin_loop();
+                    Watch::pause();
                 }
                 state = self.lock();
             } else {
