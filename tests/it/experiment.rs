@@ -75,6 +75,8 @@ fn committed_results_are_of_the_cells_of_their_experiments() {
             &["h100-pilot.toml", "h100-pilot-heavy.toml", "h100-pilot-repeats.toml"][..],
         ),
         ("h100-pilot/plan.csv", &["h100-plan.toml"]),
+        ("h200-pilot/h200-pilot.csv", &["h100-pilot.toml"]),
+        ("h200-pilot/plan.csv", &["h100-plan.toml"]),
         ("h100-ranks/h100-ranks.csv", &["h100-ranks.toml"]),
         ("demo-validate/demo-validate.csv", &["demo-validate.toml"]),
     ] {
