@@ -193,6 +193,7 @@ plan() {
     hbm plan --profile "$profile" --slo 'ttft_median<200ms' --rate 35 --max-tokens 16 | tee plan.txt
     # What it names, and half of it.
     slots=$(sed -n 's/^smallest budget that holds with confidence: //p' plan.txt)
+    [ "${slots:-0}" -gt 1 ] || { echo "the plan names no budget of two or more: there is none to measure beside it" >&2; exit 1; }
     sed -i "s|^gpu_loras = .*|gpu_loras = [$slots, $((slots / 2))]|" "$card-plan.toml"
     hbm sweep "$card-plan.toml" --mode simulated --profile "$profile" --resume
     hbm sweep "$card-plan.toml" --mode measured --profile "$profile" --resume
