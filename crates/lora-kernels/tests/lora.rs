@@ -94,7 +94,7 @@ const CASES: &[Case] = &[
         small: 0,
         max_rank: 128,
     },
-    // So many tiles that a cluster's blocks have two groups of threads, and one.
+    // So many tiles that a cluster's blocks have two teams of threads, and one.
     Case {
         inputs: 1032,
         outputs: &[72, 40],

@@ -190,13 +190,11 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
     check_writable(&s.out).map_err(Failure::failed)?;
     let peft = s.peft.as_deref().map(read_json).transpose()?;
     let mut manifest = Manifest::begin("bench engine", &(&s, &flags), &[]).map_err(Failure::failed)?;
-    let Some(&first) = s.gpu_loras.first() else {
+    let each: Vec<_> =
+        s.gpu_loras.iter().map(|slots| settings_of(&flags, &s, *slots)).collect::<Result<_, _>>()?;
+    let Some(base) = each.first() else {
         return Err(Failure::usage("--gpu-loras names no number of slots"));
     };
-    let base = settings_of(&flags, &s, first)?;
-    for &slots in &s.gpu_loras[1..] {
-        settings_of(&flags, &s, slots)?;
-    }
     let ranks: Vec<usize> = s.each_rank.iter().map(|r| *r as usize).collect();
     let ranks = if ranks.is_empty() { vec![base.max_r] } else { ranks };
     let steps_with = |slots: u32| StepGrid {
@@ -209,7 +207,8 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
     };
     let all = ranks.len() * s.gpu_loras.len();
     let bar = ui::spinner("bench");
-    let (mut reports, mut document) = (Vec::new(), serde_json::Value::Null);
+    let mut reports = Vec::new();
+    let document = |reports: &[EngineReport]| serde_json::json!({ "engine": reports, "peft": &peft });
     for &max_r in &ranks {
         let of_rank = if s.each_rank.is_empty() { base.ranks.clone() } else { Vec::new() };
         let settings = setup::EngineSettings { max_r, ranks: of_rank, ..base.clone() };
@@ -219,8 +218,7 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
             let say = |what: &str| bar.set_message(format!("rank {max_r}, {slots} slots: {what}"));
             reports.push(run_engine(&loaded, slots as usize, &steps_with(slots), say).map_err(failed)?);
             // Each takes a minute: what is done is kept.
-            document = serde_json::json!({ "engine": &reports, "peft": &peft });
-            write(&s.out, &document, &mut manifest, false)?;
+            write(&s.out, &document(&reports), &mut manifest, false)?;
         }
         // On the CPU all host memory is one.
         let memories = match loaded.shared_memory() {
@@ -242,12 +240,13 @@ pub(super) fn engine(args: &EngineBenchArgs, ctx: &Context) -> Result<(), Failur
             let swaps = run_swaps(&loaded, slots, &steps_with(slots as u32), ceilings);
             last.swaps.extend(swaps.map_err(failed)?);
         }
-        document = serde_json::json!({ "engine": &reports, "peft": &peft });
-        write(&s.out, &document, &mut manifest, reports.len() == all)?;
+        write(&s.out, &document(&reports), &mut manifest, reports.len() == all)?;
     }
     bar.finish_and_clear();
     match ctx.format {
-        OutputFormat::Json => println!("{}", serde_json::to_string(&document).map_err(Failure::failed)?),
+        OutputFormat::Json => {
+            println!("{}", serde_json::to_string(&document(&reports)).map_err(Failure::failed)?)
+        }
         OutputFormat::Table => {
             reports.iter().for_each(print_engine);
             println!("results: {}", s.out.display());

@@ -1,23 +1,20 @@
 //! What the threads report, and the clock that they stamp it with.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use lora_sched::Nanos;
 
 use super::compute::Job;
 use crate::engine::executor::{Completion, Waker};
-use crate::engine::watch::Watch;
+use crate::engine::watch::{Signal, Watch};
 
 /// The meeting point of the executor and its threads.
 pub(in crate::engine) struct Reports {
     epoch: Instant,
     state: Mutex<Reported>,
-    signal: Condvar,
-    /// How often something was reported; changed under the lock.
-    told: AtomicU64,
+    signal: Signal,
 }
 
 pub(in crate::engine) struct Reported {
@@ -32,12 +29,7 @@ impl Reports {
     pub fn new(slots: usize) -> Self {
         let state =
             Reported { swaps: VecDeque::with_capacity(slots), step: None, failure: None, waker: None };
-        Self {
-            epoch: Instant::now(),
-            state: Mutex::new(state),
-            signal: Condvar::new(),
-            told: AtomicU64::new(0),
-        }
+        Self { epoch: Instant::now(), state: Mutex::new(state), signal: Signal::default() }
     }
 
     /// Nanoseconds since the executor was made.
@@ -69,9 +61,7 @@ impl Reports {
 
     fn tell(&self, state: MutexGuard<'_, Reported>) {
         let waker = state.waker.clone();
-        self.told.fetch_add(1, Ordering::Release);
-        drop(state);
-        self.signal.notify_all();
+        self.signal.tell(state);
         if let Some(waker) = waker {
             waker();
         }
@@ -88,15 +78,7 @@ impl Reports {
         state: MutexGuard<'a, Reported>,
         watch: Watch,
     ) -> MutexGuard<'a, Reported> {
-        if !watch.looks() {
-            return self.signal.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        let seen = self.told.load(Ordering::Acquire);
-        drop(state);
-        while self.told.load(Ordering::Acquire) == seen {
-            Watch::pause();
-        }
-        self.lock()
+        self.signal.wait(&self.state, state, watch.looks())
     }
 }
 

@@ -1,13 +1,12 @@
 //! The step loop's one mailbox: requests, cancels, and the executor's wake-ups.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lora_sched::RequestId;
 
 use super::{Change, Submission};
 use crate::engine::fetcher::Fetched;
-use crate::engine::watch::Watch;
+use crate::engine::watch::Signal;
 
 /// What the loop is told by other threads.
 pub(in crate::engine) enum Message {
@@ -47,9 +46,7 @@ struct State {
 #[derive(Default)]
 pub(in crate::engine) struct Mailbox {
     state: Mutex<State>,
-    some: Condvar,
-    /// Something has come since the loop last saw that there was nothing; changed under the lock.
-    posted: AtomicBool,
+    some: Signal,
 }
 
 impl Mailbox {
@@ -66,7 +63,7 @@ impl Mailbox {
         let first = RequestId(state.next_id);
         state.next_id += together.len() as u64;
         state.messages.push(Message::Submit(first, together));
-        self.post(state);
+        self.some.tell(state);
         Ok(first)
     }
 
@@ -94,44 +91,29 @@ impl Mailbox {
         let mut state = self.lock();
         if !state.closed {
             state.messages.push(message);
-            self.post(state);
+            self.some.tell(state);
         }
-    }
-
-    fn post(&self, state: MutexGuard<'_, State>) {
-        self.posted.store(true, Ordering::Release);
-        drop(state);
-        self.some.notify_one();
     }
 
     /// Tells that the executor has a completion.
     pub(in crate::engine) fn wake(&self) {
         let mut state = self.lock();
         state.woken = true;
-        self.post(state);
+        self.some.tell(state);
     }
 
     /// Tells the loop to end.
     pub(in crate::engine) fn stop(&self) {
         let mut state = self.lock();
         state.stop = true;
-        self.post(state);
+        self.some.tell(state);
     }
 
     /// Waits for something, looking for it or asleep, then takes the messages; `false` when the loop is to end.
     pub(super) fn wait(&self, into: &mut Vec<Message>, looking: bool) -> bool {
         let mut state = self.lock();
         while state.messages.is_empty() && !state.woken && !state.stop {
-            if looking {
-                self.posted.store(false, Ordering::Release);
-                drop(state);
-                while !self.posted.load(Ordering::Acquire) {
-                    Watch::pause();
-                }
-                state = self.lock();
-            } else {
-                state = self.some.wait(state).unwrap_or_else(PoisonError::into_inner);
-            }
+            state = self.some.wait(&self.state, state, looking);
         }
         state.woken = false;
         into.append(&mut state.messages);
