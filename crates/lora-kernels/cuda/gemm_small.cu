@@ -20,11 +20,15 @@ struct GemmSmallArguments {
     uint32_t n, outputs, inputs, kind;
 };
 
-constexpr uint32_t STORE = 0, STORE_WIDE = 1;  // and 2: add
+// And 2: add. SILU_MUL: of outputs that are gate's and then up's, silu(gate) * up, to the bit what silu_mul makes of what
+// STORE stores.
+constexpr uint32_t STORE = 0, STORE_WIDE = 1, SILU_MUL = 3;
 
 constexpr int WARPS = 16;
 // Outputs of a tile.
 constexpr int TILE = 8;
+// Of the values of a tile, how far behind a column's the one lies that is four columns on: of gate, up's.
+constexpr int UP = 8;
 // What the inputs are shared out by: a line of 128 bytes.
 constexpr int UNIT = 64;
 
@@ -75,9 +79,17 @@ __device__ __forceinline__ void finish(const GemmSmallArguments& a, uint32_t row
     }
 }
 
+// The activation of gate's and up's sums.
+__device__ __forceinline__ void finish_silu(const GemmSmallArguments& a, uint32_t row, uint32_t column, float gate,
+                                            float up) {
+    const float act = silu(round_bf16(gate)) * round_bf16(up);
+    static_cast<bf16*>(a.out)[size_t(row) * (a.outputs / 2) + column] = __float2bfloat16_rn(act);
+}
+
 // WINDOWS: 32s of inputs that a warp takes at most; HALVES: 8s of rows of x; BULK: whether the copy engine
-// copies, or the threads do; STAGES: tiles of a warp's ring. Grid: ranges of outputs; slices of the inputs.
-template <int WINDOWS, int HALVES, int STAGES, bool BULK>
+// copies, or the threads do; STAGES: tiles of a warp's ring; SILU: whether `kind` is SILU_MUL. Grid: ranges of outputs;
+// slices of the inputs.
+template <int WINDOWS, int HALVES, int STAGES, bool BULK, bool SILU>
 __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
     constexpr int SEGMENT = WINDOWS * 64;  // bytes of a row of a stage
     // Odd rows lie 64 bytes further on: a quarter of a warp reads 64 bytes of two rows, from all banks.
@@ -110,27 +122,32 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
     const uint32_t tile_0 = all_tiles * blockIdx.x / gridDim.x;
     const uint32_t tiles = all_tiles * (blockIdx.x + 1) / gridDim.x - tile_0;
 
+    // Which of the weight's rows is a tile's `row`-th: eight that follow one another, or four of gate's and the same four
+    // of up's.
+    auto weight_row = [&](uint32_t tile, uint32_t row) -> size_t {
+        if (!SILU) return size_t(tile) * TILE + row;
+        return size_t(tile) * (TILE / 2) + row % (TILE / 2) + (row < TILE / 2 ? 0 : a.outputs / 2);
+    };
     auto row_at = [&](uint32_t row) { return (row >> 1) * PAIR + (row & 1) * (SEGMENT + 64); };
     uint64_t policy = 0;
     auto fill = [&](uint32_t i, uint32_t slot) {
-        const uint32_t row_0 = (tile_0 + i) * TILE;
-        const uint32_t rows = min(uint32_t(TILE), a.outputs - row_0);
+        const uint32_t rows = min(uint32_t(TILE), a.outputs - (tile_0 + i) * TILE);
         unsigned char* to = ring + slot * STAGE;
-        const bf16* from = a.weight + size_t(row_0) * a.inputs + k_0;
+        const bf16* from = a.weight + k_0;
         if constexpr (BULK) {
             if (length == 0) return;
             if (lane == 0) barrier_expect(full + slot, rows * length * 2);
             __syncwarp();
             if (lane < rows) {
-                copy_bulk(to + row_at(lane), from + size_t(lane) * a.inputs, length * 2, full + slot, policy);
+                copy_bulk(to + row_at(lane), from + weight_row(tile_0 + i, lane) * a.inputs, length * 2, full + slot, policy);
             }
         } else {
 #pragma unroll
             for (int c = 0; c < TILE * PIECES / 32; c++) {
                 const uint32_t row = (c * 32 + lane) / PIECES, piece = (c * 32 + lane) % PIECES;
                 const bool valid = row < rows && piece * 8 < length;
-                copy_async_16(to + row_at(row) + piece * 16, valid ? from + size_t(row) * a.inputs + piece * 8 : a.weight,
-                              valid);
+                copy_async_16(to + row_at(row) + piece * 16,
+                              valid ? from + weight_row(tile_0 + i, row) * a.inputs + piece * 8 : a.weight, valid);
             }
         }
     };
@@ -180,6 +197,7 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
     const uint32_t value_row = value / 128 * 16 + value % 128 / 16 + (value & 2) * 4;
     const uint32_t value_column = value / 4 % 4 * 2 + (value & 1);
     const float* added = static_cast<const float*>(a.out);
+    const bool adds = !SILU && a.kind > STORE_WIDE;
     uint32_t slot = 0, phase = 0;
     for (uint32_t i = 0; i < tiles; i++) {
         if constexpr (BULK) {
@@ -219,14 +237,20 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
         const uint32_t column = (tile_0 + i) * TILE + value_column;
         const bool mine = warp / REDUCERS == i % (WARPS / REDUCERS) && value_row < a.n && column < a.outputs;
         float old = 0.f;
-        if (mine && a.kind > STORE_WIDE && slices == 1) old = load_fresh(added + size_t(value_row) * a.outputs + column);
+        if (mine && adds && slices == 1) old = load_fresh(added + size_t(value_row) * a.outputs + column);
         // The sums of the tile before last were read before the last such meeting.
         __syncthreads();
         if (!mine) continue;
         float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += tile_sums[w * VALUES + value];
-        if (slices == 1) {
+        if (SILU && slices == 1) {
+            if (value_column >= TILE / 2) continue;
+            float up = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) up += tile_sums[w * VALUES + value + UP];
+            finish_silu(a, value_row, (tile_0 + i) * (TILE / 2) + value_column, sum, up);
+        } else if (slices == 1) {
             finish(a, value_row, column, sum, old);
         } else {
             __stcg(a.partials + (size_t(tile_0 + i) * slices + slice) * VALUES + value, sum);
@@ -251,12 +275,19 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
         const uint32_t row = v / 128 * 16 + v % 128 / 16 + (v & 2) * 4;
         const uint32_t column = tile * TILE + v / 4 % 4 * 2 + (v & 1);
         if (row >= a.n || column >= a.outputs) continue;
-        const float old = a.kind > STORE_WIDE ? load_fresh(added + size_t(row) * a.outputs + column) : 0.f;
+        const float old = adds ? load_fresh(added + size_t(row) * a.outputs + column) : 0.f;
         const float* from = a.partials + size_t(tile) * slices * VALUES + v;
-        float sum = 0.f;
+        auto sum_at = [&](uint32_t place) {
+            float sum = 0.f;
 #pragma unroll 4
-        for (uint32_t s = 0; s < slices; s++) sum += load_fresh(from + s * VALUES);
-        finish(a, row, column, sum, old);
+            for (uint32_t s = 0; s < slices; s++) sum += load_fresh(from + s * VALUES + place);
+            return sum;
+        };
+        if (!SILU) {
+            finish(a, row, column, sum_at(0), old);
+        } else if (column % TILE < TILE / 2) {
+            finish_silu(a, row, tile * (TILE / 2) + column % TILE, sum_at(0), sum_at(UP));
+        }
     }
 }
 #endif
@@ -272,11 +303,14 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
         gemm_small_##NAME(const __grid_constant__ GemmSmallArguments a) {               \
         BODY(__VA_ARGS__);                                                              \
     }
+#define BOTH(NAME, REGISTERS, ...)                      \
+    GEMM_SMALL(NAME, REGISTERS, __VA_ARGS__, false)     \
+    GEMM_SMALL(NAME##_silu, REGISTERS, __VA_ARGS__, true)
 // As in src/gemm_small.rs.
-GEMM_SMALL(8_bulk, 104, 8, 1, 3, true)
-GEMM_SMALL(8_async, 104, 8, 1, 3, false)
-GEMM_SMALL(16_bulk, 96, 8, 2, 3, true)
-GEMM_SMALL(16_async, 96, 8, 2, 3, false)
-GEMM_SMALL(16_narrow_bulk, 96, 4, 2, 5, true)
-GEMM_SMALL(32_bulk, 120, 4, 4, 5, true)
-GEMM_SMALL(32_async, 120, 4, 4, 5, false)
+BOTH(8_bulk, 104, 8, 1, 3, true)
+BOTH(8_async, 104, 8, 1, 3, false)
+BOTH(16_bulk, 96, 8, 2, 3, true)
+BOTH(16_async, 96, 8, 2, 3, false)
+BOTH(16_narrow_bulk, 96, 4, 2, 5, true)
+BOTH(32_bulk, 120, 4, 4, 5, true)
+BOTH(32_async, 120, 4, 4, 5, false)

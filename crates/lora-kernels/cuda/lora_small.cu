@@ -259,3 +259,117 @@ lora_expand_small_f32(const Segment* segments, const uint32_t* count, const __gr
                       uint32_t width) {
     expand_small(segments, count, targets, inputs, splits, pitch, partial, out, width);
 }
+
+namespace {
+
+// Ranks whose Bt a thread of the expand with SiLU asks for at once.
+constexpr int SILU_RANKS = 16;
+// As in src/lora/mod.rs.
+constexpr int MAX_RANK = 128;
+constexpr uint32_t NONE = 0xffffffffu;
+
+__device__ __forceinline__ float2 pair_of(float bits) {
+    const uint32_t v = __float_as_uint(bits);
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+}
+
+}  // namespace
+
+// act[row, column] = silu(gate) * up, where gate and up are `gate_up`'s halves with their adapters' products added: to
+// the bit what expand_small and silu_mul are, one after the other. Grid: column tiles of `inter`; rows.
+//
+// A block has one row, since rows without an adapter go the same way. Rows that share an adapter read its matrices from
+// the cache, but the first; and a thread, which has no more than two columns of each, needs no shared memory for them.
+extern "C" __global__ void __launch_bounds__(EXPAND_THREADS)
+lora_expand_silu_mul_small(const Segment* segments, const uint32_t* count, const __grid_constant__ Targets targets,
+                           uint32_t inputs, uint32_t splits, uint32_t pitch, const float* partial, const bf16* gate_up,
+                           bf16* act, uint32_t inter) {
+    __shared__ uint32_t found;
+    __shared__ float h[2][MAX_RANK];
+    let_next_begin();
+    const uint32_t thread = threadIdx.x, row = blockIdx.y;
+    const uint32_t column = blockIdx.x * EXPAND_COLUMNS + thread * 2;
+    const bool valid = column < inter;
+    if (thread == 0) found = NONE;
+    __syncthreads();
+    const uint32_t segment_count = *count;
+    for (uint32_t i = thread; i < segment_count; i += EXPAND_THREADS) {
+        // Below the first row this is a large number.
+        if (row - segments[i].start < segments[i].rows) found = i;
+    }
+    __syncthreads();
+    const uint32_t at = found;
+    const bf16* bt[2] = {nullptr, nullptr};
+    uint32_t rank = 0, first_row = 0;
+    float scale = 0.f;
+    if (at != NONE) {
+        const Segment segment = segments[at];
+        await_arrival(segment, targets);
+        rank = segment.rank, first_row = segment.start, scale = segment.scale;
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            const bf16* part = lora_part(segment, targets.of[t]);
+            if (part != nullptr) bt[t] = part + static_cast<size_t>(rank) * inputs + column;
+        }
+    }
+    const bool adapted[2] = {bt[0] != nullptr, bt[1] != nullptr};
+    float b[2][SILU_RANKS];
+    auto load_ranks = [&](uint32_t first) {
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+#pragma unroll
+            for (int k = 0; k < SILU_RANKS; k++) {
+                b[t][k] = 0.f;
+                if (valid && adapted[t] && first + k < rank) {
+                    b[t][k] = load_fresh(reinterpret_cast<const float*>(bt[t] + static_cast<size_t>(first + k) * inter));
+                }
+            }
+        }
+    };
+    // The adapter is asked for before what other kernels write is waited for.
+    load_ranks(0);
+    wait_for_previous();
+    float2 values[2];
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        values[t] = make_float2(0.f, 0.f);
+        if (valid) values[t] = load_pair(gate_up + (static_cast<size_t>(row) * 2 + t) * inter + column);
+    }
+    for (uint32_t i = thread; i < 2 * rank; i += EXPAND_THREADS) {
+        const uint32_t t = i >= rank, k = t ? i - rank : i;
+        if (!(t ? adapted[1] : adapted[0])) continue;
+        const float* from =
+            partial + ((static_cast<size_t>(at) * 2 + t) * splits * ROWS + (row - first_row)) * pitch + k;
+        float sum = 0.f;
+#pragma unroll 8
+        for (uint32_t split = 0; split < splits; split++) {
+            sum += load_fresh(from + static_cast<size_t>(split) * ROWS * pitch);
+        }
+        h[t][k] = sum * scale;
+    }
+    __syncthreads();
+    if (!valid) return;
+    float2 add[2] = {};
+    for (uint32_t first = 0; first < rank; first += SILU_RANKS) {
+        if (first > 0) load_ranks(first);
+#pragma unroll
+        for (int k = 0; k < SILU_RANKS; k++) {
+            if (first + k >= rank) break;
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                if (!adapted[t]) continue;
+                const float w = h[t][first + k];
+                const float2 of_b = pair_of(b[t][k]);
+                add[t].x += w * of_b.x, add[t].y += w * of_b.y;
+            }
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        // Rounded as the expand's output is; what is not adapted keeps the sign of a zero.
+        if (!adapted[t]) continue;
+        values[t].x = round_bf16(values[t].x + add[t].x), values[t].y = round_bf16(values[t].y + add[t].y);
+    }
+    store_pair(act + static_cast<size_t>(row) * inter + column,
+               make_float2(silu(values[0].x) * values[1].x, silu(values[0].y) * values[1].y));
+}

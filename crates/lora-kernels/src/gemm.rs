@@ -128,6 +128,11 @@ impl Gemm {
     ) -> Result<(), CudaError> {
         let Some(first) = weights.first() else { return Ok(()) };
         let shape = self.check(n, first, x, out)?;
+        ensure!(
+            "gemm",
+            shape.kind != Kind::SiluMul,
+            "it is computed as the stored product is: choose for that"
+        );
         if self.plans.get(&shape).is_some_and(|plan| plan.chosen) {
             return Ok(());
         }
@@ -175,6 +180,22 @@ impl Gemm {
         }
     }
 
+    /// Whether [`Product::SiluMul`] can be had of this product: a kernel for few rows was chosen for it when it is
+    /// stored, which does both.
+    pub fn multiplies_silu(&self, n: usize, weight: &Weight) -> bool {
+        self.silu_form(n, weight).is_some()
+    }
+
+    fn silu_form(&self, n: usize, weight: &Weight) -> Option<SmallForm> {
+        let Weight { outputs, inputs, bias, .. } = weight;
+        let stored =
+            Shape { n, outputs: *outputs, inputs: *inputs, kind: Kind::Store, biased: bias.is_some() };
+        match self.plans.get(&stored)?.algorithm? {
+            Algorithm::Small(form) if bias.is_none() && outputs.is_multiple_of(8) => Some(form),
+            _ => None,
+        }
+    }
+
     /// `x · weightᵀ`; `x` is `[n, inputs]`, the output `[n, outputs]`. A shape that was not chosen for takes
     /// the library's first suggestion.
     pub fn run(
@@ -186,6 +207,16 @@ impl Gemm {
         out: &mut Product<'_>,
     ) -> Result<(), CudaError> {
         let shape = self.check(n, weight, x, out)?;
+        if shape.kind == Kind::SiluMul {
+            let form = self.silu_form(n, weight);
+            let (Some(form), Some(small)) = (form, &mut self.small) else {
+                return Err(CudaError::Shape {
+                    kernel: "gemm",
+                    what: format!("no algorithm does {shape:?}"),
+                });
+            };
+            return small.run(stream, form, n, weight, x, out, self.workspace.view_mut().cast());
+        }
         if !self.plans.contains_key(&shape) {
             let mut plan = Plan::new(shape)?;
             plan.algorithm = Some(Algorithm::Library(plan.candidates(self.handle)?[0]));

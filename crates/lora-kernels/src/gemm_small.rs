@@ -3,7 +3,7 @@
 use crate::error::ensure;
 use crate::memory::{DeviceBuffer, View, ViewMut};
 use crate::module::{Function, Grid, Module, arguments};
-use crate::product::{Product, Weight};
+use crate::product::{Kind, Product, Weight};
 use crate::stream::Stream;
 use crate::{CudaError, Device, bf16};
 
@@ -19,20 +19,34 @@ const UNIT: usize = 64;
 #[derive(Debug)]
 struct Variant {
     name: &'static str,
+    /// The same with [`Product::SiluMul`] at its end.
+    with_silu: &'static str,
     /// Rows of x at most.
     rows: usize,
     windows: usize,
     stages: usize,
 }
 
+macro_rules! variant {
+    ($name:literal, $rows:literal, $windows:literal, $stages:literal) => {
+        Variant {
+            name: $name,
+            with_silu: concat!($name, "_silu"),
+            rows: $rows,
+            windows: $windows,
+            stages: $stages,
+        }
+    };
+}
+
 const VARIANTS: [Variant; 7] = [
-    Variant { name: "gemm_small_8_bulk", rows: 8, windows: 8, stages: 3 },
-    Variant { name: "gemm_small_8_async", rows: 8, windows: 8, stages: 3 },
-    Variant { name: "gemm_small_16_bulk", rows: 16, windows: 8, stages: 3 },
-    Variant { name: "gemm_small_16_async", rows: 16, windows: 8, stages: 3 },
-    Variant { name: "gemm_small_16_narrow_bulk", rows: 16, windows: 4, stages: 5 },
-    Variant { name: "gemm_small_32_bulk", rows: 32, windows: 4, stages: 5 },
-    Variant { name: "gemm_small_32_async", rows: 32, windows: 4, stages: 5 },
+    variant!("gemm_small_8_bulk", 8, 8, 3),
+    variant!("gemm_small_8_async", 8, 8, 3),
+    variant!("gemm_small_16_bulk", 16, 8, 3),
+    variant!("gemm_small_16_async", 16, 8, 3),
+    variant!("gemm_small_16_narrow_bulk", 16, 4, 5),
+    variant!("gemm_small_32_bulk", 32, 4, 5),
+    variant!("gemm_small_32_async", 32, 4, 5),
 ];
 
 impl Variant {
@@ -98,6 +112,8 @@ struct Arguments {
 #[derive(Debug)]
 pub struct GemmSmall {
     functions: Vec<Function>,
+    /// The same with [`Product::SiluMul`] at their end.
+    with_silu: Vec<Function>,
     multiprocessors: usize,
     /// Zero between launches: the kernels set them back.
     counters: DeviceBuffer<u32>,
@@ -121,10 +137,14 @@ impl GemmSmall {
         let (major, minor) = device.info().capability;
         ensure!(KERNEL, Self::runs_on(device), "made for compute capability 9.0, not {major}.{minor}");
         let module = Module::load(device.context(), IMAGE)?;
-        let load = |variant: &Variant| module.function_with_shared(variant.name, variant.shared() as u32);
+        let load = |name: fn(&Variant) -> &'static str| {
+            let load = |variant| module.function_with_shared(name(variant), variant.shared() as u32);
+            VARIANTS.iter().map(load).collect::<Result<Vec<_>, _>>()
+        };
         let multiprocessors = device.info().multiprocessors as usize;
         Ok(Self {
-            functions: VARIANTS.iter().map(load).collect::<Result<_, _>>()?,
+            functions: load(|variant| variant.name)?,
+            with_silu: load(|variant| variant.with_silu)?,
             multiprocessors,
             counters: device.buffer(multiprocessors)?,
         })
@@ -167,6 +187,12 @@ impl GemmSmall {
     ) -> Result<(), CudaError> {
         weight.check(KERNEL, n, x, out)?;
         let Weight { outputs, inputs, .. } = *weight;
+        let halved = out.kind() == Kind::SiluMul;
+        ensure!(
+            KERNEL,
+            !halved || (outputs.is_multiple_of(TILE) && weight.bias.is_none()),
+            "gate and up of {outputs} outputs in all: a multiple of {TILE}, without a bias, is needed"
+        );
         ensure!(
             KERNEL,
             self.is_for(form, n, outputs, inputs),
@@ -182,6 +208,7 @@ impl GemmSmall {
         let addresses = [weight.values.view().address(), x.address()];
         ensure!(KERNEL, addresses.iter().all(|a| a.is_multiple_of(16)), "rows not aligned to 16 bytes");
         let variant = &VARIANTS[form.variant];
+        let functions = if halved { &self.with_silu } else { &self.functions };
         let arguments = Arguments {
             weight: weight.values.view().address(),
             x: x.address(),
@@ -201,7 +228,7 @@ impl GemmSmall {
         };
         // SAFETY: the parameter is the kernel's; buffers hold the rows, the scratch memory the slices' sums, and
         // there is a counter for each range; the kernel keeps the rule for launches that overlap.
-        unsafe { stream.launch_next(&self.functions[form.variant], grid, arguments![arguments]) }
+        unsafe { stream.launch_next(&functions[form.variant], grid, arguments![arguments]) }
     }
 }
 

@@ -28,7 +28,8 @@ impl Weight {
     ) -> Result<(), CudaError> {
         let Self { outputs, inputs, .. } = *self;
         ensure!(kernel, x.len() >= n * inputs, "{n} rows of {inputs} in a buffer of {}", x.len());
-        ensure!(kernel, out.len() >= n * outputs, "{n} rows of {outputs} in a buffer of {}", out.len());
+        let width = if out.kind() == Kind::SiluMul { outputs / 2 } else { outputs };
+        ensure!(kernel, out.len() >= n * width, "{n} rows of {width} in a buffer of {}", out.len());
         ensure!(kernel, self.values.len() == outputs * inputs, "a weight of {} values", self.values.len());
         Ok(())
     }
@@ -43,6 +44,9 @@ pub enum Product<'a> {
     StoreWide(ViewMut<'a, f32>),
     /// `out += x · weightᵀ + bias`: onto the residual stream.
     Add(ViewMut<'a, f32>),
+    /// `out = silu(gate) · up`, `[n, outputs / 2]`, where gate and up are the halves of what [`Product::Store`] would
+    /// store, to the bit. Without a bias, of an even number of fours of outputs, and by the kernels for few rows alone.
+    SiluMul(ViewMut<'a, bf16>),
 }
 
 /// Which of them; the numbers are `cuda/gemm_small.cu`'s.
@@ -51,6 +55,7 @@ pub(crate) enum Kind {
     Store = 0,
     StoreWide = 1,
     Add = 2,
+    SiluMul = 3,
 }
 
 impl Product<'_> {
@@ -59,19 +64,20 @@ impl Product<'_> {
             Self::Store(_) => Kind::Store,
             Self::StoreWide(_) => Kind::StoreWide,
             Self::Add(_) => Kind::Add,
+            Self::SiluMul(_) => Kind::SiluMul,
         }
     }
 
     pub(crate) fn len(&self) -> usize {
         match self {
-            Self::Store(out) => out.len(),
+            Self::Store(out) | Self::SiluMul(out) => out.len(),
             Self::StoreWide(out) | Self::Add(out) => out.len(),
         }
     }
 
     pub(crate) fn address(&self) -> u64 {
         match self {
-            Self::Store(out) => out.address(),
+            Self::Store(out) | Self::SiluMul(out) => out.address(),
             Self::StoreWide(out) | Self::Add(out) => out.address(),
         }
     }

@@ -3,8 +3,8 @@
 mod common;
 
 use common::layer::Layer;
-use common::{Random, device, download, upload};
-use lora_kernels::{CudaError, Device, DeviceBuffer, GemmSmall, Product, Stream, Weight, bf16};
+use common::{Random, device, download, poisoned, upload};
+use lora_kernels::{CudaError, Device, DeviceBuffer, Elementwise, GemmSmall, Product, Stream, Weight, bf16};
 
 /// Scratch memory for every shape here: NaNs, which a sum that nobody left would show.
 fn scratch(device: &Device, stream: &Stream) -> DeviceBuffer<f32> {
@@ -127,6 +127,45 @@ fn products_that_follow_one_another_give_the_same_bits_every_time() -> Result<()
                             want[at]
                         );
                     }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn silu_of_gate_and_up_has_the_bits_of_a_kernel_of_its_own() -> Result<(), CudaError> {
+    let (device, stream) = device();
+    let mut gemm = GemmSmall::load(&device)?;
+    let elementwise = Elementwise::load(&device)?;
+    let mut random = Random::new(3);
+    // Fewer tiles than blocks, ragged inputs, several slices, Llama-2-7B.
+    for (width, inputs) in [(8, 64), (520, 1000), (136, 9000), (11_008, 4096)] {
+        let outputs = 2 * width;
+        let values = random.bf16s(outputs * inputs, (6.0 / inputs as f32).sqrt());
+        let weight = Weight { values: upload(&device, &stream, &values), bias: None, outputs, inputs };
+        for n in [1, 3, 8, 9, 16, 17, 32] {
+            let x = upload(&device, &stream, &random.bf16s(n * inputs, 1.0));
+            for form in gemm.forms(n, outputs, inputs) {
+                let mut scratch = scratch(&device, &stream);
+                let mut stored = device.buffer::<bf16>(n * outputs)?;
+                let mut out = Product::Store(stored.view_mut());
+                gemm.run(&stream, form, n, &weight, x.view(), &mut out, scratch.view_mut())?;
+                let mut want = device.buffer::<bf16>(n * width)?;
+                elementwise.silu_mul(&stream, n, width, stored.view(), want.view_mut())?;
+                let mut act = poisoned(&device, &stream, n * width);
+                let mut out = Product::SiluMul(act.view_mut());
+                gemm.run(&stream, form, n, &weight, x.view(), &mut out, scratch.view_mut())?;
+                let (got, want) = (download(&stream, &act), download(&stream, &want));
+                let wrong = got.iter().zip(&want).position(|(g, w)| g.to_bits() != w.to_bits());
+                if let Some(at) = wrong {
+                    let (row, column, form) = (at / width, at % width, form.name());
+                    panic!(
+                        "{form}, {n} rows of {inputs} to {width}: row {row}, column {column} is {} instead of {}",
+                        got[at], want[at]
+                    );
                 }
             }
         }

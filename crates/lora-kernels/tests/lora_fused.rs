@@ -141,18 +141,17 @@ fn same(what: &str, got: &[bf16], expected: &[bf16]) {
     );
 }
 
-#[test]
-#[ignore = "needs an NVIDIA GPU"]
-fn silu_of_expanded_halves() {
+/// Batches whose rows are gate's and up's, of these inputs, expanded together with SiLU and without.
+fn check_silu(batches: &[&[(usize, usize)]], padding: usize, shapes: &[(usize, usize)]) {
     let (device, stream) = device();
     let elementwise = Elementwise::load(&device).unwrap();
-    for (number, made_of) in BATCHES.iter().enumerate() {
-        for (inputs, width) in [(72, 264), (512, 1024), (264, 8)] {
+    for (number, made_of) in batches.iter().enumerate() {
+        for (inputs, width) in shapes.iter().copied() {
             for overlap in [false, true] {
                 let what = format!("batch {number}, {inputs} to {width}, overlap {overlap}");
                 let mut random = Random::new(number as u64);
                 let outputs = [width, width];
-                let batch = Batch::new(&device, &stream, &mut random, made_of, (inputs, &outputs), 3);
+                let batch = Batch::new(&device, &stream, &mut random, made_of, (inputs, &outputs), padding);
                 let targets = targets(inputs, &outputs);
                 let lora = Lora::load(&device).unwrap().with_overlap(overlap);
                 let x = upload(&device, &stream, &random.bf16s(batch.rows * inputs, 1.0));
@@ -169,24 +168,42 @@ fn silu_of_expanded_halves() {
                 let mut gate_up = upload(&device, &stream, &base);
                 let mut fused = poisoned(&device, &stream, batch.rows * width);
                 let mut scratch = batch.scratch(&device, &stream);
-                let covers = batch.covers.view();
-                let (from, to) = (gate_up.view_mut(), fused.view_mut());
-                lora.apply_silu_mul(
-                    &stream,
-                    &mut scratch,
-                    &step,
-                    covers,
-                    &targets,
-                    inputs,
-                    x.view(),
-                    from,
-                    to,
-                )
-                .unwrap();
+                let (x, from, to) = (x.view(), gate_up.view_mut(), fused.view_mut());
+                let (stream_of, scratch) = (&stream, &mut scratch);
+                if batch.step().tiles.is_empty() {
+                    lora.apply_silu_mul_small(stream_of, scratch, &step, &targets, inputs, x, from, to)
+                        .unwrap();
+                } else {
+                    let covers = batch.covers.view();
+                    lora.apply_silu_mul(stream_of, scratch, &step, covers, &targets, inputs, x, from, to)
+                        .unwrap();
+                }
                 same(&what, &download(&stream, &fused), &download(&stream, &act));
             }
         }
     }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn silu_of_expanded_halves() {
+    check_silu(BATCHES, 3, &[(72, 264), (512, 1024), (264, 8)]);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn silu_of_a_decode_s_expanded_halves() {
+    // Without padding, which is in tiles: rows of none do as well.
+    check_silu(
+        &[
+            &[(1, 0)],
+            &[(1, 0), (3, 2), (9, NO), (1, 1), (2, 4), (5, 3), (1, NO)],
+            &[(16, 4), (16, 1)],
+            &[(1, NO), (1, 2), (1, 3), (1, NO), (1, 4), (1, 1), (1, 0), (1, 0)],
+        ],
+        0,
+        &[(72, 264), (512, 1024), (264, 8), (4096, 11_008)],
+    );
 }
 
 #[test]

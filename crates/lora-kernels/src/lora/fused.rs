@@ -90,19 +90,10 @@ impl Lora {
         gate_up: ViewMut<'_, bf16>,
         act: ViewMut<'_, bf16>,
     ) -> Result<(), CudaError> {
-        let width = targets.iter().map(|t| t.outputs).max().unwrap_or(0);
-        let halves = targets.len() == 2
-            && targets.iter().enumerate().all(|(i, t)| t.column == i * width && t.outputs == width);
-        ensure!(NAME, halves, "gate and up must be an output's halves, and are {targets:?}");
+        let width = super::halves(targets)?;
         let (from, out) = (gate_up.address(), Out::Bf16(gate_up));
         let call = self.fused_call(scratch, step, covers, targets, inputs, x, 2 * width, &out)?;
-        ensure!(
-            NAME,
-            act.len() >= call.rows * width && act.address().is_multiple_of(16),
-            "activations of {} elements for {} rows of {width}",
-            act.len(),
-            call.rows
-        );
+        super::check_act(&act, call.rows, width)?;
         if !step.small.is_empty() {
             self.small(stream, scratch, step, &call, &out)?;
         }

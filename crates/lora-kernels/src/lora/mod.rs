@@ -9,6 +9,7 @@ mod fused;
 mod large;
 mod layout;
 mod scratch;
+mod small;
 
 pub use fused::RopeKvCall;
 pub use layout::{SMALL_ROWS, Segment, TILE_ROWS, Target, covers, large_tiles};
@@ -18,20 +19,18 @@ use half::bf16;
 
 use crate::error::ensure;
 use crate::memory::{View, ViewMut};
-use crate::module::{Function, Grid, Module, arguments};
+use crate::module::Function;
 use crate::stream::Stream;
 use crate::{CudaError, Device};
 use fused::Fused;
 use large::Large;
 use layout::RawTargets;
-use scratch::{rank_pitch, small_splits};
+use scratch::rank_pitch;
+use small::Small;
 
 const NAME: &str = "lora";
 /// Ranks of a tensor-core product.
 const UNIT: usize = 16;
-/// Columns and ranks of the small expand's tile.
-const SMALL_COLUMNS: usize = 256;
-const SMALL_TILE_RANKS: usize = 64;
 /// The largest rank.
 const MAX_RANK: usize = 128;
 
@@ -107,8 +106,7 @@ impl ByOut {
 /// The LoRA kernels.
 #[derive(Clone, Debug)]
 pub struct Lora {
-    shrink_small: Function,
-    expand_small: ByOut,
+    small: Small,
     large: Large,
     fused: Fused,
     can_overlap: bool,
@@ -118,14 +116,8 @@ pub struct Lora {
 impl Lora {
     /// Loads them.
     pub fn load(device: &Device) -> Result<Self, CudaError> {
-        const SMALL: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/lora_small.fatbin"));
-        let small = Module::load(device.context(), SMALL)?;
         Ok(Self {
-            shrink_small: small.function("lora_shrink_small")?,
-            expand_small: ByOut {
-                bf16: small.function("lora_expand_small_bf16")?,
-                f32: small.function("lora_expand_small_f32")?,
-            },
+            small: Small::load(device)?,
             large: Large::load(device)?,
             fused: Fused::load(device)?,
             can_overlap: device.is_hopper(),
@@ -178,65 +170,6 @@ impl Lora {
         }
         Ok(())
     }
-
-    fn small(
-        &self,
-        stream: &Stream,
-        scratch: &mut LoraScratch,
-        step: &LoraStep<'_>,
-        call: &Call,
-        out: &Out<'_>,
-    ) -> Result<(), CudaError> {
-        let bound = step.small.len();
-        let (split_steps, splits) = small_splits(call.inputs, call.targets, bound);
-        let rank_tiles = call.pitch / UNIT;
-        let (segments, count) = (step.small.address(), step.small_count.address());
-        let (inputs, width, pitch) = (call.inputs as u32, call.width as u32, call.pitch as u32);
-        let partial = scratch.partial();
-        let grid = Grid::new((splits as u32, (call.targets * rank_tiles) as u32, bound as u32), 256);
-        // SAFETY: the kernel's parameters, in order; `check` has seen that the views hold what it reads and
-        // that the scratch memory holds `[bound, targets, splits, 16, pitch]` sums.
-        unsafe {
-            stream.launch_next(
-                &self.shrink_small,
-                grid,
-                arguments![
-                    segments,
-                    count,
-                    call.raw,
-                    call.x,
-                    inputs,
-                    split_steps as u32,
-                    rank_tiles as u32,
-                    pitch,
-                    partial
-                ],
-            )?;
-        }
-        let shared = call.pitch.min(SMALL_TILE_RANKS) * SMALL_COLUMNS * size_of::<bf16>()
-            + call.pitch * SMALL_ROWS * size_of::<f32>();
-        let blocks = (call.widest.div_ceil(SMALL_COLUMNS) as u32, call.targets as u32, bound as u32);
-        let grid = Grid { blocks, threads: 128, shared: shared as u32 };
-        // SAFETY: as above; the output holds every target's columns in every row.
-        unsafe {
-            stream.launch_after(
-                self.expand_small.get(out),
-                grid,
-                arguments![
-                    segments,
-                    count,
-                    call.raw,
-                    inputs,
-                    splits as u32,
-                    pitch,
-                    partial,
-                    out.address(),
-                    width
-                ],
-                self.overlap,
-            )
-        }
-    }
 }
 
 /// What both regimes need of a call.
@@ -278,6 +211,25 @@ impl Call {
     fn plane(&self) -> usize {
         self.rows * self.pitch
     }
+}
+
+/// The width of gate and up, which must be an output's halves.
+fn halves(targets: &[Target]) -> Result<usize, CudaError> {
+    let width = targets.iter().map(|t| t.outputs).max().unwrap_or(0);
+    let halves = targets.len() == 2
+        && targets.iter().enumerate().all(|(i, t)| t.column == i * width && t.outputs == width);
+    ensure!(NAME, halves, "gate and up must be an output's halves, and are {targets:?}");
+    Ok(width)
+}
+
+fn check_act(act: &ViewMut<'_, bf16>, rows: usize, width: usize) -> Result<(), CudaError> {
+    ensure!(
+        NAME,
+        act.len() >= rows * width && act.address().is_multiple_of(16),
+        "activations of {} elements for {rows} rows of {width}",
+        act.len()
+    );
+    Ok(())
 }
 
 fn check(

@@ -2,8 +2,8 @@
 
 use half::bf16;
 use lora_kernels::{
-    CudaError, DeviceBuffer, KvCache, KvCacheMut, LoraStep, Out, Product, Queries, RopeKvCall, Rotation,
-    Target, View, Weight,
+    CudaError, DeviceBuffer, KvCache, KvCacheMut, Lora, LoraStep, Out, Product, Queries, RopeKvCall,
+    Rotation, Target, View, Weight,
 };
 
 use super::super::meta::Meta;
@@ -368,6 +368,25 @@ impl Backend for CudaBackend {
         gate_up: &mut DeviceBuffer<bf16>,
         out: &mut DeviceBuffer<bf16>,
     ) -> Result<(), CudaStepError> {
+        let few = product_rows(n, adapted.rows);
+        let LoraStep { small, tiles, .. } = lora_step(&self.meta, self.max_rank, adapted.rows);
+        let (adapters, prompts) = (!small.is_empty(), !tiles.is_empty());
+        if !adapters && !prompts && self.gemm.multiplies_silu(few, matrix) {
+            let x = x.view().slice(0..few * matrix.inputs);
+            self.gemm.run(&self.stream, few, matrix, x, &mut Product::SiluMul(out.view_mut()))?;
+            return self.mark("product and SiLU", matrix.outputs);
+        }
+        if adapters && !prompts && few <= Lora::MOST_SILU_ROWS {
+            let x = x.view().slice(0..few * matrix.inputs);
+            self.gemm.run(&self.stream, few, matrix, x, &mut Product::Store(gate_up.view_mut()))?;
+            self.mark("product", matrix.outputs)?;
+            let (targets, count) = self.targets(adapted);
+            let step = lora_step(&self.meta, self.max_rank, adapted.rows);
+            let (stream, scratch, targets) = (&self.stream, &mut self.lora_scratch, &targets[..count]);
+            let (inputs, gate_up, act) = (matrix.inputs, gate_up.view_mut(), out.view_mut());
+            self.lora.apply_silu_mul_small(stream, scratch, &step, targets, inputs, x, gate_up, act)?;
+            return self.mark("adapters and SiLU", matrix.outputs);
+        }
         if !self.fuses(adapted.rows) {
             self.linear(n, matrix, adapted, x, gate_up)?;
             return self.silu_mul(n, width, gate_up, out);
