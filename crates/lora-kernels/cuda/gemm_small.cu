@@ -8,7 +8,10 @@
 // finish adds them up in the order of the slices: a result does not depend on which block that was.
 //
 // The weight is no other kernel's output, so the ring is filled before the kernel ahead has ended.
-#include "common.cuh"
+//
+// A product may do the shrink of its rows' adapters too: A's rows are further rows of the weight, of which each block takes
+// a share behind its own tiles. A kernel for that would start when the weight has been read, and wait for memory again.
+#include "lora.cuh"
 
 struct GemmSmallArguments {
     const bf16* weight;  // [outputs, inputs]
@@ -20,6 +23,16 @@ struct GemmSmallArguments {
     uint32_t n, outputs, inputs, kind;
 };
 
+// A shrink that a product does: see lora_shrink_small, whose sums these are, with slices for splits. Ranks past an
+// adapter's own are left as they are.
+struct GemmSmallShrink {
+    const Segment* segments;
+    const uint32_t* count;
+    float* partial;  // [segments, targets, slices, 16, pitch]
+    Targets targets;
+    uint32_t target_count, pitch;
+};
+
 // And 2: add. SILU_MUL: of outputs that are gate's and then up's, silu(gate) * up, to the bit what silu_mul makes of what
 // STORE stores.
 constexpr uint32_t STORE = 0, STORE_WIDE = 1, SILU_MUL = 3;
@@ -29,8 +42,24 @@ constexpr int WARPS = 16;
 constexpr int TILE = 8;
 // Of the values of a tile, how far behind a column's the one lies that is four columns on: of gate, up's.
 constexpr int UP = 8;
+// Of a small segment, as in src/lora/layout.rs.
+constexpr uint32_t SHRINK_ROWS = 16;
 // What the inputs are shared out by: a line of 128 bytes.
 constexpr int UNIT = 64;
+
+// What a product does besides.
+enum class Extra { NOTHING, SILU, SHRINK };
+
+// A row of A that is one of a block's.
+struct Carried {
+    // Null where the adapter has no such row.
+    const bf16* a;
+    // Where its first row's sum goes.
+    uint32_t out;
+    // The rows of x that have the adapter.
+    uint16_t start, rows;
+};
+static_assert(sizeof(Carried) == 16, "as in src/gemm_small.rs");
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void barrier_init(uint64_t* barrier) {
@@ -61,6 +90,10 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t b
         "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
         : "memory");
 }
+// Asks for `bytes`, a multiple of 16, to be in the cache soon.
+__device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ uint64_t evict_first() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
@@ -86,11 +119,32 @@ __device__ __forceinline__ void finish_silu(const GemmSmallArguments& a, uint32_
     static_cast<bf16*>(a.out)[size_t(row) * (a.outputs / 2) + column] = __float2bfloat16_rn(act);
 }
 
+// The `row`-th of all rows of A, by segment, target and rank.
+__device__ __forceinline__ Carried carried_row(const GemmSmallShrink& s, uint32_t row, uint32_t inputs, uint32_t slices,
+                                               uint32_t slice) {
+    const uint32_t at = row / (s.target_count * s.pitch), t = row / s.pitch % s.target_count, rank = row % s.pitch;
+    const Segment segment = s.segments[at];
+    Carried row_of_a{nullptr, 0, 0, 0};
+    if (rank >= segment.rank) return row_of_a;
+    await_arrival_alone(segment, s.targets);
+    const Target& target = s.targets.of[t];
+    const bf16* part = lora_part(segment, target);
+    if (part == nullptr) return row_of_a;
+    row_of_a.a = part + static_cast<size_t>(rank) * inputs;
+    row_of_a.out = ((at * s.target_count + t) * slices + slice) * SHRINK_ROWS * s.pitch + rank;
+    row_of_a.start = segment.start, row_of_a.rows = segment.rows;
+    // The expand's turn is next.
+    const bf16* bt = part + static_cast<size_t>(segment.rank) * inputs + static_cast<size_t>(rank) * target.outputs;
+    if (slice == 0) prefetch_bulk(bt, target.outputs * sizeof(bf16));
+    return row_of_a;
+}
+
 // WINDOWS: 32s of inputs that a warp takes at most; HALVES: 8s of rows of x; BULK: whether the copy engine
-// copies, or the threads do; STAGES: tiles of a warp's ring; SILU: whether `kind` is SILU_MUL. Grid: ranges of outputs;
-// slices of the inputs.
-template <int WINDOWS, int HALVES, int STAGES, bool BULK, bool SILU>
-__device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
+// copies, or the threads do; STAGES: tiles of a warp's ring; EXTRA: SILU if `kind` is SILU_MUL, SHRINK with a `shrink`.
+// Grid: ranges of outputs; slices of the inputs.
+template <int WINDOWS, int HALVES, int STAGES, bool BULK, Extra EXTRA>
+__device__ __forceinline__ void gemm_small(const GemmSmallArguments& a, const GemmSmallShrink* shrink = nullptr) {
+    constexpr bool SILU = EXTRA == Extra::SILU, SHRINK = EXTRA == Extra::SHRINK;
     constexpr int SEGMENT = WINDOWS * 64;  // bytes of a row of a stage
     // Odd rows lie 64 bytes further on: a quarter of a warp reads 64 bytes of two rows, from all banks.
     constexpr int PAIR = 2 * SEGMENT + 64;
@@ -110,6 +164,7 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
     uint64_t* barriers = reinterpret_cast<uint64_t*>(sums + 2 * WARPS * VALUES);
     uint64_t* full = barriers + warp * STAGES;
     uint32_t* last = reinterpret_cast<uint32_t*>(barriers + WARPS * STAGES);
+    Carried* carried = reinterpret_cast<Carried*>(last + 4);
 
     // This warp's inputs, [k_0, k_0 + length), and this block's tiles.
     const uint32_t slices = gridDim.y, slice = blockIdx.y;
@@ -152,6 +207,32 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
         }
     };
 
+    // Tiles of the weight, then of A; rows of A.
+    uint32_t all = tiles, carried_count = 0;
+    auto fill_carried = [&](uint32_t i, uint32_t slot) {
+        unsigned char* to = ring + slot * STAGE;
+        auto row_of_a = [&](uint32_t row) -> const bf16* {
+            const uint32_t at = (i - tiles) * TILE + row;
+            return at < carried_count ? carried[at].a : nullptr;
+        };
+        if constexpr (BULK) {
+            if (length == 0) return;
+            const bf16* from = lane < TILE ? row_of_a(lane) : nullptr;
+            const uint32_t rows = __popc(__ballot_sync(0xffffffffu, from != nullptr));
+            if (lane == 0) barrier_expect(full + slot, rows * length * 2);
+            __syncwarp();
+            if (from != nullptr) copy_bulk(to + row_at(lane), from + k_0, length * 2, full + slot, policy);
+        } else {
+#pragma unroll
+            for (int c = 0; c < TILE * PIECES / 32; c++) {
+                const uint32_t row = (c * 32 + lane) / PIECES, piece = (c * 32 + lane) % PIECES;
+                const bf16* from = row_of_a(row);
+                const bool valid = from != nullptr && piece * 8 < length;
+                copy_async_16(to + row_at(row) + piece * 16, valid ? from + k_0 + piece * 8 : a.weight, valid);
+            }
+        }
+    };
+
     if constexpr (BULK) {
         policy = evict_first();
         if (lane == 0) {
@@ -173,7 +254,28 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
         if (s < tiles) fill(s, s);
-        if constexpr (!BULK) copy_async_commit();
+        // Those of A's tiles come with them.
+        if constexpr (!BULK && !SHRINK) copy_async_commit();
+        if constexpr (!BULK && SHRINK) {
+            if (s < tiles) copy_async_commit();
+        }
+    }
+    if constexpr (SHRINK) {
+        // Behind the first of the weight: what these read depends on one another.
+        const uint32_t rows = *shrink->count * shrink->target_count * shrink->pitch;
+        const uint32_t first = rows * blockIdx.x / gridDim.x;
+        carried_count = rows * (blockIdx.x + 1) / gridDim.x - first;
+        all += (carried_count + TILE - 1) / TILE;
+        for (uint32_t i = threadIdx.x; i < carried_count; i += WARPS * 32) {
+            carried[i] = carried_row(*shrink, first + i, a.inputs, slices, slice);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) {
+            if (s < tiles) continue;
+            if (s < all) fill_carried(s, s);
+            if constexpr (!BULK) copy_async_commit();
+        }
     }
 
     wait_for_previous();
@@ -199,7 +301,7 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
     const float* added = static_cast<const float*>(a.out);
     const bool adds = !SILU && a.kind > STORE_WIDE;
     uint32_t slot = 0, phase = 0;
-    for (uint32_t i = 0; i < tiles; i++) {
+    for (uint32_t i = 0; i < all; i++) {
         if constexpr (BULK) {
             if (length > 0) barrier_wait(full + slot, phase);
         } else {
@@ -223,7 +325,11 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
         }
         // All lanes have read the stage.
         __syncwarp();
-        if (i + STAGES < tiles) fill(i + STAGES, slot);
+        if (i + STAGES < tiles) {
+            fill(i + STAGES, slot);
+        } else if (SHRINK && i + STAGES < all) {
+            fill_carried(i + STAGES, slot);
+        }
         if constexpr (!BULK) copy_async_commit();
         if (++slot == STAGES) slot = 0, phase ^= 1;
 
@@ -235,16 +341,25 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
                             c[t][0][3] + c[t][1][3]);
         }
         const uint32_t column = (tile_0 + i) * TILE + value_column;
-        const bool mine = warp / REDUCERS == i % (WARPS / REDUCERS) && value_row < a.n && column < a.outputs;
+        const bool of_a = SHRINK && i >= tiles;
+        const bool mine =
+            warp / REDUCERS == i % (WARPS / REDUCERS) && value_row < a.n && (of_a || column < a.outputs);
         float old = 0.f;
-        if (mine && adds && slices == 1) old = load_fresh(added + size_t(value_row) * a.outputs + column);
+        if (mine && adds && !of_a && slices == 1) old = load_fresh(added + size_t(value_row) * a.outputs + column);
         // The sums of the tile before last were read before the last such meeting.
         __syncthreads();
         if (!mine) continue;
         float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += tile_sums[w * VALUES + value];
-        if (SILU && slices == 1) {
+        if (of_a) {
+            const uint32_t at = (i - tiles) * TILE + value_column;
+            if (at >= carried_count) continue;
+            const Carried row_of_a = carried[at];
+            // Of rows before the first a large number.
+            const uint32_t row = value_row - row_of_a.start;
+            if (row < row_of_a.rows) __stcg(shrink->partial + row_of_a.out + row * shrink->pitch, sum);
+        } else if (SILU && slices == 1) {
             if (value_column >= TILE / 2) continue;
             float up = 0.f;
 #pragma unroll
@@ -294,23 +409,29 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a) {
 
 // Few registers leave room on a multiprocessor for a block of the small kernel that follows.
 #if __CUDA_ARCH__ >= 900
-#define BODY(...) gemm_small<__VA_ARGS__>(a)
+#define BODY(ARGUMENTS, ...) gemm_small<__VA_ARGS__> ARGUMENTS
 #else
 #define BODY(...)
 #endif
 #define GEMM_SMALL(NAME, REGISTERS, ...)                                                \
     extern "C" __global__ void __maxnreg__(REGISTERS)                                   \
         gemm_small_##NAME(const __grid_constant__ GemmSmallArguments a) {               \
-        BODY(__VA_ARGS__);                                                              \
+        BODY((a), __VA_ARGS__, Extra::NOTHING);                                         \
+    }                                                                                   \
+    extern "C" __global__ void __maxnreg__(REGISTERS)                                   \
+        gemm_small_##NAME##_silu(const __grid_constant__ GemmSmallArguments a) {        \
+        BODY((a), __VA_ARGS__, Extra::SILU);                                            \
+    }                                                                                   \
+    extern "C" __global__ void __maxnreg__(REGISTERS + 8)                               \
+        gemm_small_##NAME##_shrink(const __grid_constant__ GemmSmallArguments a,        \
+                                   const __grid_constant__ GemmSmallShrink shrink) {    \
+        BODY((a, &shrink), __VA_ARGS__, Extra::SHRINK);                                 \
     }
-#define BOTH(NAME, REGISTERS, ...)                      \
-    GEMM_SMALL(NAME, REGISTERS, __VA_ARGS__, false)     \
-    GEMM_SMALL(NAME##_silu, REGISTERS, __VA_ARGS__, true)
 // As in src/gemm_small.rs.
-BOTH(8_bulk, 104, 8, 1, 3, true)
-BOTH(8_async, 104, 8, 1, 3, false)
-BOTH(16_bulk, 96, 8, 2, 3, true)
-BOTH(16_async, 96, 8, 2, 3, false)
-BOTH(16_narrow_bulk, 96, 4, 2, 5, true)
-BOTH(32_bulk, 120, 4, 4, 5, true)
-BOTH(32_async, 120, 4, 4, 5, false)
+GEMM_SMALL(8_bulk, 104, 8, 1, 3, true)
+GEMM_SMALL(8_async, 104, 8, 1, 3, false)
+GEMM_SMALL(16_bulk, 96, 8, 2, 3, true)
+GEMM_SMALL(16_async, 96, 8, 2, 3, false)
+GEMM_SMALL(16_narrow_bulk, 96, 4, 2, 5, true)
+GEMM_SMALL(32_bulk, 120, 4, 4, 5, true)
+GEMM_SMALL(32_async, 120, 4, 4, 5, false)

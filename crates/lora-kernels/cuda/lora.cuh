@@ -24,6 +24,27 @@ struct Targets {
 // A copy that takes longer has failed; the wait must end for the process to.
 constexpr uint64_t LONGEST_WAIT_NS = 60'000'000'000;
 
+// Whether the layer of a call's targets, all of one, is in the adapter's slot, which is being copied into.
+__device__ __forceinline__ bool has_arrived(const Segment& segment, const Targets& targets) {
+    uint32_t copied;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(copied) : "l"(segment.arrival) : "memory");
+    return static_cast<int32_t>(copied - (segment.copied_before + targets.of[0].layer + 1)) >= 0;
+}
+
+// Sleeps until it is, and says how long that was.
+__device__ __forceinline__ void sleep_until_arrival(const Segment& segment, const Targets& targets) {
+    if (has_arrived(segment, targets)) return;
+    const uint64_t begun = nanoseconds();
+    uint64_t waited;
+    do {
+        __nanosleep(200);
+        waited = nanoseconds() - begun;
+        if (waited > LONGEST_WAIT_NS) __trap();
+    } while (!has_arrived(segment, targets));
+    // Blocks wait for the same moment: the first of them waits longest.
+    atomicMax(segment.arrival + 1 + targets.of[0].layer, static_cast<uint32_t>(min(waited, uint64_t{0xffffffffu})));
+}
+
 // Waits until the layer of a call's targets, all of one, is in the adapter's slot, where it is still on its way.
 // Every thread of a block calls it, with the same segment, and reads nothing of the adapter before.
 //
@@ -32,28 +53,19 @@ constexpr uint64_t LONGEST_WAIT_NS = 60'000'000'000;
 // multiprocessors.
 __device__ __forceinline__ void await_arrival(const Segment& segment, const Targets& targets) {
     if (segment.arrival == nullptr) return;
-    const uint32_t layer = targets.of[0].layer, wanted = segment.copied_before + layer + 1;
-    auto there = [&]() {
-        uint32_t copied;
-        asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(copied) : "l"(segment.arrival) : "memory");
-        return static_cast<int32_t>(copied - wanted) >= 0;
-    };
     // Mostly it is, and the block goes on with what does not depend on what runs before it.
-    if (__syncthreads_or(threadIdx.x == 0 && there())) return;
+    if (__syncthreads_or(threadIdx.x == 0 && has_arrived(segment, targets))) return;
     // Before time is taken, so that it is what the step lost.
     wait_for_previous();
-    if (threadIdx.x == 0 && !there()) {
-        const uint64_t begun = nanoseconds();
-        uint64_t waited;
-        do {
-            __nanosleep(200);
-            waited = nanoseconds() - begun;
-            if (waited > LONGEST_WAIT_NS) __trap();
-        } while (!there());
-        // Blocks wait for the same moment: the first of them waits longest.
-        atomicMax(segment.arrival + 1 + layer, static_cast<uint32_t>(min(waited, uint64_t{0xffffffffu})));
-    }
+    if (threadIdx.x == 0) sleep_until_arrival(segment, targets);
     __syncthreads();
+}
+
+// The same for one thread, which reads nothing of the adapter before, nor does any that it lets read.
+__device__ __forceinline__ void await_arrival_alone(const Segment& segment, const Targets& targets) {
+    if (segment.arrival == nullptr || has_arrived(segment, targets)) return;
+    wait_for_previous();
+    sleep_until_arrival(segment, targets);
 }
 
 // `A [rank, inputs]` of a target, `Bt [rank, outputs]` behind it; null where the adapter leaves it alone.

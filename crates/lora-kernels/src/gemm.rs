@@ -9,6 +9,7 @@ use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
 
 use crate::error::ensure;
 use crate::gemm_small::{GemmSmall, SmallForm};
+use crate::lora::Shrink;
 use crate::memory::{DeviceBuffer, View};
 use crate::product::{Kind, Product, Weight};
 use crate::stream::{Event, Stream};
@@ -223,6 +224,28 @@ impl Gemm {
             self.plans.insert(shape, plan);
         }
         self.launch(stream, shape, weight, x, out)
+    }
+
+    /// [`Gemm::run`], and the shrink of the rows' adapters where a kernel for few rows does both: in how many slices then,
+    /// for [`LoraStep::shrunk`](crate::LoraStep::shrunk).
+    pub fn run_with_shrink(
+        &mut self,
+        stream: &Stream,
+        n: usize,
+        weight: &Weight,
+        x: View<'_, bf16>,
+        out: &mut Product<'_>,
+        shrink: &Shrink<'_>,
+    ) -> Result<Option<u32>, CudaError> {
+        let shape = self.check(n, weight, x, out)?;
+        let algorithm = self.plans.get(&shape).and_then(|plan| plan.algorithm);
+        match (algorithm, &mut self.small) {
+            (Some(Algorithm::Small(form)), Some(small)) if small.can_shrink(form, shrink) => {
+                let scratch = self.workspace.view_mut().cast();
+                small.run_with_shrink(stream, form, n, weight, x, out, shrink, scratch).map(Some)
+            }
+            _ => self.run(stream, n, weight, x, out).map(|()| None),
+        }
     }
 
     /// Milliseconds of one product.

@@ -1,6 +1,7 @@
 //! Products of up to 32 rows at the speed at which the weight comes from memory.
 
 use crate::error::ensure;
+use crate::lora::Shrink;
 use crate::memory::{DeviceBuffer, View, ViewMut};
 use crate::module::{Function, Grid, Module, arguments};
 use crate::product::{Kind, Product, Weight};
@@ -14,6 +15,9 @@ const WARPS: usize = 16;
 const TILE: usize = 8;
 /// Inputs that warps are given at once.
 const UNIT: usize = 64;
+/// Rows of A that a block has room for the places of, and bytes of such a place.
+const MOST_CARRIED: usize = 96;
+const CARRIED: usize = 16;
 
 /// One of the kernels of `cuda/gemm_small.cu`, which says what the numbers are.
 #[derive(Debug)]
@@ -21,6 +25,8 @@ struct Variant {
     name: &'static str,
     /// The same with [`Product::SiluMul`] at its end.
     with_silu: &'static str,
+    /// The same with a [`Shrink`].
+    with_shrink: &'static str,
     /// Rows of x at most.
     rows: usize,
     windows: usize,
@@ -32,6 +38,7 @@ macro_rules! variant {
         Variant {
             name: $name,
             with_silu: concat!($name, "_silu"),
+            with_shrink: concat!($name, "_shrink"),
             rows: $rows,
             windows: $windows,
             stages: $stages,
@@ -66,6 +73,11 @@ impl Variant {
         WARPS * self.stages * (stage + size_of::<u64>())
             + 2 * WARPS * self.values() * size_of::<f32>()
             + size_of::<u64>()
+    }
+
+    /// The same with a [`Shrink`], whose rows' places lie behind the flag.
+    fn shared_with_shrink(&self) -> usize {
+        self.shared() + size_of::<u64>() + MOST_CARRIED * CARRIED
     }
 }
 
@@ -114,6 +126,8 @@ pub struct GemmSmall {
     functions: Vec<Function>,
     /// The same with [`Product::SiluMul`] at their end.
     with_silu: Vec<Function>,
+    /// The same with a [`Shrink`].
+    with_shrink: Vec<Function>,
     multiprocessors: usize,
     /// Zero between launches: the kernels set them back.
     counters: DeviceBuffer<u32>,
@@ -137,14 +151,15 @@ impl GemmSmall {
         let (major, minor) = device.info().capability;
         ensure!(KERNEL, Self::runs_on(device), "made for compute capability 9.0, not {major}.{minor}");
         let module = Module::load(device.context(), IMAGE)?;
-        let load = |name: fn(&Variant) -> &'static str| {
-            let load = |variant| module.function_with_shared(name(variant), variant.shared() as u32);
-            VARIANTS.iter().map(load).collect::<Result<Vec<_>, _>>()
+        let load = |of: fn(&Variant) -> (&'static str, usize)| {
+            let load = |(name, shared)| module.function_with_shared(name, shared as u32);
+            VARIANTS.iter().map(of).map(load).collect::<Result<Vec<_>, _>>()
         };
         let multiprocessors = device.info().multiprocessors as usize;
         Ok(Self {
-            functions: load(|variant| variant.name)?,
-            with_silu: load(|variant| variant.with_silu)?,
+            functions: load(|variant| (variant.name, variant.shared()))?,
+            with_silu: load(|variant| (variant.with_silu, variant.shared()))?,
+            with_shrink: load(|variant| (variant.with_shrink, variant.shared_with_shrink()))?,
             multiprocessors,
             counters: device.buffer(multiprocessors)?,
         })
@@ -185,6 +200,58 @@ impl GemmSmall {
         out: &mut Product<'_>,
         scratch: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
+        self.launch(stream, form, n, weight, x, out, None, scratch)
+    }
+
+    /// Whether a product in this form can do a shrink too: each block has room for its share of A's rows.
+    pub fn can_shrink(&self, form: SmallForm, shrink: &Shrink<'_>) -> bool {
+        form.slices <= shrink.most_slices && shrink.rows.div_ceil(form.ranges) <= MOST_CARRIED
+    }
+
+    /// [`GemmSmall::run`], and the shrink of the rows' adapters; in how many slices, for
+    /// [`LoraStep::shrunk`](crate::LoraStep::shrunk).
+    ///
+    /// # Errors
+    /// As [`GemmSmall::run`]; or if [`GemmSmall::can_shrink`] is false, or the shrink is of another input.
+    #[expect(clippy::too_many_arguments, reason = "a launch")]
+    pub fn run_with_shrink(
+        &mut self,
+        stream: &Stream,
+        form: SmallForm,
+        n: usize,
+        weight: &Weight,
+        x: View<'_, bf16>,
+        out: &mut Product<'_>,
+        shrink: &Shrink<'_>,
+        scratch: ViewMut<'_, f32>,
+    ) -> Result<u32, CudaError> {
+        ensure!(
+            KERNEL,
+            self.can_shrink(form, shrink),
+            "{form:?} has no room for a shrink of {} rows",
+            shrink.rows
+        );
+        ensure!(
+            KERNEL,
+            (shrink.x, shrink.inputs) == (x.address(), weight.inputs) && out.kind() != Kind::SiluMul,
+            "a shrink of another input than the product's, or beside SiLU"
+        );
+        self.launch(stream, form, n, weight, x, out, Some(shrink), scratch)?;
+        Ok(form.slices as u32)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a launch")]
+    fn launch(
+        &mut self,
+        stream: &Stream,
+        form: SmallForm,
+        n: usize,
+        weight: &Weight,
+        x: View<'_, bf16>,
+        out: &mut Product<'_>,
+        shrink: Option<&Shrink<'_>>,
+        scratch: ViewMut<'_, f32>,
+    ) -> Result<(), CudaError> {
         weight.check(KERNEL, n, x, out)?;
         let Weight { outputs, inputs, .. } = *weight;
         let halved = out.kind() == Kind::SiluMul;
@@ -208,7 +275,6 @@ impl GemmSmall {
         let addresses = [weight.values.view().address(), x.address()];
         ensure!(KERNEL, addresses.iter().all(|a| a.is_multiple_of(16)), "rows not aligned to 16 bytes");
         let variant = &VARIANTS[form.variant];
-        let functions = if halved { &self.with_silu } else { &self.functions };
         let arguments = Arguments {
             weight: weight.values.view().address(),
             x: x.address(),
@@ -221,14 +287,26 @@ impl GemmSmall {
             inputs: inputs as u32,
             kind: out.kind() as u32,
         };
+        let shared = if shrink.is_some() { variant.shared_with_shrink() } else { variant.shared() };
         let grid = Grid {
             blocks: (form.ranges as u32, form.slices as u32, 1),
             threads: (WARPS * 32) as u32,
-            shared: variant.shared() as u32,
+            shared: shared as u32,
         };
-        // SAFETY: the parameter is the kernel's; buffers hold the rows, the scratch memory the slices' sums, and
-        // there is a counter for each range; the kernel keeps the rule for launches that overlap.
-        unsafe { stream.launch_next(&functions[form.variant], grid, arguments![arguments]) }
+        let functions = if halved { &self.with_silu } else { &self.functions };
+        // SAFETY: the parameters are the kernel's; buffers hold the rows, the scratch memory the slices' sums, and
+        // there is a counter for each range; a shrink's own memory has room for its sums; the kernel keeps the rule for
+        // launches that overlap.
+        unsafe {
+            match shrink {
+                None => stream.launch_next(&functions[form.variant], grid, arguments![arguments]),
+                Some(shrink) => stream.launch_next(
+                    &self.with_shrink[form.variant],
+                    grid,
+                    arguments![arguments, shrink.raw],
+                ),
+            }
+        }
     }
 }
 
@@ -253,7 +331,8 @@ mod tests {
     #[test]
     fn blocks_fit_on_a_multiprocessor_of_compute_capability_9() {
         for variant in &VARIANTS {
-            assert!(variant.shared() <= 227 * 1024, "{variant:?}: {} bytes", variant.shared());
+            let shared = variant.shared_with_shrink();
+            assert!(shared <= 227 * 1024, "{variant:?}: {shared} bytes");
         }
     }
 

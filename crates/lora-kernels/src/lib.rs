@@ -37,8 +37,8 @@ pub use gemm::{Choices, Gemm};
 pub use gemm_small::{GemmSmall, SmallForm};
 pub use half::bf16;
 pub use lora::{
-    Lora, LoraLimits, LoraScratch, LoraStep, Out, RopeKvCall, SMALL_ROWS, Segment, TILE_ROWS, Target, covers,
-    large_tiles,
+    Lora, LoraLimits, LoraScratch, LoraStep, Out, RopeKvCall, SMALL_ROWS, Segment, Shrink, TILE_ROWS, Target,
+    covers, large_tiles,
 };
 pub use memory::{DeviceBuffer, Element, PinnedBuffer, View, ViewMut, words};
 pub use paged::{AttentionShape, KvCache, KvCacheMut, PREFILL_ROWS, Sequences, prefill_tiles};

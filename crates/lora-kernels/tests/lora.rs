@@ -5,7 +5,8 @@ mod common;
 use common::lora_setup::{Case, Setup, TRAP, uploaded};
 use common::{Random, device, download};
 use lora_kernels::{
-    CudaError, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Target, bf16, large_tiles,
+    CudaError, GemmSmall, Lora, LoraLimits, LoraScratch, LoraStep, Out, Product, Segment, Shrink, Target,
+    Weight, bf16, large_tiles,
 };
 
 const CASES: &[Case] = &[
@@ -152,6 +153,44 @@ const CASES: &[Case] = &[
     },
 ];
 
+/// Decodes whose product does the shrink: few tiles and many, ragged inputs, several slices, mixed ranks, rows and modules
+/// without an adapter, one adapter of all rows.
+const SHRUNK_CASES: &[Case] = &[
+    Case { inputs: 64, outputs: &[64], adapters: &[(4, false)], segments: &[(1, 0)], small: 16, max_rank: 0 },
+    Case {
+        inputs: 1000,
+        outputs: &[520, 136, 136],
+        adapters: &[(4, false), (13, true), (16, false), (64, true)],
+        segments: &[(1, 0), (3, 1), (0, 0), (1, 2), (2, 3), (0, 0), (1, 1)],
+        small: 16,
+        max_rank: 0,
+    },
+    Case {
+        inputs: 4096,
+        outputs: &[4096, 4096, 4096],
+        adapters: &[(16, false), (8, false), (16, true)],
+        segments: &[(1, 0), (1, 1), (1, 2), (0, 0), (4, 0), (2, 1), (6, 2)],
+        small: 16,
+        max_rank: 0,
+    },
+    Case {
+        inputs: 4096,
+        outputs: &[4096, 4096, 4096],
+        adapters: &[(16, false)],
+        segments: &[(16, 0)],
+        small: 16,
+        max_rank: 0,
+    },
+    Case {
+        inputs: 11_008,
+        outputs: &[4096],
+        adapters: &[(16, false), (4, true), (13, false)],
+        segments: &[(16, 0), (3, 1), (0, 0), (12, 2)],
+        small: 16,
+        max_rank: 0,
+    },
+];
+
 /// Tiles of `segments`, and behind them some that a kernel must not look at; how many are real.
 fn tiles_and_traps(segments: &[Segment]) -> (Vec<Segment>, u32) {
     let mut tiles = Vec::new();
@@ -185,6 +224,7 @@ fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
             tiles: tiles.view(),
             tile_count: tile_count.view(),
             max_rank: setup.max_rank,
+            shrunk: None,
         };
         let elements = setup.rows * setup.width;
         let base_f32 = Random::new(99).f32s(elements, 1.0);
@@ -274,6 +314,7 @@ fn a_graph_replays_with_other_adapters() -> Result<(), CudaError> {
                 tiles: tiles.view(),
                 tile_count: tile_count.view(),
                 max_rank: setup.max_rank,
+                shrunk: None,
             };
             let to = Out::F32(out.view_mut());
             lora.apply(&stream, &mut scratch, &step, &setup.targets, 512, x.view(), setup.width, to)
@@ -310,6 +351,63 @@ fn a_graph_replays_with_other_adapters() -> Result<(), CudaError> {
     Ok(())
 }
 
+/// The shrink done by the product whose output the adapters' products are added to.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_product_s_shrink_is_as_good_as_a_kernel_s() -> Result<(), CudaError> {
+    let (device, stream) = device();
+    let mut gemm = GemmSmall::load(&device)?;
+    let lora = Lora::load(&device)?.with_overlap(true);
+    let mut product_scratch = device.buffer::<f32>(4 << 20)?;
+    for (number, case) in SHRUNK_CASES.iter().enumerate() {
+        let setup = Setup::new(&device, &stream, case, number as u64)?;
+        let bound = setup.small.len() + 3;
+        let mut small = setup.small.clone();
+        small.resize(bound, TRAP);
+        let small = uploaded(&device, &stream, &small)?;
+        let count = uploaded(&device, &stream, &[setup.small.len() as u32])?;
+        let (tiles, none) = (device.buffer::<Segment>(0)?, device.buffer::<u32>(0)?);
+        let x = uploaded(&device, &stream, &setup.x)?;
+        let limits = LoraLimits { max_rows: setup.rows, max_small: bound, max_rank: setup.max_rank };
+        let step = LoraStep {
+            small: small.view(),
+            small_count: count.view(),
+            tiles: tiles.view(),
+            tile_count: none.view(),
+            max_rank: setup.max_rank,
+            shrunk: None,
+        };
+        let (n, inputs, outputs) = (setup.rows, case.inputs, setup.width);
+        let values = Random::new(7).bf16s(outputs * inputs, (3.0 / inputs as f32).sqrt());
+        let weight = Weight { values: uploaded(&device, &stream, &values)?, bias: None, outputs, inputs };
+        let forms = gemm.forms(n, outputs, inputs);
+        assert!(!forms.is_empty(), "case {number}");
+        for form in forms {
+            let mut stored = device.buffer::<bf16>(n * outputs)?;
+            let out = &mut Product::Store(stored.view_mut());
+            gemm.run(&stream, form, n, &weight, x.view(), out, product_scratch.view_mut())?;
+            let base: Vec<f64> = download(&stream, &stored).iter().map(|v| v.to_f64()).collect();
+            let reference = setup.reference(inputs, &base, &setup.placed);
+
+            let mut scratch = LoraScratch::new(&device, limits)?;
+            scratch.poison(&stream)?;
+            let mut got = device.buffer::<bf16>(n * outputs)?;
+            let shrink = Shrink::new(&mut scratch, &step, &setup.targets, inputs, x.view())?;
+            assert!(gemm.can_shrink(form, &shrink), "case {number}, {form:?}");
+            let (out, room) = (&mut Product::Store(got.view_mut()), product_scratch.view_mut());
+            let slices = gemm.run_with_shrink(&stream, form, n, &weight, x.view(), out, &shrink, room)?;
+            let shrunk = LoraStep { shrunk: Some(slices), ..step };
+            let (x, out) = (x.view(), Out::Bf16(got.view_mut()));
+            lora.apply(&stream, &mut scratch, &shrunk, &setup.targets, inputs, x, outputs, out)?;
+            let got: Vec<f64> = download(&stream, &got).iter().map(|v| v.to_f64()).collect();
+            let what = format!("case {number}, {}", form.name());
+            let worst = setup.check(&what, &got, &base, &reference, |_| 5e-3);
+            println!("{what}: {n} rows, worst row {worst:.2e}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn shapes_that_the_kernels_cannot_take_are_refused() -> Result<(), CudaError> {
@@ -340,6 +438,7 @@ fn shapes_that_the_kernels_cannot_take_are_refused() -> Result<(), CudaError> {
             tiles: tiles.view(),
             tile_count: count.view(),
             max_rank,
+            shrunk: None,
         };
         let to = Out::Bf16(out.view_mut());
         let refused = lora.apply(&stream, &mut scratch, &step, &targets, inputs, x.view(), width, to);

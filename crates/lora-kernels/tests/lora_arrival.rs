@@ -92,6 +92,7 @@ impl Setup {
             tiles: tiles.view(),
             tile_count: counts.view().slice(4..5),
             max_rank: RANK,
+            shrunk: None,
         };
         let limits = LoraLimits { max_rows: self.rows, max_small: SEGMENTS.len(), max_rank: RANK };
         let mut scratch = LoraScratch::new(device, limits).unwrap();

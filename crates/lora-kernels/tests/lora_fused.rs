@@ -105,6 +105,7 @@ impl Batch {
             tiles: self.tiles.view(),
             tile_count: self.tile_count.view(),
             max_rank: self.max_rank,
+            shrunk: None,
         }
     }
 

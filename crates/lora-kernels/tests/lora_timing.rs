@@ -122,6 +122,7 @@ impl Batch {
             tiles: tiles_on_device.view(),
             tile_count: tile_count.view(),
             max_rank: rank,
+            shrunk: None,
         };
         let x = random_buffer(device, stream, turns * all_rows * group.inputs)?;
         // The residual stream begins at zero and has values after the first round.

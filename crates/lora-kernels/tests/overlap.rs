@@ -6,7 +6,8 @@ use common::{device, download, upload};
 use lora_kernels::{
     Argmax, Attention, AttentionShape, CudaError, DecodeWorkspace, Device, DeviceBuffer, Draw, Elementwise,
     GemmSmall, KvCache, KvCacheMut, Lora, LoraLimits, LoraScratch, LoraStep, Out, Product, Queries, RopeKv,
-    Rotation, Segment, Sequences, Stream, Target, Uniform, Weight, bf16, rope_frequencies, rope_table,
+    Rotation, Segment, Sequences, Shrink, Stream, Target, Uniform, View, ViewMut, Weight, bf16,
+    rope_frequencies, rope_table,
 };
 
 const LAYERS: usize = 6;
@@ -42,6 +43,47 @@ fn targets(layer: usize, product: usize) -> Vec<Target> {
         column += outputs;
     }
     targets
+}
+
+fn step<'a>(
+    segments: &'a DeviceBuffer<Segment>,
+    tiles: &'a DeviceBuffer<Segment>,
+    count: &'a DeviceBuffer<u32>,
+) -> LoraStep<'a> {
+    LoraStep {
+        small: segments.view(),
+        small_count: count.view(),
+        tiles: tiles.view(),
+        tile_count: count.view(),
+        max_rank: RANK,
+        shrunk: None,
+    }
+}
+
+/// A product in the shape's `form`-th form; from the second on it does the shrink of the adapters that are given, and the
+/// step says so.
+#[expect(clippy::too_many_arguments, reason = "a launch")]
+fn multiply(
+    gemm: &mut GemmSmall,
+    stream: &Stream,
+    (form, n): (usize, usize),
+    weight: &Weight,
+    x: View<'_, bf16>,
+    out: &mut Product<'_>,
+    adapted: Option<(&mut LoraStep<'_>, &mut LoraScratch, &[Target])>,
+    scratch: ViewMut<'_, f32>,
+) -> Result<(), CudaError> {
+    let forms = gemm.forms(n, weight.outputs, weight.inputs);
+    let of = forms[form % forms.len()];
+    match adapted {
+        Some((step, lora_scratch, targets)) if form > 0 => {
+            let shrink = Shrink::new(lora_scratch, step, targets, weight.inputs, x)?;
+            let slices = gemm.run_with_shrink(stream, of, n, weight, x, out, &shrink, scratch)?;
+            step.shrunk = Some(slices);
+            Ok(())
+        }
+        _ => gemm.run(stream, of, n, weight, x, out, scratch),
+    }
 }
 
 /// A model, its cache and buffers.
@@ -194,7 +236,8 @@ impl Step {
         })
     }
 
-    /// One layer's product, with its adapters'. `form` counts through the product's forms.
+    /// One layer's product, with its adapters'. `form` counts through the product's forms; from the second on the
+    /// product's kernel does the shrink.
     fn product(
         &mut self,
         stream: &Stream,
@@ -203,40 +246,64 @@ impl Step {
         layer: usize,
         which: usize,
     ) -> Result<(), CudaError> {
-        let n = self.n;
         let weight = &self.weights[layer][which];
-        let forms = self.gemm.forms(n, weight.outputs, weight.inputs);
-        let form = forms[form % forms.len()];
         let x = match which {
-            0 | 2 => self.normed.view(),
+            0 => self.normed.view(),
             1 => self.attended.view(),
             _ => self.act.view(),
         };
-        let scratch = self.scratch.view_mut();
         let mut out = match which {
             0 => Product::Store(self.qkv.view_mut()),
-            2 => Product::Store(self.up.view_mut()),
             _ => Product::Add(self.residual.view_mut()),
         };
-        self.gemm.run(stream, form, n, weight, x, &mut out, scratch)?;
+        let targets = targets(layer, which);
+        let mut step = step(&self.segments, &self.tiles, &self.count);
+        let lora_scratch = &mut self.lora_scratch;
+        let (gemm, scratch) = (&mut self.gemm, self.scratch.view_mut());
+        let adapted = self.adapters.then_some((&mut step, &mut *lora_scratch, &targets[..]));
+        multiply(gemm, stream, (form, self.n), weight, x, &mut out, adapted, scratch)?;
         if !self.adapters {
             return Ok(());
         }
         let out = match which {
             0 => Out::Bf16(self.qkv.view_mut()),
-            2 => Out::Bf16(self.up.view_mut()),
             _ => Out::F32(self.residual.view_mut()),
         };
-        let step = LoraStep {
-            small: self.segments.view(),
-            small_count: self.count.view(),
-            tiles: self.tiles.view(),
-            tile_count: self.count.view(),
-            max_rank: RANK,
-        };
+        let (lora, inputs, outputs) = (&self.lora[usize::from(overlapped)], weight.inputs, weight.outputs);
+        lora.apply(stream, lora_scratch, &step, &targets, inputs, x, outputs, out)
+    }
+
+    /// Gate's and up's product, with their adapters' and SiLU: by a kernel of its own, or, from the second form on, by the
+    /// one before it.
+    fn activation(
+        &mut self,
+        stream: &Stream,
+        overlapped: bool,
+        form: usize,
+        layer: usize,
+    ) -> Result<(), CudaError> {
+        let (n, weight, x) = (self.n, &self.weights[layer][2], self.normed.view());
+        let targets = targets(layer, 2);
+        let mut step = step(&self.segments, &self.tiles, &self.count);
+        let lora_scratch = &mut self.lora_scratch;
+        let (gemm, scratch) = (&mut self.gemm, self.scratch.view_mut());
+        if form > 0 && !self.adapters {
+            let out = &mut Product::SiluMul(self.act.view_mut());
+            return multiply(gemm, stream, (form, n), weight, x, out, None, scratch);
+        }
+        let adapted = self.adapters.then_some((&mut step, &mut *lora_scratch, &targets[..]));
+        let out = &mut Product::Store(self.up.view_mut());
+        multiply(gemm, stream, (form, n), weight, x, out, adapted, scratch)?;
         let lora = &self.lora[usize::from(overlapped)];
-        let (inputs, outputs, scratch) = (weight.inputs, weight.outputs, &mut self.lora_scratch);
-        lora.apply(stream, scratch, &step, &targets(layer, which), inputs, x, outputs, out)
+        if self.adapters && form > 0 {
+            let (up, act) = (self.up.view_mut(), self.act.view_mut());
+            return lora.apply_silu_mul_small(stream, lora_scratch, &step, &targets, HIDDEN, x, up, act);
+        }
+        if self.adapters {
+            let out = Out::Bf16(self.up.view_mut());
+            lora.apply(stream, lora_scratch, &step, &targets, HIDDEN, x, weight.outputs, out)?;
+        }
+        self.kernels.silu_mul(stream, n, INTERMEDIATE, self.up.view(), self.act.view_mut())
     }
 
     fn run(&mut self, stream: &Stream, overlapped: bool, form: usize) -> Result<(), CudaError> {
@@ -281,8 +348,7 @@ impl Step {
             self.product(stream, overlapped, form, layer, 1)?;
             let norm = self.norm.view();
             self.kernels.rms_norm(stream, n, eps, norm, self.residual.view(), self.normed.view_mut())?;
-            self.product(stream, overlapped, form, layer, 2)?;
-            self.kernels.silu_mul(stream, n, INTERMEDIATE, self.up.view(), self.act.view_mut())?;
+            self.activation(stream, overlapped, form, layer)?;
             self.product(stream, overlapped, form, layer, 3)?;
         }
         let rows = self.places.view();

@@ -118,7 +118,7 @@ struct RawTarget {
 /// A call's targets, as a kernel's parameter.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct RawTargets([RawTarget; TARGETS]);
+pub(crate) struct RawTargets([RawTarget; TARGETS]);
 
 impl RawTargets {
     /// The first three targets.

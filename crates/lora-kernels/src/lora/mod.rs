@@ -14,6 +14,7 @@ mod small;
 pub use fused::RopeKvCall;
 pub use layout::{SMALL_ROWS, Segment, TILE_ROWS, Target, covers, large_tiles};
 pub use scratch::{LoraLimits, LoraScratch};
+pub use small::Shrink;
 
 use half::bf16;
 
@@ -53,6 +54,9 @@ pub struct LoraStep<'a> {
     pub tile_count: View<'a, u32>,
     /// The largest rank of the step, or of all adapters.
     pub max_rank: usize,
+    /// A product has done the small segments' shrink, in this many slices of the inputs: see [`Shrink`]. None where a
+    /// kernel of its own does it.
+    pub shrunk: Option<u32>,
 }
 
 /// Where products are added: `[rows, width]`.
@@ -232,47 +236,19 @@ fn check_act(act: &ViewMut<'_, bf16>, rows: usize, width: usize) -> Result<(), C
     Ok(())
 }
 
-fn check(
+/// What a call's shrink reads.
+fn check_inputs(
     limits: &LoraLimits,
     step: &LoraStep<'_>,
     targets: &[Target],
     inputs: usize,
     x: View<'_, bf16>,
-    width: usize,
-    out: &Out<'_>,
 ) -> Result<(), CudaError> {
     ensure!(NAME, (1..=layout::TARGETS).contains(&targets.len()), "{} targets: 1 to 3", targets.len());
     ensure!(NAME, inputs > 0 && inputs.is_multiple_of(8), "{inputs} inputs: a multiple of 8 is needed");
-    ensure!(NAME, width.is_multiple_of(8), "an output {width} wide: a multiple of 8 is needed");
-    for (at, target) in targets.iter().enumerate() {
-        let Target { column, outputs, .. } = *target;
-        ensure!(
-            NAME,
-            column.is_multiple_of(8) && outputs.is_multiple_of(8) && column + outputs <= width,
-            "columns {column}..{} of {width}: multiples of 8 inside the output are needed",
-            column + outputs
-        );
-        ensure!(
-            NAME,
-            target.layer == targets[0].layer,
-            "targets of layers {} and {}: a call's are of one",
-            targets[0].layer,
-            target.layer
-        );
-        let overlapping =
-            targets[..at].iter().find(|o| o.column < column + outputs && column < o.column + o.outputs);
-        ensure!(NAME, overlapping.is_none(), "two targets share columns from {column}");
-    }
     let rows = x.len() / inputs;
     ensure!(NAME, rows * inputs == x.len(), "x of {} elements: not whole rows of {inputs}", x.len());
-    ensure!(
-        NAME,
-        out.len() >= rows * width,
-        "an output of {} elements for {rows} rows of {width}",
-        out.len()
-    );
     ensure!(NAME, x.address().is_multiple_of(16), "x is not aligned to 16 bytes");
-    ensure!(NAME, out.address().is_multiple_of(16), "the output is not aligned to 16 bytes");
     ensure!(
         NAME,
         (1..=limits.max_rank).contains(&step.max_rank),
@@ -297,5 +273,46 @@ fn check(
         "{rows} rows: scratch memory was made for {}",
         limits.max_rows
     );
+    Ok(())
+}
+
+fn check(
+    limits: &LoraLimits,
+    step: &LoraStep<'_>,
+    targets: &[Target],
+    inputs: usize,
+    x: View<'_, bf16>,
+    width: usize,
+    out: &Out<'_>,
+) -> Result<(), CudaError> {
+    check_inputs(limits, step, targets, inputs, x)?;
+    ensure!(NAME, width.is_multiple_of(8), "an output {width} wide: a multiple of 8 is needed");
+    for (at, target) in targets.iter().enumerate() {
+        let Target { column, outputs, .. } = *target;
+        ensure!(
+            NAME,
+            column.is_multiple_of(8) && outputs.is_multiple_of(8) && column + outputs <= width,
+            "columns {column}..{} of {width}: multiples of 8 inside the output are needed",
+            column + outputs
+        );
+        ensure!(
+            NAME,
+            target.layer == targets[0].layer,
+            "targets of layers {} and {}: a call's are of one",
+            targets[0].layer,
+            target.layer
+        );
+        let overlapping =
+            targets[..at].iter().find(|o| o.column < column + outputs && column < o.column + o.outputs);
+        ensure!(NAME, overlapping.is_none(), "two targets share columns from {column}");
+    }
+    let rows = x.len() / inputs;
+    ensure!(
+        NAME,
+        out.len() >= rows * width,
+        "an output of {} elements for {rows} rows of {width}",
+        out.len()
+    );
+    ensure!(NAME, out.address().is_multiple_of(16), "the output is not aligned to 16 bytes");
     Ok(())
 }

@@ -103,6 +103,11 @@ impl LoraScratch {
         self.partial.view_mut().address()
     }
 
+    /// Sums that there is room for.
+    pub(super) fn partials(&self) -> usize {
+        self.partial.len()
+    }
+
     pub(super) fn h(&mut self) -> u64 {
         self.h.view_mut().address()
     }

@@ -1,8 +1,10 @@
 //! Small segments: a shrink that reads each adapter once, and expands of its sums.
 
+use std::marker::PhantomData;
+
 use half::bf16;
 
-use super::layout::{SMALL_ROWS, Target};
+use super::layout::{RawTargets, SMALL_ROWS, Target};
 use super::scratch::small_splits;
 use super::{ByOut, Call, Lora, LoraScratch, LoraStep, NAME, Out, UNIT, rank_pitch};
 use crate::error::ensure;
@@ -16,6 +18,63 @@ const COLUMNS: usize = 256;
 const TILE_RANKS: usize = 64;
 const SHRINK_THREADS: u32 = 256;
 const EXPAND_THREADS: u32 = 128;
+
+/// `GemmSmallShrink` of `cuda/gemm_small.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawShrink {
+    segments: u64,
+    count: u64,
+    partial: u64,
+    targets: RawTargets,
+    target_count: u32,
+    pitch: u32,
+}
+
+/// The shrink of a step's small segments, for a product of the same input to do:
+/// [`Gemm::run_with_shrink`](crate::Gemm::run_with_shrink). It reads A as if its rows were further rows of the weight, which
+/// takes their bytes' time and no kernel's.
+#[derive(Debug)]
+pub struct Shrink<'a> {
+    pub(crate) raw: RawShrink,
+    /// Rows of A, of all segments, at most.
+    pub(crate) rows: usize,
+    /// Slices of the inputs that there is room for.
+    pub(crate) most_slices: usize,
+    pub(crate) inputs: usize,
+    /// The input's address.
+    pub(crate) x: u64,
+    of: PhantomData<&'a LoraScratch>,
+}
+
+impl<'a> Shrink<'a> {
+    /// That of `targets`, which share the input `x` `[rows, inputs]`.
+    ///
+    /// # Errors
+    /// As [`Lora::apply`].
+    pub fn new(
+        scratch: &'a mut LoraScratch,
+        step: &LoraStep<'a>,
+        targets: &[Target],
+        inputs: usize,
+        x: View<'_, bf16>,
+    ) -> Result<Self, CudaError> {
+        super::check_inputs(scratch.limits(), step, targets, inputs, x)?;
+        let (bound, pitch) = (step.small.len(), rank_pitch(step.max_rank));
+        ensure!(NAME, bound > 0, "a step without small segments has no shrink for a product to do");
+        let rows = bound * targets.len() * pitch;
+        let raw = RawShrink {
+            segments: step.small.address(),
+            count: step.small_count.address(),
+            partial: scratch.partial(),
+            targets: RawTargets::new(targets),
+            target_count: targets.len() as u32,
+            pitch: pitch as u32,
+        };
+        let most_slices = scratch.partials() / (rows * SMALL_ROWS);
+        Ok(Self { raw, rows, most_slices, inputs, x: x.address(), of: PhantomData })
+    }
+}
 
 /// The loaded kernels.
 #[derive(Clone, Debug)]
@@ -54,7 +113,7 @@ impl Lora {
         call: &Call,
         out: &Out<'_>,
     ) -> Result<(), CudaError> {
-        let splits = self.shrink_small(stream, scratch, step, call)?;
+        let splits = self.shrunk(stream, scratch, step, call)?;
         let shared = call.pitch.min(TILE_RANKS) * COLUMNS * size_of::<bf16>()
             + call.pitch * SMALL_ROWS * size_of::<f32>();
         let blocks = (call.widest.div_ceil(COLUMNS) as u32, call.targets as u32, step.small.len() as u32);
@@ -73,6 +132,20 @@ impl Lora {
                 self.overlap,
             )
         }
+    }
+
+    /// Makes sure that there are sums over parts of the inputs in the scratch memory; how many parts.
+    fn shrunk(
+        &self,
+        stream: &Stream,
+        scratch: &mut LoraScratch,
+        step: &LoraStep<'_>,
+        call: &Call,
+    ) -> Result<u32, CudaError> {
+        let Some(slices) = step.shrunk else { return self.shrink_small(stream, scratch, step, call) };
+        let sums = step.small.len() * call.targets * slices as usize * SMALL_ROWS * call.pitch;
+        ensure!(NAME, sums <= scratch.partials(), "a shrink in {slices} slices: {sums} sums");
+        Ok(slices)
     }
 
     /// Sums over parts of the inputs, in the scratch memory; how many parts.
@@ -149,7 +222,7 @@ impl Lora {
             call.rows,
             Self::MOST_SILU_ROWS
         );
-        let splits = self.shrink_small(stream, scratch, step, &call)?;
+        let splits = self.shrunk(stream, scratch, step, &call)?;
         let grid = Grid::new((width.div_ceil(COLUMNS) as u32, call.rows as u32, 1), EXPAND_THREADS);
         let (segments, count) = (step.small.address(), step.small_count.address());
         let (inputs, pitch, partial) =

@@ -3,7 +3,7 @@
 use half::bf16;
 use lora_kernels::{
     CudaError, DeviceBuffer, KvCache, KvCacheMut, Lora, LoraStep, Out, Product, Queries, RopeKvCall,
-    Rotation, Target, View, Weight,
+    Rotation, Shrink, Target, View, Weight,
 };
 
 use super::super::meta::Meta;
@@ -24,6 +24,7 @@ fn lora_step(meta: &Meta, max_rank: usize, rows: Rows) -> LoraStep<'_> {
         tiles: meta.lora_tiles(),
         tile_count: meta.lora_tile_count(),
         max_rank,
+        shrunk: None,
     };
     match rows {
         Rows::All => all,
@@ -92,15 +93,36 @@ impl CudaBackend {
         (targets, count)
     }
 
+    /// The product of `n` rows, and of a decode's adapters the shrink where the same kernel does both: in how many slices
+    /// then.
+    fn product(
+        &mut self,
+        n: usize,
+        matrix: &Weight,
+        adapted: Adapted<'_>,
+        x: View<'_, bf16>,
+        out: &mut Product<'_>,
+    ) -> Result<Option<u32>, CudaStepError> {
+        let (targets, count) = self.targets(adapted);
+        let step = lora_step(&self.meta, self.max_rank, adapted.rows);
+        if step.small.is_empty() || !step.tiles.is_empty() {
+            self.gemm.run(&self.stream, n, matrix, x, out)?;
+            return Ok(None);
+        }
+        let shrink = Shrink::new(&mut self.lora_scratch, &step, &targets[..count], matrix.inputs, x)?;
+        Ok(self.gemm.run_with_shrink(&self.stream, n, matrix, x, out, &shrink)?)
+    }
+
     fn lora(
         &mut self,
         adapted: Adapted<'_>,
+        shrunk: Option<u32>,
         inputs: usize,
         width: usize,
         x: View<'_, bf16>,
         out: Out<'_>,
     ) -> Result<(), CudaStepError> {
-        let step = lora_step(&self.meta, self.max_rank, adapted.rows);
+        let step = LoraStep { shrunk, ..lora_step(&self.meta, self.max_rank, adapted.rows) };
         if step.small.is_empty() && step.tiles.is_empty() {
             return Ok(());
         }
@@ -235,9 +257,9 @@ impl Backend for CudaBackend {
     ) -> Result<(), CudaStepError> {
         let n = product_rows(n, adapted.rows);
         let x = x.view().slice(0..n * matrix.inputs);
-        self.gemm.run(&self.stream, n, matrix, x, &mut Product::Store(out.view_mut()))?;
+        let shrunk = self.product(n, matrix, adapted, x, &mut Product::Store(out.view_mut()))?;
         self.mark("product", matrix.outputs)?;
-        self.lora(adapted, matrix.inputs, matrix.outputs, x, Out::Bf16(out.view_mut()))
+        self.lora(adapted, shrunk, matrix.inputs, matrix.outputs, x, Out::Bf16(out.view_mut()))
     }
 
     fn linear_add(
@@ -250,9 +272,9 @@ impl Backend for CudaBackend {
     ) -> Result<(), CudaStepError> {
         let n = product_rows(n, adapted.rows);
         let x = x.view().slice(0..n * matrix.inputs);
-        self.gemm.run(&self.stream, n, matrix, x, &mut Product::Add(residual.view_mut()))?;
+        let shrunk = self.product(n, matrix, adapted, x, &mut Product::Add(residual.view_mut()))?;
         self.mark("product of", matrix.inputs)?;
-        self.lora(adapted, matrix.inputs, matrix.outputs, x, Out::F32(residual.view_mut()))
+        self.lora(adapted, shrunk, matrix.inputs, matrix.outputs, x, Out::F32(residual.view_mut()))
     }
 
     fn linear_wide(
@@ -378,10 +400,10 @@ impl Backend for CudaBackend {
         }
         if adapters && !prompts && few <= Lora::MOST_SILU_ROWS {
             let x = x.view().slice(0..few * matrix.inputs);
-            self.gemm.run(&self.stream, few, matrix, x, &mut Product::Store(gate_up.view_mut()))?;
+            let shrunk = self.product(few, matrix, adapted, x, &mut Product::Store(gate_up.view_mut()))?;
             self.mark("product", matrix.outputs)?;
             let (targets, count) = self.targets(adapted);
-            let step = lora_step(&self.meta, self.max_rank, adapted.rows);
+            let step = LoraStep { shrunk, ..lora_step(&self.meta, self.max_rank, adapted.rows) };
             let (stream, scratch, targets) = (&self.stream, &mut self.lora_scratch, &targets[..count]);
             let (inputs, gate_up, act) = (matrix.inputs, gate_up.view_mut(), out.view_mut());
             self.lora.apply_silu_mul_small(stream, scratch, &step, targets, inputs, x, gate_up, act)?;
