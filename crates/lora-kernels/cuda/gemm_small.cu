@@ -94,6 +94,8 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t b
 __device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(bytes) : "memory");
 }
+// What this thread has seen in memory, copies by the engine that others ask for after a barrier see too.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 __device__ __forceinline__ uint64_t evict_first() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
@@ -119,24 +121,66 @@ __device__ __forceinline__ void finish_silu(const GemmSmallArguments& a, uint32_
     static_cast<bf16*>(a.out)[size_t(row) * (a.outputs / 2) + column] = __float2bfloat16_rn(act);
 }
 
-// The `row`-th of all rows of A, by segment, target and rank.
-__device__ __forceinline__ Carried carried_row(const GemmSmallShrink& s, uint32_t row, uint32_t inputs, uint32_t slices,
-                                               uint32_t slice) {
-    const uint32_t at = row / (s.target_count * s.pitch), t = row / s.pitch % s.target_count, rank = row % s.pitch;
-    const Segment segment = s.segments[at];
-    Carried row_of_a{nullptr, 0, 0, 0};
-    if (rank >= segment.rank) return row_of_a;
-    await_arrival_alone(segment, s.targets);
-    const Target& target = s.targets.of[t];
+// The segments' ranks, each lane's and those before it, of one to a row, which are 32 at most. A warp calls it.
+__device__ __forceinline__ uint32_t ranks_until(const GemmSmallShrink& s) {
+    const uint32_t lane = threadIdx.x & 31;
+    uint32_t ranks = lane < *s.count ? s.segments[lane].rank : 0;
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const uint32_t before = __shfl_up_sync(0xffffffffu, ranks, o);
+        if (lane >= o) ranks += before;
+    }
+    return ranks;
+}
+
+// Where the `row`-th of all rows of A is, by segment, target and rank. A warp calls it.
+struct Place {
+    uint32_t segment, target, rank;
+};
+__device__ __forceinline__ Place place_of(const GemmSmallShrink& s, uint32_t row, uint32_t until) {
+    uint32_t segment = 0, before = 0;
+#pragma unroll 8
+    for (int lane = 0; lane < 32; lane++) {
+        const uint32_t ranks = __shfl_sync(0xffffffffu, until, lane);
+        if (ranks * s.target_count <= row) segment = lane + 1, before = ranks;
+    }
+    const uint32_t next = __shfl_sync(0xffffffffu, until, segment & 31);
+    const uint32_t rank = next - before, at = row - before * s.target_count;
+    return {segment, rank > 0 ? at / rank : 0, rank > 0 ? at % rank : 0};
+}
+
+// That row, and the row of Bt that its sums are multiplied by next is asked for.
+__device__ __forceinline__ Carried carried_row(const GemmSmallShrink& s, const Segment& segment, const Place& place,
+                                               uint32_t inputs) {
+    const Target& target = s.targets.of[place.target];
     const bf16* part = lora_part(segment, target);
-    if (part == nullptr) return row_of_a;
-    row_of_a.a = part + static_cast<size_t>(rank) * inputs;
-    row_of_a.out = ((at * s.target_count + t) * slices + slice) * SHRINK_ROWS * s.pitch + rank;
-    row_of_a.start = segment.start, row_of_a.rows = segment.rows;
-    // The expand's turn is next.
-    const bf16* bt = part + static_cast<size_t>(segment.rank) * inputs + static_cast<size_t>(rank) * target.outputs;
-    if (slice == 0) prefetch_bulk(bt, target.outputs * sizeof(bf16));
-    return row_of_a;
+    if (part == nullptr) return {nullptr, 0, 0, 0};
+    const bf16* bt = part + static_cast<size_t>(segment.rank) * inputs;
+    if (blockIdx.y == 0) {
+        prefetch_bulk(bt + static_cast<size_t>(place.rank) * target.outputs, target.outputs * sizeof(bf16));
+    }
+    const uint32_t plane = (place.segment * s.target_count + place.target) * gridDim.y + blockIdx.y;
+    return {part + static_cast<size_t>(place.rank) * inputs, plane * SHRINK_ROWS * s.pitch + place.rank,
+            static_cast<uint16_t>(segment.start), static_cast<uint16_t>(segment.rows)};
+}
+
+// Lists this block's rows of A into `carried`, a thread each, and asks for what the expand reads of them, once their
+// adapters are there: mostly they are, since a decode's sequences have been prefilled. How many there are. All threads of
+// the block call it.
+__device__ __forceinline__ uint32_t list_carried(const GemmSmallShrink& s, Carried* carried, uint32_t inputs) {
+    const uint32_t until = ranks_until(s);
+    const uint32_t rows = __shfl_sync(0xffffffffu, until, 31) * s.target_count;
+    const uint32_t first = rows * blockIdx.x / gridDim.x, count = rows * (blockIdx.x + 1) / gridDim.x - first;
+    if ((threadIdx.x & ~31u) >= count) return count;
+    const Place place = place_of(s, first + threadIdx.x, until);
+    if (threadIdx.x >= count) return count;
+    const Segment segment = s.segments[place.segment];
+    if (segment.arrival != nullptr) {
+        await_arrival_alone(segment, s.targets);
+        fence_copies();
+    }
+    carried[threadIdx.x] = carried_row(s, segment, place, inputs);
+    return count;
 }
 
 // WINDOWS: 32s of inputs that a warp takes at most; HALVES: 8s of rows of x; BULK: whether the copy engine
@@ -177,24 +221,23 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a, const Ge
     const uint32_t tile_0 = all_tiles * blockIdx.x / gridDim.x;
     const uint32_t tiles = all_tiles * (blockIdx.x + 1) / gridDim.x - tile_0;
 
-    // Which of the weight's rows is a tile's `row`-th: eight that follow one another, or four of gate's and the same four
-    // of up's.
-    auto weight_row = [&](uint32_t tile, uint32_t row) -> size_t {
-        if (!SILU) return size_t(tile) * TILE + row;
-        return size_t(tile) * (TILE / 2) + row % (TILE / 2) + (row < TILE / 2 ? 0 : a.outputs / 2);
+    // How far behind a tile's first of the weight's rows its `row`-th lies: eight follow one another, or four of gate's and
+    // the same four of up's.
+    auto behind = [&](uint32_t row) {
+        return SILU ? row % (TILE / 2) + (row < TILE / 2 ? 0 : a.outputs / 2) : row;
     };
     auto row_at = [&](uint32_t row) { return (row >> 1) * PAIR + (row & 1) * (SEGMENT + 64); };
     uint64_t policy = 0;
     auto fill = [&](uint32_t i, uint32_t slot) {
         const uint32_t rows = min(uint32_t(TILE), a.outputs - (tile_0 + i) * TILE);
         unsigned char* to = ring + slot * STAGE;
-        const bf16* from = a.weight + k_0;
+        const bf16* from = a.weight + size_t(tile_0 + i) * (SILU ? TILE / 2 : TILE) * a.inputs + k_0;
         if constexpr (BULK) {
             if (length == 0) return;
             if (lane == 0) barrier_expect(full + slot, rows * length * 2);
             __syncwarp();
             if (lane < rows) {
-                copy_bulk(to + row_at(lane), from + weight_row(tile_0 + i, lane) * a.inputs, length * 2, full + slot, policy);
+                copy_bulk(to + row_at(lane), from + size_t(behind(lane)) * a.inputs, length * 2, full + slot, policy);
             }
         } else {
 #pragma unroll
@@ -202,7 +245,7 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a, const Ge
                 const uint32_t row = (c * 32 + lane) / PIECES, piece = (c * 32 + lane) % PIECES;
                 const bool valid = row < rows && piece * 8 < length;
                 copy_async_16(to + row_at(row) + piece * 16,
-                              valid ? from + weight_row(tile_0 + i, row) * a.inputs + piece * 8 : a.weight, valid);
+                              valid ? from + size_t(behind(row)) * a.inputs + piece * 8 : a.weight, valid);
             }
         }
     };
@@ -261,25 +304,18 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a, const Ge
         }
     }
     if constexpr (SHRINK) {
-        // Behind the first of the weight: what these read depends on one another.
-        const uint32_t rows = *shrink->count * shrink->target_count * shrink->pitch;
-        const uint32_t first = rows * blockIdx.x / gridDim.x;
-        carried_count = rows * (blockIdx.x + 1) / gridDim.x - first;
+        // Behind the first of the weight: what this reads depends on one another.
+        carried_count = list_carried(*shrink, carried, a.inputs);
         all += (carried_count + TILE - 1) / TILE;
-        for (uint32_t i = threadIdx.x; i < carried_count; i += WARPS * 32) {
-            carried[i] = carried_row(*shrink, first + i, a.inputs, slices, slice);
-        }
         __syncthreads();
-#pragma unroll
-        for (int s = 0; s < STAGES; s++) {
-            if (s < tiles) continue;
+#pragma unroll 1
+        for (uint32_t s = tiles; s < STAGES; s++) {
             if (s < all) fill_carried(s, s);
             if constexpr (!BULK) copy_async_commit();
         }
     }
 
     wait_for_previous();
-
     // x as the left operand. A lane has 8 neighbouring inputs where the product wants pairs 8 apart: the same
     // reordering of the inputs on both sides, which a sum over them does not notice.
     uint4 x[WINDOWS][HALVES];
@@ -418,7 +454,7 @@ __device__ __forceinline__ void gemm_small(const GemmSmallArguments& a, const Ge
         gemm_small_##NAME(const __grid_constant__ GemmSmallArguments a) {               \
         BODY((a), __VA_ARGS__, Extra::NOTHING);                                         \
     }                                                                                   \
-    extern "C" __global__ void __maxnreg__(REGISTERS)                                   \
+    extern "C" __global__ void __maxnreg__(REGISTERS + 8)                               \
         gemm_small_##NAME##_silu(const __grid_constant__ GemmSmallArguments a) {        \
         BODY((a), __VA_ARGS__, Extra::SILU);                                            \
     }                                                                                   \

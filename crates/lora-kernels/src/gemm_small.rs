@@ -233,8 +233,8 @@ impl GemmSmall {
         );
         ensure!(
             KERNEL,
-            (shrink.x, shrink.inputs) == (x.address(), weight.inputs) && out.kind() != Kind::SiluMul,
-            "a shrink of another input than the product's, or beside SiLU"
+            shrink.x == (n, weight.inputs, x.address()) && out.kind() != Kind::SiluMul,
+            "a shrink of another input than the product's {n} rows, or beside SiLU"
         );
         self.launch(stream, form, n, weight, x, out, Some(shrink), scratch)?;
         Ok(form.slices as u32)

@@ -189,6 +189,40 @@ const SHRUNK_CASES: &[Case] = &[
         small: 16,
         max_rank: 0,
     },
+    Case {
+        inputs: 11_008,
+        outputs: &[264],
+        adapters: &[(16, false), (4, true), (64, false)],
+        segments: &[(1, 0), (2, 1), (0, 0), (1, 2), (1, 0)],
+        small: 16,
+        max_rank: 128,
+    },
+    // Many more rows of A than of the weight.
+    Case {
+        inputs: 4096,
+        outputs: &[64],
+        adapters: &[(32, false), (24, false), (1, false)],
+        segments: &[
+            (1, 0),
+            (1, 1),
+            (1, 2),
+            (1, 0),
+            (1, 1),
+            (1, 0),
+            (1, 1),
+            (1, 2),
+            (1, 0),
+            (1, 1),
+            (1, 0),
+            (1, 1),
+            (1, 2),
+            (1, 0),
+            (1, 1),
+            (1, 0),
+        ],
+        small: 16,
+        max_rank: 0,
+    },
 ];
 
 /// Tiles of `segments`, and behind them some that a kernel must not look at; how many are real.
@@ -403,6 +437,18 @@ fn a_product_s_shrink_is_as_good_as_a_kernel_s() -> Result<(), CudaError> {
             let what = format!("case {number}, {}", form.name());
             let worst = setup.check(&what, &got, &base, &reference, |_| 5e-3);
             println!("{what}: {n} rows, worst row {worst:.2e}");
+
+            // Of no segment at all, as when a graph is recorded.
+            let zero = uploaded(&device, &stream, &[0u32])?;
+            let step = LoraStep { small_count: zero.view(), ..step };
+            let mut alone = device.buffer::<bf16>(n * outputs)?;
+            let shrink = Shrink::new(&mut scratch, &step, &setup.targets, inputs, x)?;
+            let (out, room) = (&mut Product::Store(alone.view_mut()), product_scratch.view_mut());
+            gemm.run_with_shrink(&stream, form, n, &weight, x, out, &shrink, room)?;
+            let bits = |buffer| -> Vec<u16> {
+                download(&stream, buffer).iter().map(|v: &bf16| v.to_bits()).collect()
+            };
+            assert!(bits(&alone) == bits(&stored), "{what}: a product beside no shrink has other bits");
         }
     }
     Ok(())

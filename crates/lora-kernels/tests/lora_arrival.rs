@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use common::{Random, device, poisoned, upload};
 use lora_kernels::{
-    Device, DeviceBuffer, Lora, LoraLimits, LoraScratch, LoraStep, Out, Segment, Stream, Target, bf16,
-    covers, large_tiles,
+    Device, DeviceBuffer, GemmSmall, Lora, LoraLimits, LoraScratch, LoraStep, Out, Product, Segment, Shrink,
+    Stream, Target, Weight, bf16, covers, large_tiles,
 };
 
 const INPUTS: usize = 256;
@@ -20,6 +20,31 @@ const LAYER: usize = 1;
 /// there.
 const SEGMENTS: [(usize, bool); 4] = [(3, false), (5, true), (70, false), (90, true)];
 
+/// How adapters' products are added.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    /// By kernels of their own.
+    Apart,
+    /// Together with SiLU.
+    Fused,
+    /// Those of few rows by a product that does the shrink, and an expand.
+    Carried,
+    /// The same, the expand together with SiLU.
+    CarriedFused,
+}
+
+impl Way {
+    const ALL: [Self; 4] = [Self::Apart, Self::Fused, Self::Carried, Self::CarriedFused];
+
+    fn is_fused(self) -> bool {
+        matches!(self, Self::Fused | Self::CarriedFused)
+    }
+
+    fn is_carried(self) -> bool {
+        matches!(self, Self::Carried | Self::CarriedFused)
+    }
+}
+
 /// Both adapters, of two targets side by side in each layer.
 struct Setup {
     device: Device,
@@ -29,6 +54,7 @@ struct Setup {
     places: Vec<i32>,
     there: DeviceBuffer<bf16>,
     x: DeviceBuffer<bf16>,
+    weight: Weight,
     base: Vec<bf16>,
     rows: usize,
 }
@@ -46,6 +72,12 @@ impl Setup {
             places,
             there,
             x: upload(&device, &stream, &random.bf16s(rows * INPUTS, 1.0)),
+            weight: Weight {
+                values: upload(&device, &stream, &random.bf16s(2 * WIDTH * INPUTS, 0.1)),
+                bias: None,
+                outputs: 2 * WIDTH,
+                inputs: INPUTS,
+            },
             base: random.bf16s(rows * 2 * WIDTH, 1.0),
             rows,
             device,
@@ -65,15 +97,16 @@ impl Setup {
 
     /// The output, and activations of its halves. `late` gives the segments of the late adapter; `then` is called
     /// when the kernels are on the stream.
-    fn run(&self, late: Segment, fused: bool, then: impl FnOnce()) -> Vec<bf16> {
+    fn run(&self, late: Segment, way: Way, then: impl FnOnce()) -> Vec<bf16> {
         let (device, stream) = (&self.device, &self.stream);
         let there =
             Segment { matrices: self.there.view().address(), rank: RANK as u32, scale: 0.5, ..Segment::NONE };
         let (mut small, mut large, mut start) = (Vec::new(), Vec::new(), 0);
-        for (rows, is_late) in SEGMENTS {
+        let few = |rows: usize| rows <= 16;
+        for (rows, is_late) in SEGMENTS.into_iter().filter(|s| few(s.0) || !way.is_carried()) {
             let of = if is_late { late } else { there };
             let segment = Segment { start, rows: rows as u32, ..of };
-            if rows <= 16 {
+            if few(rows) {
                 small.push(segment)
             } else {
                 large.push(segment)
@@ -86,7 +119,7 @@ impl Setup {
         let counts = upload(device, stream, &[small.len() as u32, 0, 0, 0, tiles.len() as u32]);
         let small = upload(device, stream, &small);
         let (tiles, cover) = (upload(device, stream, &tiles), upload(device, stream, &cover));
-        let step = LoraStep {
+        let mut step = LoraStep {
             small: small.view(),
             small_count: counts.view().slice(0..1),
             tiles: tiles.view(),
@@ -101,19 +134,35 @@ impl Setup {
         let mut out = upload(device, stream, &self.base);
         let mut act = poisoned(device, stream, self.rows * WIDTH);
         stream.synchronize().unwrap();
-        let (targets, x) = (Self::targets(), self.x.view());
-        if fused {
-            let (from, to) = (out.view_mut(), act.view_mut());
-            lora.apply_silu_mul(stream, &mut scratch, &step, cover.view(), &targets, INPUTS, x, from, to)
-                .unwrap();
-        } else {
-            let to = Out::Bf16(out.view_mut());
-            lora.apply(stream, &mut scratch, &step, &targets, INPUTS, x, 2 * WIDTH, to).unwrap();
+        let n = start as usize;
+        let (targets, x) = (Self::targets(), self.x.view().slice(0..n * INPUTS));
+        if way.is_carried() {
+            let mut gemm = GemmSmall::load(device).unwrap();
+            let form = gemm.forms(n, 2 * WIDTH, INPUTS)[0];
+            let mut room = device.buffer(form.scratch()).unwrap();
+            let shrink = Shrink::new(&mut scratch, &step, &targets, INPUTS, x).unwrap();
+            let (out, room) = (&mut Product::Store(out.view_mut()), room.view_mut());
+            let slices = gemm.run_with_shrink(stream, form, n, &self.weight, x, out, &shrink, room).unwrap();
+            step.shrunk = Some(slices);
         }
+        let (scratch, from, to) = (&mut scratch, out.view_mut(), act.view_mut());
+        match way {
+            Way::Fused => {
+                lora.apply_silu_mul(stream, scratch, &step, cover.view(), &targets, INPUTS, x, from, to)
+            }
+            Way::CarriedFused => {
+                lora.apply_silu_mul_small(stream, scratch, &step, &targets, INPUTS, x, from, to)
+            }
+            Way::Apart | Way::Carried => {
+                lora.apply(stream, scratch, &step, &targets, INPUTS, x, 2 * WIDTH, Out::Bf16(from))
+            }
+        }
+        .unwrap();
         then();
-        let result = if fused { &act } else { &out };
+        let (result, width) = if way.is_fused() { (&act, WIDTH) } else { (&out, 2 * WIDTH) };
         let mut host = vec![bf16::NAN; result.len()];
         result.download(stream, &mut host).unwrap();
+        host.truncate(n * width);
         host
     }
 
@@ -140,20 +189,20 @@ fn kernels_wait_for_a_layer_that_is_on_its_way() {
     from.copy_from_slice(&setup.matrices);
     let mut places_from = device.pinned(setup.places.len()).unwrap();
     places_from.copy_from_slice(&setup.places);
-    for fused in [false, true] {
+    for way in Way::ALL {
         let ready = upload(device, stream, &setup.matrices);
-        let expected = setup.run(setup.late(&ready, None), fused, || ());
+        let expected = setup.run(setup.late(&ready, None), way, || ());
         for by_table in [false, true] {
             // The last one: a count that wraps around on the way.
             for copied_before in [0, 300, u32::MAX - 1] {
-                let what = format!("fused {fused}, by table {by_table}, {copied_before} before");
+                let what = format!("{way:?}, by table {by_table}, {copied_before} before");
                 let slot = poisoned(device, stream, setup.matrices.len());
                 let table = upload(device, stream, &vec![-1; setup.places.len()]);
                 let arrivals = upload(device, stream, &[copied_before, 0, 0, 0]);
                 let at = arrivals.view().address();
                 let late = setup.late(&slot, by_table.then_some(&table));
                 let late = Segment { arrival: at, copied_before, ..late };
-                let got = setup.run(late, fused, || {
+                let got = setup.run(late, way, || {
                     // A layer that is not enough, and after a while the one that is.
                     let count = |layers: u32| {
                         // SAFETY: the count, which the kernels only read.
@@ -177,7 +226,7 @@ fn kernels_wait_for_a_layer_that_is_on_its_way() {
                 // Once more: nothing is waited for.
                 let arrivals = upload(device, stream, &[copied_before.wrapping_add(LAYERS as u32), 0, 0, 0]);
                 let late = Segment { arrival: arrivals.view().address(), ..late };
-                assert!(setup.run(late, fused, || ()) == expected, "{what}: again");
+                assert!(setup.run(late, way, || ()) == expected, "{what}: again");
                 arrivals.download(stream, &mut waits).unwrap();
                 assert_eq!(waits[1..], [0, 0, 0], "{what}: a wait for what is there");
             }

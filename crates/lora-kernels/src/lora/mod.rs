@@ -246,6 +246,16 @@ fn check_inputs(
 ) -> Result<(), CudaError> {
     ensure!(NAME, (1..=layout::TARGETS).contains(&targets.len()), "{} targets: 1 to 3", targets.len());
     ensure!(NAME, inputs > 0 && inputs.is_multiple_of(8), "{inputs} inputs: a multiple of 8 is needed");
+    for target in targets {
+        let Target { outputs, layer, .. } = *target;
+        ensure!(NAME, outputs.is_multiple_of(8), "{outputs} outputs: a multiple of 8 is needed");
+        ensure!(
+            NAME,
+            layer == targets[0].layer,
+            "targets of layers {} and {layer}: a call's are of one",
+            targets[0].layer
+        );
+    }
     let rows = x.len() / inputs;
     ensure!(NAME, rows * inputs == x.len(), "x of {} elements: not whole rows of {inputs}", x.len());
     ensure!(NAME, x.address().is_multiple_of(16), "x is not aligned to 16 bytes");
@@ -291,16 +301,9 @@ fn check(
         let Target { column, outputs, .. } = *target;
         ensure!(
             NAME,
-            column.is_multiple_of(8) && outputs.is_multiple_of(8) && column + outputs <= width,
+            column.is_multiple_of(8) && column + outputs <= width,
             "columns {column}..{} of {width}: multiples of 8 inside the output are needed",
             column + outputs
-        );
-        ensure!(
-            NAME,
-            target.layer == targets[0].layer,
-            "targets of layers {} and {}: a call's are of one",
-            targets[0].layer,
-            target.layer
         );
         let overlapping =
             targets[..at].iter().find(|o| o.column < column + outputs && column < o.column + o.outputs);

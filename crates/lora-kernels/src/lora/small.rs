@@ -41,9 +41,8 @@ pub struct Shrink<'a> {
     pub(crate) rows: usize,
     /// Slices of the inputs that there is room for.
     pub(crate) most_slices: usize,
-    pub(crate) inputs: usize,
-    /// The input's address.
-    pub(crate) x: u64,
+    /// The input: rows, their width, and its address.
+    pub(crate) x: (usize, usize, u64),
     of: PhantomData<&'a LoraScratch>,
 }
 
@@ -72,7 +71,7 @@ impl<'a> Shrink<'a> {
             pitch: pitch as u32,
         };
         let most_slices = scratch.partials() / (rows * SMALL_ROWS);
-        Ok(Self { raw, rows, most_slices, inputs, x: x.address(), of: PhantomData })
+        Ok(Self { raw, rows, most_slices, x: (x.len() / inputs, inputs, x.address()), of: PhantomData })
     }
 }
 
