@@ -23,6 +23,8 @@ constexpr int SUM_PITCH = 24;
 
 constexpr int EXPAND_THREADS = 128;
 constexpr int EXPAND_COLUMNS = 2 * EXPAND_THREADS;
+// On a multiprocessor at once: so q, k and v of sixteen adapters all are.
+constexpr int EXPAND_BLOCKS = 6;
 // Ranks in shared memory at once.
 constexpr int EXPAND_RANKS = 64;
 
@@ -198,12 +200,17 @@ __device__ __forceinline__ void expand_rows(const Segment& segment, const bf16* 
         }
     }
     if (!column_valid) return;
+    // Of more than four rows the rest now, since registers are free only now; all before the first is stored. A load behind
+    // a store would wait for what that stores: the compiler cannot know that rows are different places.
 #pragma unroll
     for (int row = 0; row < 4 * GROUPS; row++) {
-        if (row < segment.rows) {
-            const float2 base = row < 4 ? old[row & 3] : load_pair(out + row * width);
-            store_pair(out + row * width, make_float2(base.x + add[row].x, base.y + add[row].y));
-        }
+        if (row >= segment.rows) continue;
+        const float2 base = row < 4 ? old[row & 3] : load_pair(out + row * width);
+        add[row].x += base.x, add[row].y += base.y;
+    }
+#pragma unroll
+    for (int row = 0; row < 4 * GROUPS; row++) {
+        if (row < segment.rows) store_pair(out + row * width, add[row]);
     }
 }
 
@@ -246,14 +253,14 @@ __device__ __forceinline__ void expand_small(const Segment* segments, const uint
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(EXPAND_THREADS)
+extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, EXPAND_BLOCKS)
 lora_expand_small_bf16(const Segment* segments, const uint32_t* count, const __grid_constant__ Targets targets,
                        uint32_t inputs, uint32_t splits, uint32_t pitch, const float* partial, bf16* out,
                        uint32_t width) {
     expand_small(segments, count, targets, inputs, splits, pitch, partial, out, width);
 }
 
-extern "C" __global__ void __launch_bounds__(EXPAND_THREADS)
+extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, EXPAND_BLOCKS)
 lora_expand_small_f32(const Segment* segments, const uint32_t* count, const __grid_constant__ Targets targets,
                       uint32_t inputs, uint32_t splits, uint32_t pitch, const float* partial, float* out,
                       uint32_t width) {

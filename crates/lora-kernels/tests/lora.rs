@@ -471,7 +471,7 @@ fn shapes_that_the_kernels_cannot_take_are_refused() -> Result<(), CudaError> {
         (1, 16, vec![], 64, 128, "targets"),
         (1, 16, vec![good; 2], 64, 128, "share"),
         (1, 16, vec![Target { column: 72, ..good }], 64, 128, "inside"),
-        (1, 16, vec![Target { outputs: 60, ..good }], 64, 128, "multiples of 8"),
+        (1, 16, vec![Target { outputs: 60, ..good }], 64, 128, "60 outputs"),
         (1, 16, vec![good], 60, 128, "60 inputs"),
         (1, 16, vec![good], 24, 128, "whole rows"),
         (1, 16, vec![good], 64, 256, "output of"),

@@ -133,16 +133,19 @@ impl Setup {
         let lora = Lora::load(device).unwrap().with_overlap(true);
         let mut out = upload(device, stream, &self.base);
         let mut act = poisoned(device, stream, self.rows * WIDTH);
-        stream.synchronize().unwrap();
         let n = start as usize;
-        let (targets, x) = (Self::targets(), self.x.view().slice(0..n * INPUTS));
-        if way.is_carried() {
-            let mut gemm = GemmSmall::load(device).unwrap();
+        // Until the kernels are over, like all the memory here: freeing it would wait for them, who wait for `then`.
+        let mut carrier = way.is_carried().then(|| {
+            let gemm = GemmSmall::load(device).unwrap();
             let form = gemm.forms(n, 2 * WIDTH, INPUTS)[0];
-            let mut room = device.buffer(form.scratch()).unwrap();
+            (gemm, form, device.buffer(form.scratch()).unwrap())
+        });
+        stream.synchronize().unwrap();
+        let (targets, x) = (Self::targets(), self.x.view().slice(0..n * INPUTS));
+        if let Some((gemm, form, room)) = &mut carrier {
             let shrink = Shrink::new(&mut scratch, &step, &targets, INPUTS, x).unwrap();
             let (out, room) = (&mut Product::Store(out.view_mut()), room.view_mut());
-            let slices = gemm.run_with_shrink(stream, form, n, &self.weight, x, out, &shrink, room).unwrap();
+            let slices = gemm.run_with_shrink(stream, *form, n, &self.weight, x, out, &shrink, room).unwrap();
             step.shrunk = Some(slices);
         }
         let (scratch, from, to) = (&mut scratch, out.view_mut(), act.view_mut());
