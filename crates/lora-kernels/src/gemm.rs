@@ -38,6 +38,14 @@ struct Shape {
     biased: bool,
 }
 
+impl Shape {
+    /// That of a product of `n` rows.
+    fn of(n: usize, weight: &Weight, kind: Kind) -> Self {
+        let Weight { outputs, inputs, .. } = *weight;
+        Self { n, outputs, inputs, kind, biased: weight.bias.is_some() }
+    }
+}
+
 /// How a shape's product is computed.
 #[derive(Clone, Copy)]
 enum Algorithm {
@@ -173,9 +181,7 @@ impl Gemm {
 
     /// What computes this product: a small kernel's name, or the library's.
     pub fn chosen(&self, n: usize, weight: &Weight, out: &Product<'_>) -> &'static str {
-        let Weight { outputs, inputs, .. } = *weight;
-        let shape = Shape { n, outputs, inputs, kind: out.kind(), biased: weight.bias.is_some() };
-        match self.plans.get(&shape).and_then(|plan| plan.algorithm) {
+        match self.algorithm(&Shape::of(n, weight, out.kind())) {
             Some(Algorithm::Small(form)) => form.name(),
             _ => "cuBLASLt",
         }
@@ -188,13 +194,15 @@ impl Gemm {
     }
 
     fn silu_form(&self, n: usize, weight: &Weight) -> Option<SmallForm> {
-        let Weight { outputs, inputs, bias, .. } = weight;
-        let stored =
-            Shape { n, outputs: *outputs, inputs: *inputs, kind: Kind::Store, biased: bias.is_some() };
-        match self.plans.get(&stored)?.algorithm? {
-            Algorithm::Small(form) if bias.is_none() && outputs.is_multiple_of(8) => Some(form),
+        match self.algorithm(&Shape::of(n, weight, Kind::Store))? {
+            Algorithm::Small(form) if weight.bias.is_none() && weight.outputs.is_multiple_of(8) => Some(form),
             _ => None,
         }
+    }
+
+    /// What was chosen, or is suggested, for a shape that has been seen.
+    fn algorithm(&self, shape: &Shape) -> Option<Algorithm> {
+        self.plans.get(shape)?.algorithm
     }
 
     /// `x · weightᵀ`; `x` is `[n, inputs]`, the output `[n, outputs]`. A shape that was not chosen for takes
@@ -238,8 +246,7 @@ impl Gemm {
         shrink: &Shrink<'_>,
     ) -> Result<Option<u32>, CudaError> {
         let shape = self.check(n, weight, x, out)?;
-        let algorithm = self.plans.get(&shape).and_then(|plan| plan.algorithm);
-        match (algorithm, &mut self.small) {
+        match (self.algorithm(&shape), &mut self.small) {
             (Some(Algorithm::Small(form)), Some(small)) if small.can_shrink(form, shrink) => {
                 let scratch = self.workspace.view_mut().cast();
                 small.run_with_shrink(stream, form, n, weight, x, out, shrink, scratch).map(Some)
@@ -288,8 +295,7 @@ impl Gemm {
         out: &Product<'_>,
     ) -> Result<Shape, CudaError> {
         weight.check("gemm", n, x, out)?;
-        let Weight { outputs, inputs, .. } = *weight;
-        Ok(Shape { n, outputs, inputs, kind: out.kind(), biased: weight.bias.is_some() })
+        Ok(Shape::of(n, weight, out.kind()))
     }
 
     /// `shape` has a plan.

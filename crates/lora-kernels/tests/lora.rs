@@ -5,8 +5,8 @@ mod common;
 use common::lora_setup::{Case, Setup, TRAP, uploaded};
 use common::{Random, device, download};
 use lora_kernels::{
-    CudaError, GemmSmall, Lora, LoraLimits, LoraScratch, LoraStep, Out, Product, Segment, Shrink, Target,
-    Weight, bf16, large_tiles,
+    CudaError, Device, DeviceBuffer, GemmSmall, Lora, LoraLimits, LoraScratch, LoraStep, Out, Product,
+    Segment, Shrink, Stream, Target, Weight, bf16, large_tiles,
 };
 
 const CASES: &[Case] = &[
@@ -234,6 +234,44 @@ fn tiles_and_traps(segments: &[Segment]) -> (Vec<Segment>, u32) {
     (tiles, count as u32)
 }
 
+/// What a batch has for the kernels, on the device, and behind it some that they must not look at.
+struct Listed {
+    small: DeviceBuffer<Segment>,
+    count: DeviceBuffer<u32>,
+    tiles: DeviceBuffer<Segment>,
+    /// Empty without tiles: nobody asks for their number then.
+    tile_count: DeviceBuffer<u32>,
+    limits: LoraLimits,
+}
+
+impl Listed {
+    fn new(device: &Device, stream: &Stream, setup: &Setup) -> Result<Self, CudaError> {
+        let bound = if setup.small.is_empty() { 0 } else { setup.small.len() + 3 };
+        let mut small = setup.small.clone();
+        small.resize(bound, TRAP);
+        let (tiles, tile_count) = tiles_and_traps(&setup.large);
+        let tile_count = if tiles.is_empty() { vec![] } else { vec![tile_count] };
+        Ok(Self {
+            small: uploaded(device, stream, &small)?,
+            count: uploaded(device, stream, &[setup.small.len() as u32])?,
+            tiles: uploaded(device, stream, &tiles)?,
+            tile_count: uploaded(device, stream, &tile_count)?,
+            limits: LoraLimits { max_rows: setup.rows, max_small: bound, max_rank: setup.max_rank },
+        })
+    }
+
+    fn step(&self) -> LoraStep<'_> {
+        LoraStep {
+            small: self.small.view(),
+            small_count: self.count.view(),
+            tiles: self.tiles.view(),
+            tile_count: self.tile_count.view(),
+            max_rank: self.limits.max_rank,
+            shrunk: None,
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
@@ -241,25 +279,10 @@ fn every_shape_is_what_the_twin_computes() -> Result<(), CudaError> {
     let own = Lora::load(&device)?;
     for (number, case) in CASES.iter().enumerate() {
         let setup = Setup::new(&device, &stream, case, number as u64)?;
-        let bound = if setup.small.is_empty() { 0 } else { setup.small.len() + 3 };
-        let mut small = setup.small.clone();
-        small.resize(bound, TRAP);
-        let small = uploaded(&device, &stream, &small)?;
-        let count = uploaded(&device, &stream, &[setup.small.len() as u32])?;
-        let (tiles, tile_count) = tiles_and_traps(&setup.large);
-        let tiles = uploaded(&device, &stream, &tiles)?;
-        let tile_count = uploaded(&device, &stream, &[tile_count])?;
+        let listed = Listed::new(&device, &stream, &setup)?;
+        let step = listed.step();
         let x = uploaded(&device, &stream, &setup.x)?;
-        let limits = LoraLimits { max_rows: setup.rows, max_small: bound, max_rank: setup.max_rank };
-        let mut scratch = LoraScratch::new(&device, limits)?;
-        let step = LoraStep {
-            small: small.view(),
-            small_count: count.view(),
-            tiles: tiles.view(),
-            tile_count: tile_count.view(),
-            max_rank: setup.max_rank,
-            shrunk: None,
-        };
+        let mut scratch = LoraScratch::new(&device, listed.limits)?;
         let elements = setup.rows * setup.width;
         let base_f32 = Random::new(99).f32s(elements, 1.0);
         let base_bf16: Vec<bf16> = base_f32.iter().map(|v| bf16::from_f32(*v)).collect();
@@ -395,22 +418,9 @@ fn a_product_s_shrink_is_as_good_as_a_kernel_s() -> Result<(), CudaError> {
     let mut product_scratch = device.buffer::<f32>(4 << 20)?;
     for (number, case) in SHRUNK_CASES.iter().enumerate() {
         let setup = Setup::new(&device, &stream, case, number as u64)?;
-        let bound = setup.small.len() + 3;
-        let mut small = setup.small.clone();
-        small.resize(bound, TRAP);
-        let small = uploaded(&device, &stream, &small)?;
-        let count = uploaded(&device, &stream, &[setup.small.len() as u32])?;
-        let (tiles, none) = (device.buffer::<Segment>(0)?, device.buffer::<u32>(0)?);
+        let listed = Listed::new(&device, &stream, &setup)?;
+        let step = listed.step();
         let x = uploaded(&device, &stream, &setup.x)?;
-        let limits = LoraLimits { max_rows: setup.rows, max_small: bound, max_rank: setup.max_rank };
-        let step = LoraStep {
-            small: small.view(),
-            small_count: count.view(),
-            tiles: tiles.view(),
-            tile_count: none.view(),
-            max_rank: setup.max_rank,
-            shrunk: None,
-        };
         let (n, inputs, outputs) = (setup.rows, case.inputs, setup.width);
         let values = Random::new(7).bf16s(outputs * inputs, (3.0 / inputs as f32).sqrt());
         let weight = Weight { values: uploaded(&device, &stream, &values)?, bias: None, outputs, inputs };
@@ -423,7 +433,7 @@ fn a_product_s_shrink_is_as_good_as_a_kernel_s() -> Result<(), CudaError> {
             let base: Vec<f64> = download(&stream, &stored).iter().map(|v| v.to_f64()).collect();
             let reference = setup.reference(inputs, &base, &setup.placed);
 
-            let mut scratch = LoraScratch::new(&device, limits)?;
+            let mut scratch = LoraScratch::new(&device, listed.limits)?;
             scratch.poison(&stream)?;
             let mut got = device.buffer::<bf16>(n * outputs)?;
             let shrink = Shrink::new(&mut scratch, &step, &setup.targets, inputs, x.view())?;
@@ -471,7 +481,7 @@ fn shapes_that_the_kernels_cannot_take_are_refused() -> Result<(), CudaError> {
         (1, 16, vec![], 64, 128, "targets"),
         (1, 16, vec![good; 2], 64, 128, "share"),
         (1, 16, vec![Target { column: 72, ..good }], 64, 128, "inside"),
-        (1, 16, vec![Target { outputs: 60, ..good }], 64, 128, "60 outputs"),
+        (1, 16, vec![Target { outputs: 60, ..good }], 64, 128, "60 outputs: a multiple of 8"),
         (1, 16, vec![good], 60, 128, "60 inputs"),
         (1, 16, vec![good], 24, 128, "whole rows"),
         (1, 16, vec![good], 64, 256, "output of"),

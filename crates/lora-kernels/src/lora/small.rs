@@ -62,6 +62,7 @@ impl<'a> Shrink<'a> {
         let (bound, pitch) = (step.small.len(), rank_pitch(step.max_rank));
         ensure!(NAME, bound > 0, "a step without small segments has no shrink for a product to do");
         let rows = bound * targets.len() * pitch;
+        let sums = slice_sums(step, targets.len(), pitch);
         let raw = RawShrink {
             segments: step.small.address(),
             count: step.small_count.address(),
@@ -70,9 +71,14 @@ impl<'a> Shrink<'a> {
             target_count: targets.len() as u32,
             pitch: pitch as u32,
         };
-        let most_slices = scratch.partials() / (rows * SMALL_ROWS);
+        let most_slices = scratch.partials() / sums;
         Ok(Self { raw, rows, most_slices, x: (x.len() / inputs, inputs, x.address()), of: PhantomData })
     }
+}
+
+/// Sums that a shrink leaves over one part of the inputs.
+fn slice_sums(step: &LoraStep<'_>, targets: usize, pitch: usize) -> usize {
+    step.small.len() * targets * SMALL_ROWS * pitch
 }
 
 /// The loaded kernels.
@@ -142,7 +148,7 @@ impl Lora {
         call: &Call,
     ) -> Result<u32, CudaError> {
         let Some(slices) = step.shrunk else { return self.shrink_small(stream, scratch, step, call) };
-        let sums = step.small.len() * call.targets * slices as usize * SMALL_ROWS * call.pitch;
+        let sums = slices as usize * slice_sums(step, call.targets, call.pitch);
         ensure!(NAME, sums <= scratch.partials(), "a shrink in {slices} slices: {sums} sums");
         Ok(slices)
     }
@@ -191,7 +197,7 @@ impl Lora {
     /// # Errors
     /// As [`Lora::apply`]; or if targets are not the halves of `gate_up`, there are more than
     /// [`Lora::MOST_SILU_ROWS`] rows, or the step has no small segments or has others.
-    #[allow(clippy::too_many_arguments)]
+    #[expect(clippy::too_many_arguments, reason = "a launch")]
     pub fn apply_silu_mul_small(
         &self,
         stream: &Stream,
@@ -224,8 +230,7 @@ impl Lora {
         let splits = self.shrunk(stream, scratch, step, &call)?;
         let grid = Grid::new((width.div_ceil(COLUMNS) as u32, call.rows as u32, 1), EXPAND_THREADS);
         let (segments, count) = (step.small.address(), step.small_count.address());
-        let (inputs, pitch, partial) =
-            (call.inputs as u32, rank_pitch(step.max_rank) as u32, scratch.partial());
+        let (inputs, pitch, partial) = (call.inputs as u32, call.pitch as u32, scratch.partial());
         let (act, width) = (act.address(), width as u32);
         // SAFETY: as in `small`; the activations hold every row.
         unsafe {

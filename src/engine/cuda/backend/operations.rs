@@ -103,12 +103,12 @@ impl CudaBackend {
         x: View<'_, bf16>,
         out: &mut Product<'_>,
     ) -> Result<Option<u32>, CudaStepError> {
-        let (targets, count) = self.targets(adapted);
         let step = lora_step(&self.meta, self.max_rank, adapted.rows);
         if step.small.is_empty() || !step.tiles.is_empty() {
             self.gemm.run(&self.stream, n, matrix, x, out)?;
             return Ok(None);
         }
+        let (targets, count) = self.targets(adapted);
         let shrink = Shrink::new(&mut self.lora_scratch, &step, &targets[..count], matrix.inputs, x)?;
         Ok(self.gemm.run_with_shrink(&self.stream, n, matrix, x, out, &shrink)?)
     }
